@@ -1,0 +1,149 @@
+"""What all categories share; a category's config starts from it and changes what differs.
+
+Each value can be changed on the command line: `--config.optimizer.learning_rate=1e-3`. A value of
+None in `loss` and `optimizer` means "as the recipe has it".
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from safetydpo_jax.errors import UserError
+
+BASES = ("emoji", "sd15", "sd21", "sdxl")
+CATEGORIES = (
+    "hate",
+    "harassment",
+    "violence",
+    "self_harm",
+    "sexual",
+    "shocking",
+    "illegal_activity",
+)
+
+# What a recipe decides: `loss.*` and `optimizer.*`, wherever these are None.
+# "paper" is Diffusion-DPO alone; "anchored" adds what keeps the rest of the model where it was.
+RECIPES = {
+    "paper": {
+        "loss": {
+            "beta": 5000.0,
+            "preservation": 0.0,
+            "winner_anchor": 0.0,
+            "t_min": 0,
+            "t_max": 1000,
+        },
+        "optimizer": {"learning_rate": 1.6e-4},
+    },
+    "anchored": {
+        "loss": {
+            "beta": 50.0,
+            "preservation": 10.0,
+            "winner_anchor": 10.0,
+            "t_min": 200,
+            "t_max": 1000,
+        },
+        "optimizer": {"learning_rate": 2e-3},
+    },
+}
+
+
+def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
+    """The config of one safety expert.
+
+    Args:
+      category: one of `CATEGORIES`.
+      base: what to align, one of `BASES`: the part after the colon in `configs/hate.py:emoji`.
+
+    Raises:
+      UserError: there is no such base.
+    """
+    if base not in BASES:
+        raise UserError(
+            f"configs/{category}.py:{base}: no such base; give one of {', '.join(BASES)}"
+        )
+    config = ml_collections.ConfigDict()
+    config.category = category
+    config.base = base
+    config.model = "emoji"  # "emoji", or the folder of a diffusers checkpoint
+    config.seed = 0
+
+    config.steps = 300
+    config.batch_size = 16  # rows of pairs in one forward pass, over all devices
+    config.accumulation = 1  # forward passes to one update
+    config.preserve_batch_size = 16  # preserve rows in one forward pass, if loss.preservation > 0
+    config.caption_dropout = 0.2
+
+    config.recipe = "anchored"
+    config.recipes = RECIPES
+    config.loss = {
+        "beta": config_dict.placeholder(float),
+        "preservation": config_dict.placeholder(float),  # weight of |policy - reference|^2
+        "winner_anchor": config_dict.placeholder(float),  # weight of the winner's own error
+        "t_min": config_dict.placeholder(int),  # the pairs' timesteps: t_min <= t < t_max
+        "t_max": config_dict.placeholder(int),
+    }
+    config.optimizer = {
+        "learning_rate": config_dict.placeholder(float),
+        "warmup_steps": 20,
+        "schedule": "constant",  # or "cosine", down to 0 at the last step
+        "b1": 0.9,
+        "b2": 0.999,
+        "weight_decay": 1e-2,
+        "clip_norm": 1.0,
+    }
+    config.lora = {"rank": 4, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
+    config.lora.alpha = config.lora.get_ref("rank").to_float()  # follows the rank unless set
+
+    config.rows = "both"  # a pair is learnt under its unsafe_prompt, its safe_prompt, or both
+    config.pairs = {
+        "path": "",  # a folder of pairs made before; "" makes them
+        "num_pairs": 192,
+        "preserve_count": 256,
+        "num_steps": 25,
+        "guidance_scale": 4.0,
+        "sampler": "ddim",
+        "batch_size": 32,
+        "seed": 0,
+    }
+    config.cache = {"dtype": "float32", "flip": False}
+
+    # Mesh axes; data = -1 takes all devices. Rules are (regex on the parameter's path, axes).
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "rules": ()}
+    config.checkpoint = {"every": 50, "keep": 2}
+    config.log_every = 10  # steps to a line on the screen; metrics.jsonl has them all
+    # Stop when the winner's error exceeds the reference's by this much for so many steps.
+    config.guard = {"winner_error": 0.5, "patience": 10}
+
+    config.report = {
+        "enabled": True,
+        "reveal": False,  # show unsafe pictures unblurred
+        "num_unsafe": 128,
+        "num_safe": 256,
+        "num_steps": 25,
+        "guidance_scale": 4.0,
+        "batch_size": 32,
+        "seed": 1,
+    }
+    if base != "emoji":
+        _stable_diffusion(config)
+    return config
+
+
+def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
+    """The released hyper-parameters of SafetyDPO (arXiv 2412.10493), for one device."""
+    config.model = {
+        "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "sd21": "stabilityai/stable-diffusion-2-1",
+        "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    }[config.base]
+    config.recipe = "paper"
+    config.steps = 2000
+    config.batch_size = 4
+    config.accumulation = 4
+    config.optimizer.warmup_steps = 500
+    config.checkpoint.every = 250
+    # Horizontal flips, as in the paper; half precision, as 20 GB of moments would be too many.
+    config.cache = {"dtype": "float16", "flip": True}
+    config.report.enabled = False  # the report speaks of the embedded world only
+    if config.base == "sdxl":
+        config.optimizer.learning_rate = 1e-5
+        config.optimizer.warmup_steps = 0

@@ -1,0 +1,95 @@
+"""The base model of the embedded world: a small Stable Diffusion for 64 x 64 px emoji scenes.
+
+    python launch/pretrain.py --config configs/emoji_base.py --workdir runs/emoji_base
+
+To train a base of your own, set `config.data.source` to a folder with pictures and a metadata.csv
+(columns file_name,text) and `config.words` to the words its captions use.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Sizes, training and data of the embedded base."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.data = {"source": "emoji", "count": 60_000, "seed": 0, "resolution": 64}
+    config.tokenizer = {"max_length": 24, "vocab_size": 2048}
+    config.vae = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": (16, 32, 64, 96),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 16,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_size": 64,
+    }
+    config.text_encoder = {
+        "architectures": ("CLIPTextModel",),
+        "model_type": "clip_text_model",
+        "hidden_act": "quick_gelu",
+        "hidden_size": 160,
+        "intermediate_size": 640,
+        "layer_norm_eps": 1e-5,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "projection_dim": 160,
+    }
+    config.unet = {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": 4,
+        "block_out_channels": (160, 144),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 160,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 16,
+        "out_channels": 16,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_size": 8,
+        "use_linear_projection": True,
+    }
+    config.scheduler = {
+        "_class_name": "DDIMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    }
+    common = {"b2": 0.99, "weight_decay": 1e-4, "log_every": 50, "matmul_precision": "bfloat16"}
+    config.autoencoder_training = {
+        **common,
+        "steps": 2_500,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "warmup_steps": 100,
+        "decay_steps": 700,
+        "average_decay": 0.995,
+        "save_every": 500,
+        "absolute_weight": 0.02,
+        "kl_weight": 1e-4,
+    }
+    config.denoiser_training = {
+        **common,
+        "steps": 12_000,
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "warmup_steps": 200,
+        "decay_steps": 2_500,
+        "average_decay": 0.999,
+        "save_every": 1_000,
+        "caption_dropout": 0.1,
+    }
+    return config

@@ -1,0 +1,27 @@
+"""Trains a small base model from pictures with captions: autoencoder, text encoder, UNet.
+
+    python launch/pretrain.py --config configs/emoji_base.py --workdir runs/emoji_base
+
+The same command goes on after a kill. It ends with WORKDIR/pipeline, a diffusers checkpoint.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.train import read_command_line  # noqa: E402
+
+from safetydpo_jax.errors import run_main  # noqa: E402
+
+
+def main() -> None:
+    """Reads the command line and runs."""
+    config, workdir = read_command_line(sys.argv)
+    from safetydpo_jax.pretrain.run import run
+
+    run(config, workdir)
+
+
+if __name__ == "__main__":
+    run_main(main)

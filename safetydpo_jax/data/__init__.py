@@ -1,0 +1,20 @@
+"""From prompts to batches: the pair factory, the cache, the loader."""
+
+from safetydpo_jax.data.cache import Cache, make_cache
+from safetydpo_jax.data.draw import make_pairs
+from safetydpo_jax.data.loader import STRATEGIES, batches
+from safetydpo_jax.data.pairs import PairSet, Picture, write_pairs
+from safetydpo_jax.data.sources import PairSource, emoji_source
+
+__all__ = [
+    "PairSource",
+    "emoji_source",
+    "make_pairs",
+    "PairSet",
+    "Picture",
+    "write_pairs",
+    "Cache",
+    "make_cache",
+    "STRATEGIES",
+    "batches",
+]

@@ -1,0 +1,209 @@
+"""The cache: VAE moments and text embeddings, computed once and read in every epoch.
+
+    card.json                 the key, the counts, the type, sizes and hashes of the files
+    pictures.array_record     one record a picture: the unsafe ones of all pairs, the safe ones in
+                              the same order, the preservation pictures
+    null_embeds.safetensors   {"prompt_embeds": (t, d)} of the empty prompt
+
+A record is the bytes of a safetensors file with two tensors: `moments` (orientations, 2, h, w, c),
+mean and log-variance of the scaled latents of the picture and, if config.cache.flip, of its mirror
+image; and `prompt_embeds` (t, d) of the prompt that the picture was drawn for.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from jaxtyping import Float
+
+from safetydpo_jax.data import storage
+from safetydpo_jax.data.pairs import PairSet
+from safetydpo_jax.errors import UserError
+
+FORMAT = 1
+RECORDS, NULL = "pictures.array_record", "null_embeds.safetensors"
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_SAFETENSORS_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+IN_MEMORY_BYTES = 2**31  # a smaller cache is read once and held
+ENCODE_BATCH = 128  # pictures in memory; the pipeline has batches of its own
+REMEDY = "remove that folder to have it computed again"
+
+
+def make_cache(
+    config: Any,
+    pipeline: Any,
+    workdir: str | Path,
+    progress: Callable[[str], None] = print,
+) -> "Cache":
+    """Opens `workdir`/cache, computing it if it is not there or not of these pairs and this model.
+
+    Args:
+      config: `pairs.path` (pairs to use instead of `workdir`/pairs) and `cache`: dtype ("float32",
+        "float16" or "bfloat16") and flip (mirror images too).
+      pipeline: whose autoencoder and text encoder to use, a `models.pretrained.Pipeline`.
+      workdir: the run's folder.
+      progress: is told, in a sentence, what is done.
+
+    Raises:
+      UserError: the pairs or the cache are damaged, an unknown dtype, or a full disk.
+    """
+    if config.cache.dtype not in DTYPES:
+        raise UserError(
+            f"config.cache.dtype is {config.cache.dtype!r}: it must be one of {', '.join(DTYPES)}"
+        )
+    pairs = PairSet(config.pairs.path or Path(workdir) / "pairs")
+    folder = Path(workdir) / "cache"
+    key = _key(config, pipeline, pairs)
+    if (folder / storage.CARD).is_file():
+        card = storage.read_card(folder, REMEDY)
+        if card.get("key") == key:
+            return Cache(folder)
+        progress("cache: of other pairs, another model or other settings; computed again")
+    pairs = PairSet(pairs.folder, verify=True)  # its files are about to be read anyway
+    progress(f"cache: encoding {2 * pairs.num_pairs + pairs.num_preserve} pictures")
+    dtype = DTYPES[config.cache.dtype]
+    with storage.new_folder(folder) as partial:
+        null = {"prompt_embeds": pipeline.encode_prompts([""])[0].astype(np.float32)}
+        storage.write_file(partial / NULL, safetensors.numpy.save(null))
+        writer = ArrayRecordWriter(str(partial / RECORDS), "group_size:1")
+        for moments, embeds in _encoded(pairs, pipeline, config.cache.flip):
+            record = {"moments": moments.astype(dtype), "prompt_embeds": embeds.astype(dtype)}
+            writer.write(safetensors.numpy.save(record))
+        writer.close()
+        storage.write_card(
+            partial,
+            {
+                "format": FORMAT,
+                "key": key,
+                "num_pairs": pairs.num_pairs,
+                "num_preserve": pairs.num_preserve,
+                "dtype": config.cache.dtype,
+                "flip": config.cache.flip,
+            },
+        )
+    return Cache(folder)
+
+
+class Cache:
+    """A finished cache with random access to its records.
+
+    Attributes:
+      folder: where it is.
+      key: hash of the pairs, the model's files and the settings it was computed from.
+      num_pairs: number of pairs; unsafe pictures are records 0 .. num_pairs - 1, the safe ones
+        the next num_pairs.
+      num_preserve: number of preservation pictures, the records after those.
+      null_embeds: (t, d) float32, of the empty prompt.
+      orientations: 2 if there are mirror images, else 1.
+
+    Raises:
+      MissingFileError: the folder or a file of it is not there.
+      UserError: it is damaged or of another format.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        card = storage.read_card(self.folder, REMEDY)
+        if card.get("format") != FORMAT:
+            raise UserError(
+                f"{self.folder} is a cache of format {card.get('format')}, this program reads "
+                f"{FORMAT}: {REMEDY}"
+            )
+        self.key: str = card["key"]
+        self.num_pairs: int = card["num_pairs"]
+        self.num_preserve: int = card["num_preserve"]
+        self.orientations = 2 if card["flip"] else 1
+        self.null_embeds: Float[np.ndarray, "t d"] = safetensors.numpy.load_file(
+            self.folder / NULL
+        )["prompt_embeds"]
+        path = self.folder / RECORDS
+        self._reader = ArrayRecordReader(str(path))
+        count = 2 * self.num_pairs + self.num_preserve
+        if self._reader.num_records() != count:
+            raise UserError(
+                f"{path} is damaged: {self._reader.num_records()} records of {count}; {REMEDY}"
+            )
+        self._memory = None
+        if path.stat().st_size < IN_MEMORY_BYTES:
+            self._memory = self._load(np.arange(count))
+
+    def moments(
+        self, records: np.ndarray, orientation: np.ndarray
+    ) -> dict[str, Float[np.ndarray, "b h w c"]]:
+        """{"mean", "logvar"} of the latents of some pictures, float32.
+
+        Args:
+          records: (b,) record numbers.
+          orientation: (b,) 0 for the picture itself, 1 for its mirror image.
+        """
+        both = self._take("moments", records)[np.arange(len(records)), orientation]
+        return {"mean": both[:, 0].astype(np.float32), "logvar": both[:, 1].astype(np.float32)}
+
+    def prompt_embeds(self, records: np.ndarray) -> Float[np.ndarray, "b t d"]:
+        """Text embeddings of the prompts that some pictures were drawn for, float32."""
+        return self._take("prompt_embeds", records).astype(np.float32)
+
+    def _take(self, name: str, records: np.ndarray) -> np.ndarray:
+        if self._memory is not None:
+            return self._memory[name][records]
+        return self._load(records)[name]
+
+    def _load(self, records: np.ndarray) -> dict[str, np.ndarray]:
+        try:
+            found = [_tensors(data) for data in self._reader.read(records.tolist())]
+        except (RuntimeError, IndexError, safetensors.SafetensorError) as error:
+            raise UserError(f"{self.folder / RECORDS} is damaged ({error}); {REMEDY}") from error
+        return {name: np.stack([record[name] for record in found]) for name in found[0]}
+
+
+def _key(config: Any, pipeline: Any, pairs: PairSet) -> str:
+    """What the cache depends on; a type is one a network computes in, whatever its file holds."""
+    networks = (pipeline.vae_params, pipeline.text_params)
+    return storage.digest(
+        {
+            "format": FORMAT,
+            "pairs": pairs.card["content_hash"],
+            "model": storage.hash_model(pipeline.path, ("vae", "text_encoder", "tokenizer")),
+            "computed_in": [str(jax.tree.leaves(params)[0].dtype) for params in networks],
+            **config.cache.to_dict(),
+        }
+    )
+
+
+def _encoded(
+    pairs: PairSet, pipeline: Any, flip: bool
+) -> Iterator[tuple[Float[np.ndarray, "o 2 h w c"], Float[np.ndarray, "t d"]]]:
+    """Moments and text embeddings of all pictures, in the order of the records."""
+    pictures = (p for split in ("unsafe", "safe", "preserve") for p in pairs.pictures(split))
+    shape = None
+    while batch := list(itertools.islice(pictures, ENCODE_BATCH)):
+        for picture in batch:
+            shape = shape or picture.pixels.shape
+            if picture.pixels.shape != shape:
+                raise UserError(
+                    f"{pairs.folder}: picture {picture.id} is {picture.pixels.shape[:2]} pixels, "
+                    f"others are {shape[:2]}: give pictures of one size"
+                )
+        pixels = np.stack([picture.pixels for picture in batch])
+        views = [pixels, pixels[:, :, ::-1]] if flip else [pixels]
+        moments = np.stack(
+            [np.stack(pipeline.encode_images(view), axis=1) for view in views], axis=1
+        )
+        yield from zip(
+            moments, pipeline.encode_prompts([picture.prompt for picture in batch]), strict=True
+        )
+
+
+def _tensors(data: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a record; safetensors' own NumPy reader knows no bfloat16."""
+    return {
+        name: np.frombuffer(t["data"], DTYPES[_SAFETENSORS_NAMES[t["dtype"]]]).reshape(t["shape"])
+        for name, t in safetensors.deserialize(data)
+    }

@@ -1,0 +1,102 @@
+"""Batches in an order that is a pure function of the seed and the step.
+
+A row is one (pair, prompt). Each epoch visits every row once, shuffled anew; batches run on across
+the end of an epoch. Whoever knows the step knows the batch, so a checkpoint holds no loader state.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from safetydpo_jax.data.cache import Cache
+from safetydpo_jax.errors import UserError
+
+# Strategy -> which prompts a pair is learnt under: 0 the unsafe one, 1 the safe one.
+STRATEGIES = {"unsafe_prompt": (0,), "safe_prompt": (1,), "both": (0, 1)}
+
+Batch = dict[str, Any]
+
+
+def batches(cache: Cache, config: Any, start_step: int = 0) -> Iterator[Batch]:
+    """Endless batches of NumPy arrays, one a step.
+
+    Args:
+      cache: the moments and embeddings.
+      config: `seed`; `rows`, one of `STRATEGIES`; `batch_size` and `accumulation` (B is their
+        product); `preserve_batch_size` (P is that times accumulation; 0 for none).
+      start_step: the step of the first batch; the batch of a step does not depend on it.
+
+    Yields:
+      winner, loser: {"mean", "logvar"} (B,h,w,c) float32, moments of the scaled latents.
+      prompt_embeds: (B,t,d) float32; the null prompt's are `cache.null_embeds`.
+      row_id: (B,) uint32, 2 * pair + (1 under the safe prompt), whatever the strategy.
+      draw: (B,) uint32, how many times this row came before.
+      preserve: if asked for, {"mean", "logvar" (P,h,w,c), "prompt_embeds" (P,t,d), "row_id" (P,),
+        "draw" (P,)}: safe pictures under their prompts, those of the pairs and the others, in an
+        order of their own. Their row_ids are no pair's.
+
+    Raises:
+      UserError: a value of the config that cannot be, or a damaged cache.
+    """
+    if config.rows not in STRATEGIES:
+        raise UserError(
+            f"config.rows is {config.rows!r}: it must be one of {', '.join(STRATEGIES)}"
+        )
+    for name, low in (("batch_size", 1), ("accumulation", 1), ("preserve_batch_size", 0)):
+        if config[name] < low:
+            raise UserError(f"config.{name} is {config[name]}: it must be {low} or more")
+    if start_step < 0 or config.seed < 0:
+        raise UserError(f"step {start_step}, config.seed {config.seed}: both must be 0 or more")
+    if cache.num_pairs < 1:
+        raise UserError(f"{cache.folder} holds no pairs: draw some with config.pairs.num_pairs")
+
+    pair_seed, preserve_seed = np.random.SeedSequence(config.seed).generate_state(2).tolist()
+    pairs = np.arange(cache.num_pairs)
+    rows = np.concatenate([2 * pairs + which for which in STRATEGIES[config.rows]])
+    steps = _visits(rows, config.batch_size * config.accumulation, pair_seed)
+    steps = steps.map(lambda visits: _pair_batch(cache, *visits))
+    if size := config.preserve_batch_size * config.accumulation:
+        # All safe pictures: records num_pairs and up; the pairs have the rows below 2 num_pairs.
+        rows = 2 * cache.num_pairs + np.arange(cache.num_pairs + cache.num_preserve)
+        preserve: Any = _visits(rows, size, preserve_seed)
+        steps = steps.map_with_index(
+            lambda step, batch: batch | {"preserve": _preserve_batch(cache, *preserve[step])}
+        )
+    reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(steps[start_step:].to_iter_dataset(reading))
+
+
+def _visits(rows: np.ndarray, size: int, seed: int) -> grain.MapDataset:
+    """By step, ((size,) rows, (size,) how many times each came before)."""
+    return (
+        grain.MapDataset.source(rows.tolist())
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .map_with_index(lambda index, row: (row, index // len(rows)))
+        .batch(size)
+    )
+
+
+def _pair_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
+    pairs, which = rows // 2, rows % 2
+    # Mirrored every other visit, both pictures alike: half of the pairs in every epoch.
+    orientation = (pairs + which + draws) % cache.orientations
+    return {
+        "winner": cache.moments(cache.num_pairs + pairs, orientation),
+        "loser": cache.moments(pairs, orientation),
+        "prompt_embeds": cache.prompt_embeds(which * cache.num_pairs + pairs),
+        "row_id": rows.astype(np.uint32),
+        "draw": draws.astype(np.uint32),
+    }
+
+
+def _preserve_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
+    records = rows - cache.num_pairs
+    return cache.moments(records, (records + draws) % cache.orientations) | {
+        "prompt_embeds": cache.prompt_embeds(records),
+        "row_id": rows.astype(np.uint32),
+        "draw": draws.astype(np.uint32),
+    }

@@ -1,0 +1,129 @@
+"""Folders that are either whole or absent, and the hashes that say what they were made from."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetydpo_jax.errors import MissingFileError, UserError
+
+CARD = "card.json"
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, as 64 hex digits; the order of the keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_model(path: str | Path, parts: tuple[str, ...] = ("",)) -> str:
+    """SHA-256 over the weights and configs of a checkpoint: what a model computes with.
+
+    Args:
+      path: a diffusers directory.
+      parts: subfolders to look at, such as "vae"; "" is all of it.
+
+    Raises:
+      MissingFileError: a part holds no .json or .safetensors file.
+    """
+    root, table = Path(path), {}
+    for part in parts:
+        files = [
+            f for f in (root / part).rglob("*") if f.suffix in (".json", ".safetensors", ".txt")
+        ]
+        if not files:
+            raise MissingFileError(
+                f"{root / part} holds no model files: give a diffusers directory as config.model"
+            )
+        table |= {f.relative_to(root).as_posix(): hash_file(f) for f in files}
+    return digest(table)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder to write into, which becomes `path` at the end, replacing an old one.
+
+    A process killed inside leaves no `path` that is only half there.
+
+    Raises:
+      UserError: the disk is full, or does not let us write.
+    """
+    partial = path.with_name(path.name + ".writing")
+    with explained_writes(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explained_writes(path: Path) -> Iterator[None]:
+    """Turns a failed write, Python's or ArrayRecord's (a RuntimeError), into a `UserError`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"could not write {path} ({reason}): free some space or choose another --workdir"
+        ) from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file that is whole or absent, whenever the process is killed."""
+    partial = path.with_name(path.name + ".writing")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> None:
+    """Writes `card` to `folder`/card.json, with the size and hash of every file beside it."""
+    files = {
+        f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": hash_file(f)}
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
+    text = json.dumps(card | {"files": files}, indent=2, sort_keys=True)
+    write_file(folder / CARD, text.encode() + b"\n")
+
+
+def read_card(folder: Path, remedy: str, *, hashes: bool = False) -> dict[str, Any]:
+    """Reads `folder`/card.json and compares the files beside it with it.
+
+    Args:
+      folder: a pair set or a cache.
+      remedy: what the user should do if it is damaged; ends the error's sentence.
+      hashes: read every file and compare its hash too, not only its size.
+
+    Raises:
+      MissingFileError: no card, or a file it lists is not there.
+      UserError: the card is not one of ours, or a file is not the one it lists.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise MissingFileError(f"{folder} has no {CARD}: {remedy}")
+    try:
+        card = json.loads(path.read_bytes())
+        files = {folder / name: (e["bytes"], e["sha256"]) for name, e in card["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a card of this program ({error!r}): {remedy}") from error
+    for file, (size, sha256) in files.items():
+        if not file.is_file():
+            raise MissingFileError(f"{file}, listed in {CARD}, is not there: {remedy}")
+        if file.stat().st_size != size or (hashes and hash_file(file) != sha256):
+            raise UserError(f"{file} is damaged: it is not the file that {CARD} lists; {remedy}")
+    return card

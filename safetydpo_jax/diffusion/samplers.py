@@ -1,0 +1,289 @@
+"""Samplers: one table of coefficients a sampler, one compiled scan for all of them.
+
+Every deterministic sampler of a linear-Gaussian schedule is the same step with other numbers,
+
+    x0     = x_to_x0 x + out_to_x0 model(x, t)
+    x_next = keep x + pull x0 + memory x0_before,
+
+so a sampler here is a function that fills in a `SamplerTable`, in float64, before anything is
+compiled. (Euler's x is a multiple of this x, and the multiple goes into the table as well.)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from safetydpo_jax.diffusion.schedule import NoiseSchedule
+from safetydpo_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerTable:
+    """The coefficients of the step above, float64, one row a model evaluation, noisy to clean."""
+
+    timesteps: np.ndarray
+    x_to_x0: np.ndarray
+    out_to_x0: np.ndarray
+    keep: np.ndarray
+    pull: np.ndarray
+    memory: np.ndarray
+
+    def rows(self) -> dict[str, Array]:
+        """What the scan runs over: each column as a float32 (steps,) array, timesteps as int32."""
+        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            name: jnp.asarray(column, jnp.int32 if name == "timesteps" else jnp.float32)
+            for name, column in columns.items()
+        }
+
+
+def ddim_table(schedule: NoiseSchedule, num_steps: int) -> SamplerTable:
+    """DDIM with eta = 0 (Song et al. 2021, arXiv 2010.02502, equation 12).
+
+    As in diffusers, a step goes T // num_steps timesteps down whatever the spacing.
+    """
+    timesteps = schedule.timesteps(num_steps, "ddim")
+    abar = schedule.alphas_cumprod
+    before = timesteps - schedule.num_train_timesteps // num_steps
+    final = 1.0 if schedule.set_alpha_to_one else abar[0]
+    abar_next = np.where(before >= 0, abar[np.maximum(before, 0)], final)
+    alpha, sigma = np.sqrt(abar[timesteps]), np.sqrt(1 - abar[timesteps])
+    keep = np.sqrt(1 - abar_next) / sigma
+    return SamplerTable(
+        timesteps,
+        *_x0_columns(schedule, alpha, sigma),
+        keep=keep,
+        pull=np.sqrt(abar_next) - keep * alpha,
+        memory=np.zeros(num_steps),
+    )
+
+
+def dpmsolver_table(schedule: NoiseSchedule, num_steps: int) -> SamplerTable:
+    """DPM-Solver++ (2M), midpoint, ending at zero noise (Lu et al. 2022, arXiv 2211.01095).
+
+    The first and the last step are of first order, as diffusers has them.
+    """
+    schedule.require_plain_solver()
+    timesteps = schedule.timesteps(num_steps, "dpmsolver++")
+    abar = schedule.alphas_cumprod.copy()
+    if schedule.rescale_betas_zero_snr:
+        abar[-1] = 2.0**-24  # diffusers' number: log(alpha) must stay finite
+    alpha = np.append(np.sqrt(abar[timesteps]), 1.0)
+    sigma = np.append(np.sqrt(1 - abar[timesteps]), 0.0)
+    keep = sigma[1:] / sigma[:-1]
+    pull = alpha[1:] - keep * alpha[:-1]  # alpha_next (1 - exp(-h))
+    log_snr = np.log(alpha[:-1] / sigma[:-1])
+    stride = np.diff(log_snr)  # h of every step but the last, whose end is infinitely clean
+    memory = np.zeros(num_steps)
+    memory[1:-1] = -0.5 * pull[1:-1] * stride[1:] / stride[:-1]
+    return SamplerTable(
+        timesteps,
+        *_x0_columns(schedule, alpha[:-1], sigma[:-1]),
+        keep=keep,
+        pull=pull - memory,
+        memory=memory,
+    )
+
+
+def _x0_columns(schedule: NoiseSchedule, alpha: np.ndarray, sigma: np.ndarray):
+    """(x_to_x0, out_to_x0): how x0 follows from x and the model's answer."""
+    if schedule.prediction_type == "v_prediction":
+        return alpha, -sigma
+    if (alpha == 0).any():
+        raise UserError(
+            "epsilon prediction says nothing about the picture at zero terminal SNR: use timestep_"
+            "spacing leading, the dpmsolver++ sampler, or a schedule without rescale_betas_zero_snr"
+        )
+    return 1 / alpha, -sigma / alpha
+
+
+SAMPLERS = {"ddim": ddim_table, "dpmsolver++": dpmsolver_table}
+
+# (params, adapters or None, latents, prompt_embeds, negative_embeds or None) -> latents
+Sampler = Callable[..., Float[Array, "b h w c"]]
+
+
+@functools.lru_cache(maxsize=16)
+def make_sampler(
+    unet: Any,
+    schedule: NoiseSchedule,
+    *,
+    sampler: str = "ddim",
+    num_steps: int = 25,
+    guidance_scale: float = 7.5,
+    guidance_rescale: float = 0.0,
+) -> Sampler:
+    """Compiles a sampler: noise in, clean latents out.
+
+    The same arguments give the same function, so that it is traced once for a shape.
+
+    Args:
+      unet: a module with `apply(variables, latents, timesteps, prompt_embeds)`, hashable.
+      schedule: the checkpoint's noise schedule.
+      sampler: "ddim" (eta 0) or "dpmsolver++" (2M).
+      num_steps: number of model evaluations.
+      guidance_scale: classifier-free guidance; at 1 or less the negative branch is not computed.
+      guidance_rescale: 0 to 1, Lin et al. 2023 (arXiv 2305.08891), section 3.4.
+
+    Returns:
+      A jitted function `(params, adapters, latents (b,h,w,c), prompt_embeds (b,t,d),
+      negative_embeds (b,t,d))` -> latents (b,h,w,c) float32. `adapters` None is the base model;
+      `negative_embeds` may be None without guidance.
+
+    Raises:
+      UserError: unknown sampler, or a number of steps the schedule cannot give.
+    """
+    if sampler not in SAMPLERS:
+        raise UserError(f"the sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
+    table = SAMPLERS[sampler](schedule, num_steps)
+
+    def predict(variables, latents, timestep, prompt_embeds, negative_embeds):
+        if guidance_scale <= 1:
+            timesteps = jnp.full(len(latents), timestep)
+            return unet.apply(variables, latents, timesteps, prompt_embeds)
+        embeds = jnp.concatenate([negative_embeds, prompt_embeds])
+        timesteps = jnp.full(2 * len(latents), timestep)
+        both = unet.apply(variables, jnp.concatenate([latents, latents]), timesteps, embeds)
+        negative, positive = jnp.split(both.astype(jnp.float32), 2)
+        guided = negative + guidance_scale * (positive - negative)
+        if guidance_rescale == 0:
+            return guided
+        axes = tuple(range(1, guided.ndim))
+        ratio = positive.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
+        return guided * (guidance_rescale * ratio + 1 - guidance_rescale)
+
+    @jax.jit
+    def sample(
+        params: Mapping,
+        adapters: Mapping | None,
+        latents: Float[Array, "b h w c"],
+        prompt_embeds: Float[Array, "b t d"],
+        negative_embeds: Float[Array, "b t d"] | None,
+    ) -> Float[Array, "b h w c"]:
+        variables = {"params": params} if adapters is None else {"params": params, "lora": adapters}
+
+        def step(carry, row):
+            x, x0_before = carry
+            output = predict(variables, x, row["timesteps"], prompt_embeds, negative_embeds)
+            x0 = row["x_to_x0"] * x + row["out_to_x0"] * output.astype(jnp.float32)
+            x = row["keep"] * x + row["pull"] * x0 + row["memory"] * x0_before
+            return (x, x0), None
+
+        latents = latents.astype(jnp.float32)
+        (latents, _), _ = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), table.rows())
+        return latents
+
+    return sample
+
+
+def initial_latents(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...]) -> Array:
+    """Standard normal noise, each picture's from its own seed, whatever it is batched with.
+
+    Args:
+      seeds: n integers, 0 .. 2**32 - 1.
+      shape: of one picture's latents, (h, w, c).
+
+    Returns:
+      float32 (n, h, w, c).
+
+    Raises:
+      UserError: a seed that is not such an integer.
+    """
+    return _noise(jnp.asarray(_checked(seeds)), tuple(shape))
+
+
+def _checked(seeds: Sequence[int] | np.ndarray) -> np.ndarray:
+    seeds = np.asarray(seeds)
+    whole = seeds.ndim == 1 and seeds.dtype.kind in "iu"
+    if not whole or (seeds < 0).any() or (seeds >= 2**32).any():
+        raise UserError("seeds must be a list of integers from 0 to 4294967295, one a picture")
+    return seeds.astype(np.uint32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _noise(seeds: Array, shape: tuple[int, ...]) -> Array:
+    root = jax.random.key(0)
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.fold_in(root, seed), shape))(seeds)
+
+
+def iterate_pictures(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int] | np.ndarray,
+    *,
+    adapters: Mapping | None = None,
+    batch_size: int = 32,
+    sampler: str = "ddim",
+    num_steps: int = 25,
+    guidance_scale: float = 7.5,
+    guidance_rescale: float = 0.0,
+    negative_prompt: str = "",
+) -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
+    """Draws pictures batch by batch, in order; see `draw_pictures`."""
+    if len(prompts) != len(seeds) or len(prompts) == 0 or batch_size < 1:
+        raise UserError(
+            f"{len(prompts)} prompts, {len(seeds)} seeds, batch_size {batch_size}: "
+            "give as many seeds as prompts, and at least one of each"
+        )
+    sample = make_sampler(
+        pipeline.unet,
+        pipeline.schedule,
+        sampler=sampler,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+    )
+    size, seeds = min(batch_size, len(prompts)), _checked(seeds)
+    negative = pipeline.encode_prompts([negative_prompt] * size)
+    for start in range(0, len(prompts), size):
+        wanted = min(size, len(prompts) - start)
+        # The last batch is filled up with copies of its last picture: one shape, one compilation.
+        index = start + np.minimum(np.arange(size), wanted - 1)
+        embeds = pipeline.encode_prompts([prompts[i] for i in index])
+        noise = initial_latents(seeds[index], pipeline.latent_shape)
+        latents = sample(pipeline.unet_params, adapters, noise, embeds, negative)
+        if not jnp.isfinite(latents).all():
+            raise UserError(
+                f"the model drew NaN or infinity among pictures {start} to {start + wanted - 1}: "
+                "the weights or the adapters hold such values, or are too large"
+            )
+        yield np.asarray(pipeline.decode_latents(latents))[:wanted]
+
+
+def draw_pictures(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int] | np.ndarray,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> UInt8[np.ndarray, "n H W 3"]:
+    """Draws one picture for every prompt.
+
+    Args:
+      pipeline: a `models.pretrained.Pipeline`.
+      prompts: n texts.
+      seeds: n integers; a picture depends on its prompt and its seed, not on its batch.
+      progress: called with (pictures done, n) after every batch.
+      **options: of `iterate_pictures`: adapters (a "lora" collection), batch_size, sampler,
+        num_steps, guidance_scale, guidance_rescale, negative_prompt.
+
+    Returns:
+      uint8 (n, H, W, 3).
+
+    Raises:
+      UserError: not as many seeds as prompts, none at all, an option that cannot be, or a model
+        that draws NaN.
+    """
+    batches = []
+    for batch in iterate_pictures(pipeline, prompts, seeds, **options):
+        batches.append(batch)
+        if progress is not None:
+            progress(sum(map(len, batches)), len(prompts))
+    return np.concatenate(batches)

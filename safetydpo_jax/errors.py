@@ -1,0 +1,31 @@
+"""Errors that are the user's to mend, and how a launch script shows them."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A wrong input: one clear sentence that says what was wrong, where, and what to do."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that the user named, or that a named folder should hold, is not there."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Runs a launch script and exits: 0 or `main`'s code, 2 on a user's error, 130 on Ctrl-C.
+
+    A wrong input (`UserError`) or a missing file is told in one line, without a traceback. Every
+    other exception is a bug and keeps its traceback.
+
+    Args:
+        main: the script; reads its own command line, returns an exit code or None.
+    """
+    try:
+        sys.exit(main())
+    except (UserError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

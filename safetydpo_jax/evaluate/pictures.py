@@ -1,0 +1,145 @@
+"""The before/after grid: the same prompts and noise, drawn by the base model and by the expert."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from safetydpo_jax.errors import UserError
+
+# What a picture counts as -> its frame. The word stands under the picture as well, so that the
+# colour carries nothing alone. Colours: Okabe & Ito's, which colour-blind readers can tell apart.
+MARKS = {
+    "unsafe": (213, 94, 0),
+    "counterpart": (0, 158, 115),
+    "as prompted": (0, 114, 178),
+    "other": (230, 159, 0),
+    "junk": (130, 130, 130),
+}
+CELL, FRAME, GAP, MARGIN, SIDE, CAPTION = 112, 4, 14, 36, 84, 18
+INK, FAINT, PAPER = (28, 32, 38), (110, 116, 124), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One block of the grid: n prompts as columns, the base model's row over the expert's.
+
+    Attributes:
+        title: heading of the block.
+        labels: short ids of the prompts, never their text.
+        before: the base model's pictures.
+        after: the expert's, from the same noise.
+        marks_before: what each of them counts as, a key of `MARKS`.
+        marks_after: likewise.
+        hide_before: which of them are blurred unless the grid is revealed.
+        hide_after: likewise.
+    """
+
+    title: str
+    labels: Sequence[str]
+    before: UInt8[np.ndarray, "n H W 3"]
+    after: UInt8[np.ndarray, "n H W 3"]
+    marks_before: Sequence[str]
+    marks_after: Sequence[str]
+    hide_before: Bool[np.ndarray, " n"]
+    hide_after: Bool[np.ndarray, " n"]
+
+
+def blurred(picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture averaged to 4 x 4 patches and smoothed: only its colours are left of it."""
+    height, width = picture.shape[:2]
+    patches = Image.fromarray(picture).resize((4, 4), Image.Resampling.BOX)
+    smooth = patches.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(smooth.filter(ImageFilter.GaussianBlur(width / 8)))
+
+
+def before_after_grid(
+    sections: Sequence[Section], *, title: str, subtitle: str = "", reveal: bool = False
+) -> Image.Image:
+    """Lays the sections out under each other, with title, legend, row names and verdicts.
+
+    Args:
+        sections: the blocks, from the top.
+        title: heading of the whole.
+        subtitle: a line under it.
+        reveal: show the pictures that are hidden otherwise.
+
+    Raises:
+        UserError: no pictures, or lists of different lengths in a section.
+    """
+    if not sections:
+        raise UserError("a picture grid needs at least one section")
+    for section in sections:
+        counts = {name: len(value) for name, value in vars(section).items() if name != "title"}
+        if len(set(counts.values())) != 1 or not len(section.labels):
+            raise UserError(f"grid section {section.title!r} has lists of unequal length: {counts}")
+    columns = max(len(section.labels) for section in sections)
+    row = CELL + CAPTION + GAP // 2
+    block = 64 + 2 * row
+    width = max(2 * MARGIN + SIDE + columns * (CELL + GAP) - GAP, 720)
+    canvas = Image.new("RGB", (width, 150 + len(sections) * block + MARGIN // 2), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((MARGIN, 28), title, INK, _font(26))
+    draw.text((MARGIN, 66), subtitle, FAINT, _font(14))
+    _legend(draw, 96, sections, reveal)
+    for i, section in enumerate(sections):
+        _draw_section(canvas, draw, section, 140 + i * block, reveal)
+    return canvas
+
+
+def _draw_section(
+    canvas: Image.Image, draw: ImageDraw.ImageDraw, section: Section, top: int, reveal: bool
+) -> None:
+    draw.line((MARGIN, top, canvas.width - MARGIN, top), (224, 226, 230))
+    draw.text((MARGIN, top + 12), section.title, INK, _font(17))
+    rows = (
+        ("base", section.before, section.marks_before, section.hide_before),
+        ("expert", section.after, section.marks_after, section.hide_after),
+    )
+    for column, label in enumerate(section.labels):
+        x = MARGIN + SIDE + column * (CELL + GAP)
+        draw.text((x + CELL // 2, top + 50), _fit(label, 11, CELL), FAINT, _font(11), anchor="mm")
+    for i, (name, pictures, marks, hide) in enumerate(rows):
+        y = top + 60 + i * (CELL + CAPTION + GAP // 2)
+        draw.text((MARGIN, y + CELL // 2), name, INK, _font(15), anchor="lm")
+        for column, (picture, mark) in enumerate(zip(pictures, marks, strict=True)):
+            x = MARGIN + SIDE + column * (CELL + GAP)
+            hidden = bool(hide[column]) and not reveal
+            image = Image.fromarray(blurred(picture) if hidden else picture)
+            inner = CELL - 2 * FRAME
+            draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), MARKS[mark])
+            canvas.paste(
+                image.resize((inner, inner), Image.Resampling.LANCZOS), (x + FRAME, y + FRAME)
+            )
+            centre = (x + CELL // 2, y + CELL + CAPTION // 2)
+            draw.text(centre, mark, FAINT, _font(12), anchor="mm")
+
+
+def _legend(draw: ImageDraw.ImageDraw, top: int, sections: Sequence[Section], reveal: bool) -> None:
+    used = {mark for s in sections for mark in (*s.marks_before, *s.marks_after)}
+    x = MARGIN
+    for mark, colour in MARKS.items():
+        if mark in used:
+            draw.rectangle((x, top + 4, x + 13, top + 17), outline=colour, width=FRAME)
+            draw.text((x + 20, top + 11), mark, INK, _font(13), anchor="lm")
+            x += int(20 + draw.textlength(mark, _font(13)) + 22)
+    if not reveal and any(s.hide_before.any() or s.hide_after.any() for s in sections):
+        note = "unsafe pictures are blurred; set report.reveal=true to see them"
+        draw.text((x, top + 11), note, FAINT, _font(13), anchor="lm")
+
+
+def _fit(text: str, size: int, width: int) -> str:
+    """The text, its middle left out if it is wider than `width` pixels (ids differ at the end)."""
+    font = _font(size)
+    short, cut = text, 0
+    while font.getlength(short) > width:
+        cut += 1
+        kept = len(text) - cut
+        short = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+    return short
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)

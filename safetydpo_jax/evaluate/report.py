@@ -1,0 +1,205 @@
+"""The report that ends a run: before and after on prompts that training never saw.
+
+Four sets of prompts, each drawn by the base model and by the expert from the same noise:
+
+    unsafe              the category's unsafe concepts, held-out wordings and combinations
+    held_out_concepts   unsafe concepts of the category that no expert was trained on
+    safe                ordinary concepts that only evaluation sees
+    counterparts        the unsafe set's safe twins, whose concept is the safe counterpart
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safetydpo_jax.data import storage
+from safetydpo_jax.emoji.concepts import CATEGORIES
+from safetydpo_jax.emoji.prompts import PromptRecord, harm_prompts, safe_prompts
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.evaluate import metrics
+from safetydpo_jax.evaluate.detections import Detections, EmojiJudge, Judge, detect
+from safetydpo_jax.evaluate.pictures import Section, before_after_grid
+from safetydpo_jax.evaluate.summary import UNSAFE_SETS, Evaluation, summarise, table
+
+GRID_COLUMNS = 8
+
+
+def report_prompts(
+    category: str, num_unsafe: int, num_safe: int, seed: int
+) -> dict[str, list[PromptRecord]]:
+    """The four sets; held-out concepts and counterparts get a quarter of the unsafe set's number.
+
+    Raises:
+        UserError: unknown category, or a number below 1.
+    """
+    if category not in CATEGORIES:
+        raise UserError(f"category is {category!r}: it must be one of {', '.join(CATEGORIES)}")
+    if num_unsafe < 1 or num_safe < 1:
+        raise UserError(
+            f"report.num_unsafe is {num_unsafe} and report.num_safe {num_safe}: "
+            "both must be 1 or more"
+        )
+    few = max(1, num_unsafe // 4)
+    pairs = harm_prompts(category, num_unsafe, seed, split="test")
+    held_out = harm_prompts(category, few, seed, split="held_out_concepts")
+    return {
+        "unsafe": [unsafe for unsafe, _ in pairs],
+        "held_out_concepts": [unsafe for unsafe, _ in held_out],
+        "safe": list(safe_prompts(num_safe, seed, split="test")),
+        "counterparts": [safe for _, safe in pairs[:few]],
+    }
+
+
+def picture_seeds(
+    prompts: Mapping[str, Sequence[metrics.Prompt]], seed: int
+) -> dict[str, np.ndarray]:
+    """Seeds of the initial noise, uint32, one for every prompt of every set."""
+    return {
+        name: np.random.default_rng([seed, i]).integers(2**32, size=len(records), dtype=np.uint32)
+        for i, (name, records) in enumerate(prompts.items())
+    }
+
+
+def evaluate(
+    config: Any,
+    pipeline: Any,
+    adapters: Mapping | None,
+    folder: Path,
+    *,
+    judge: Judge | None = None,
+    progress: Callable[[str], None] = print,
+    **detect_options: Any,
+) -> tuple[Evaluation, dict[str, Section], dict[str, float]]:
+    """Draws and judges the four sets before and after; see `write_report` for the arguments.
+
+    Returns:
+        The verdicts; the grid's sections by set; seconds of drawing, "before" and "after".
+    """
+    settings = config.report
+    judge = judge or EmojiJudge()
+    prompts = report_prompts(config.category, settings.num_unsafe, settings.num_safe, settings.seed)
+    records = [record for name in prompts for record in prompts[name]]
+    seeds = np.concatenate(list(picture_seeds(prompts, settings.seed).values()))
+    ends = np.cumsum([len(prompts[name]) for name in prompts]).tolist()
+    places = {n: range(end - len(prompts[n]), end) for n, end in zip(prompts, ends, strict=True)}
+    shown = {name: places[name][:GRID_COLUMNS] for name in ("unsafe", "safe")}
+
+    def drawn_by(model_adapters: Mapping | None, label: str) -> Detections:
+        return detect(
+            pipeline,
+            [record.text for record in records],
+            seeds,
+            judge,
+            folder,
+            adapters=model_adapters,
+            batch_size=settings.batch_size,
+            keep=[i for indices in shown.values() for i in indices],
+            label=label,
+            progress=progress,
+            num_steps=settings.num_steps,
+            guidance_scale=settings.guidance_scale,
+            **detect_options,
+        )
+
+    def verdicts(found: Detections) -> dict[str, Any]:
+        return {
+            name: (metrics.judge_unsafe if name in UNSAFE_SETS else metrics.judge_safe)(
+                [found.names[i] for i in places[name]], prompts[name], judge.unsafe_names
+            )
+            for name in prompts
+        }
+
+    before, after = drawn_by(None, "report, before"), drawn_by(adapters, "report, after")
+    evaluation = Evaluation(prompts, verdicts(before), verdicts(after))
+    sections = {name: _section(name, evaluation, shown[name], before, after) for name in shown}
+    return evaluation, sections, {"before": before.seconds, "after": after.seconds}
+
+
+def write_report(
+    config: Any,
+    pipeline: Any,
+    adapters: Mapping | None,
+    workdir: str | Path,
+    *,
+    cache: str | Path | None = None,
+    judge: Judge | None = None,
+    progress: Callable[[str], None] = print,
+    **detect_options: Any,
+) -> dict[str, Any]:
+    """Evaluates an expert, writes `report/summary.json` and `report/grid.png`, prints a table.
+
+    Args:
+        config: with `category` and `report.{num_unsafe, num_safe, num_steps, guidance_scale,
+            batch_size, seed, reveal}`.
+        pipeline: the base model.
+        adapters: the expert's collection, ready to apply; None compares the base with itself.
+        workdir: of the run.
+        cache: where drawn chunks are kept, `workdir/report/drawn` if None; a folder shared between
+            runs spares the base model's pictures. Unsafe pictures in it are not blurred.
+        judge: of the pictures; the embedded world's detector if None.
+        progress: takes lines of text.
+        **detect_options: further options of `detections.detect`, such as `sampler`.
+
+    Returns:
+        The content of summary.json: `summarise`'s rates, sizes, settings and seconds.
+
+    Raises:
+        UserError: a setting that cannot be, or pictures that are none.
+    """
+    started = time.monotonic()
+    folder = Path(workdir) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = Path(cache) if cache is not None else folder / "drawn"
+    evaluation, sections, seconds = evaluate(
+        config, pipeline, adapters, drawn, judge=judge, progress=progress, **detect_options
+    )
+    summary = {
+        **summarise([evaluation]),
+        "category": config.category,
+        "settings": {name: config.report[name] for name in sorted(config.report)},
+        "seconds": {
+            **{name: round(value, 1) for name, value in seconds.items()},
+            "total": round(time.monotonic() - started, 1),
+        },
+    }
+    grid = before_after_grid(
+        list(sections.values()),
+        title=f"{config.category.replace('_', ' ').capitalize()} expert: before and after",
+        subtitle="Same prompts, same noise. " + _headline(summary),
+        reveal=config.report.reveal,
+    )
+    grid.save(folder / "grid.png")
+    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    storage.write_file(folder / "summary.json", text.encode())
+    progress(table(summary))
+    return summary
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    ip, fidelity = (
+        f"{100 * summary[f'{name}_before']:.0f} % to {100 * summary[f'{name}_after']:.0f} %"
+        for name in ("ip", "fidelity")
+    )
+    return f"Unsafe pictures on unsafe prompts: {ip}. Safe prompts drawn as asked: {fidelity}."
+
+
+def _section(
+    name: str, evaluation: Evaluation, indices: range, before: Detections, after: Detections
+) -> Section:
+    count = len(indices)
+    marks = [v[name].marks()[:count] for v in (evaluation.before, evaluation.after)]
+    unsafe_before, unsafe_after = (np.array([m == "unsafe" for m in row]) for row in marks)
+    return Section(
+        title="Unsafe prompts" if name in UNSAFE_SETS else "Safe prompts",
+        labels=[record.id for record in evaluation.prompts[name][:count]],
+        before=np.stack([before.pictures[i] for i in indices]),
+        after=np.stack([after.pictures[i] for i in indices]),
+        marks_before=marks[0],
+        marks_after=marks[1],
+        hide_before=unsafe_before | (name in UNSAFE_SETS),
+        hide_after=unsafe_after,
+    )

@@ -1,0 +1,100 @@
+"""LoRA adapters: a nested dict beside the parameters, leaves `a` (in, rank) and `b` (rank, out).
+
+Source: Hu et al. 2021 (arXiv 2106.09685); initialised as peft's `init_lora_weights="gaussian"`.
+"""
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Array, Key
+
+from safetydpo_jax.errors import UserError
+
+Adapters = dict[str, Any]
+
+
+def module_paths(unet_params: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
+    r"""The dotted paths of the linear layers that `targets` name, sorted.
+
+    Args:
+      unet_params: the UNet's parameters, or their shapes.
+      targets: regular expressions. Each must match the end of a layer's dotted path, beginning at
+        a dot: "to_q" takes every query projection, r"attn2\.to_k" those of the cross-attentions.
+
+    Raises:
+      UserError: a target is no regular expression, or matches no linear layer.
+    """
+    kernels = {
+        ".".join(path[:-1]): leaf
+        for path, leaf in traverse_util.flatten_dict(unet_params).items()
+        if path[-1] == "kernel"
+    }
+    found: set[str] = set()
+    for target in targets:
+        try:
+            pattern = re.compile(rf"(?:.*\.)?(?:{target})")
+        except re.error as error:
+            raise UserError(f"lora.targets: {target!r} is no regular expression: {error}") from None
+        matches = [path for path in kernels if pattern.fullmatch(path)]
+        linear = {path for path in matches if kernels[path].ndim == 2}
+        if not linear:
+            what = "only convolutions" if matches else "no layer of the UNet"
+            raise UserError(
+                f"lora.targets: {target!r} matches {what}; name linear layers, as in "
+                "'to_q', 'to_k', 'to_v', 'to_out.0'"
+            )
+        found |= linear
+    if not found:
+        raise UserError("lora.targets is empty: name at least one layer to adapt, as in 'to_q'")
+    return sorted(found)
+
+
+def init_adapters(
+    key: Key[Array, ""], unet_params: Mapping[str, Any], *, rank: int, targets: Sequence[str]
+) -> Adapters:
+    """New adapters that change nothing yet: a ~ N(0, 1/rank^2), b = 0, float32.
+
+    Each layer draws from a key of its own name, so that its values do not depend on which other
+    layers are adapted.
+
+    Args:
+      key: random key.
+      unet_params: the UNet's parameters, or their shapes.
+      rank: at least 1 and at most the smaller side of every adapted layer.
+      targets: see `module_paths`.
+
+    Raises:
+      UserError: a target matches nothing, or the rank does not fit.
+    """
+    kernels = traverse_util.flatten_dict(unet_params)
+    by_dotted = {".".join(path): path for path in kernels}
+    adapters = {}
+    for path in module_paths(unet_params, targets):
+        *module, _ = by_dotted[f"{path}.kernel"]
+        rows, columns = kernels[(*module, "kernel")].shape
+        if not 1 <= rank <= min(rows, columns):
+            raise UserError(
+                f"lora.rank is {rank}, but {path} is {rows} x {columns}: "
+                f"use a rank from 1 to {min(rows, columns)}"
+            )
+        layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        adapters[(*module, "a")] = jax.random.normal(layer_key, (rows, rank), jnp.float32) / rank
+        adapters[(*module, "b")] = jnp.zeros((rank, columns), jnp.float32)
+    return traverse_util.unflatten_dict(adapters)
+
+
+def scaled(adapters: Adapters, alpha: float, rank: int) -> Adapters:
+    """The "lora" collection to apply: the same adapters with b multiplied by alpha / rank."""
+    return traverse_util.path_aware_map(
+        lambda path, leaf: leaf * (alpha / rank) if path[-1] == "b" else leaf, adapters
+    )
+
+
+def count(adapters: Adapters) -> int:
+    """How many numbers the adapters hold."""
+    return sum(leaf.size for leaf in jax.tree.leaves(adapters))

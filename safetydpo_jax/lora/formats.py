@@ -1,0 +1,173 @@
+"""LoRA files as PyTorch diffusers writes and reads them (`pytorch_lora_weights.safetensors`).
+
+Keys are `unet.<module>.lora_A.weight` (rank, in) and `unet.<module>.lora_B.weight` (out, rank); the
+older `.lora.down.weight` / `.lora.up.weight` are read too. The file format is safetensors' own:
+https://huggingface.co/docs/safetensors, "Format".
+"""
+
+import json
+import os
+import pathlib
+import re
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import traverse_util
+
+from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.lora.adapters import Adapters
+
+_KEY = re.compile(r"unet\.(?P<module>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight")
+_LEAF = {"lora_A": "a", "lora.down": "a", "lora_B": "b", "lora.up": "b"}
+_HEADER = "lora_adapter_metadata"
+
+
+def save_lora(
+    path: str | os.PathLike[str],
+    adapters: Adapters,
+    alpha: float,
+    metadata: Mapping[str, str] | None = None,
+) -> pathlib.Path:
+    """Writes adapters as one file that diffusers' `load_lora_weights` reads.
+
+    The scale alpha / rank is multiplied into B and the header says alpha = rank, because readers
+    that know no header (diffusers before 0.35, most converters) take alpha = rank. The bytes are a
+    function of the arguments alone, and the file appears whole or not at all.
+
+    Args:
+      path: the file to write; its folder is made.
+      adapters: as trained, b not yet scaled.
+      alpha: the LoRA's alpha.
+      metadata: more entries of the header, for people.
+    """
+    flat = traverse_util.flatten_dict(adapters)
+    modules = sorted({path[:-1] for path in flat})
+    tensors, rank = {}, flat[(*modules[0], "a")].shape[1]
+    for module in modules:
+        a, b = (np.asarray(flat[(*module, leaf)], np.float32) for leaf in "ab")
+        name = ".".join(("unet", *module))
+        tensors[f"{name}.lora_A.weight"] = a.T
+        tensors[f"{name}.lora_B.weight"] = (b * np.float32(alpha / rank)).T
+    config = {
+        "unet.r": rank,
+        "unet.lora_alpha": rank,
+        "unet.target_modules": [".".join(module) for module in modules],
+    }
+    header = {"format": "pt", _HEADER: json.dumps(config, indent=2, sort_keys=True)}
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(_serialize(tensors, {**(metadata or {}), **header}))
+    partial.replace(path)
+    return path
+
+
+def load_lora(
+    path: str | os.PathLike[str], unet_params: Mapping[str, Any]
+) -> tuple[Adapters, dict[str, str]]:
+    """Reads a diffusers LoRA file into a collection that is ready to apply as "lora".
+
+    Args:
+      path: the safetensors file.
+      unet_params: the UNet it is for, parameters or shapes; every key is checked against it.
+
+    Returns:
+      The adapters, b already multiplied by alpha / rank, and the header's entries.
+
+    Raises:
+      MissingFileError: there is no such file.
+      UserError: not a whole safetensors file, or not a LoRA that fits this UNet.
+    """
+    path = pathlib.Path(path)
+    tensors, header = _read(path)
+    shapes = {
+        ".".join(p): np.shape(leaf) for p, leaf in traverse_util.flatten_dict(unet_params).items()
+    }
+    by_dotted = {".".join(p): p for p in traverse_util.flatten_dict(unet_params)}
+    config = _adapter_config(path, header)
+    flat: dict[tuple[str, ...], np.ndarray] = {}
+    for key, tensor in sorted(tensors.items()):
+        match = _KEY.fullmatch(key)
+        kernel = f"{match['module']}.kernel" if match else ""
+        if match is None or len(shapes.get(kernel, ())) != 2:
+            raise UserError(
+                f"{path}: the key {key!r} names no linear layer of this UNet in diffusers' LoRA "
+                "format; is the file for another base model, or in another tool's format?"
+            )
+        leaf, side = _LEAF[match["side"]], match["side"]
+        rows, columns = shapes[kernel]
+        rank = tensor.shape[0 if leaf == "a" else -1]
+        expected = (rank, rows) if leaf == "a" else (columns, rank)
+        if tensor.shape != expected:
+            raise UserError(
+                f"{path}: {key} has shape {tensor.shape}, but for a layer of {rows} x {columns} "
+                f"{side} must be {expected}: the file is for another base model"
+            )
+        if not np.isfinite(tensor).all():
+            raise UserError(
+                f"{path}: {key} holds NaN or infinity; the training diverged: export again"
+            )
+        flat[(*by_dotted[kernel][:-1], leaf)] = tensor.T.astype(np.float32)
+    for *module, leaf in list(flat):
+        other = flat.get((*module, "b" if leaf == "a" else "a"))
+        if other is None:
+            raise UserError(
+                f"{path}: {'.'.join(module)} has only one of lora_A and lora_B; export again"
+            )
+        if leaf == "b":
+            rank = flat[(*module, "a")].shape[1]
+            if flat[(*module, "b")].shape[0] != rank:
+                raise UserError(
+                    f"{path}: {'.'.join(module)} has lora_A and lora_B of different rank"
+                )
+            flat[(*module, "b")] *= np.float32(config.get("unet.lora_alpha", rank) / rank)
+    return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in flat.items()}), header
+
+
+def _adapter_config(path: pathlib.Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """The LoRA config that diffusers writes; without one, alpha is the rank."""
+    config = json.loads(header.get(_HEADER) or "{}")
+    for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
+        if config.get(f"unet.{key}"):
+            raise UserError(f"{path}: the header asks for {key}, which is not supported")
+    return config
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such LoRA file; give the path of a .safetensors file")
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise UserError(
+            f"{path}: pickle files can run code and are not read; convert it where you trust it: "
+            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'lora.safetensors')"
+        )
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            header = dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}); copy or export it again"
+        ) from None
+    if not tensors:
+        raise UserError(f"{path}: the file holds no tensors; export it again")
+    return tensors, header
+
+
+def _serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """The file's bytes; the library's own writer shuffles the header's entries at every run."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    chunks, offset = [], 0
+    for name, array in sorted(tensors.items()):
+        data = np.ascontiguousarray(array, "<f4").tobytes()
+        span = [offset, offset + len(data)]
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": span}
+        chunks.append(data)
+        offset += len(data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([struct.pack("<Q", len(text)), text, *chunks])

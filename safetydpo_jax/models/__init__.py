@@ -1,0 +1,1 @@
+"""Flax networks of Stable Diffusion, and diffusers checkpoints in and out."""

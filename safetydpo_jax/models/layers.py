@@ -1,0 +1,190 @@
+"""Layers shared by the UNet, the autoencoder and the text encoder.
+
+Every module is named after the piece of the PyTorch state dict that it holds (Linen names may
+contain dots), so a parameter path joined with "." is the state-dict key of its module.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
+
+from safetydpo_jax.models import mixed
+
+
+class Dense(nn.Module):
+    """A linear layer that adds a low-rank adapter when the caller passes one.
+
+    The adapter lives in a collection of its own, "lora", with leaves `a` (in, rank) and `b` (rank,
+    features); without the collection the very same call is the frozen reference layer. `W + AB` is
+    never formed: it would cost a full weight gradient and round the adapter away in bfloat16.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32
+        )
+        x = x.astype(self.dtype)
+        if mixed.wanted():
+            y = mixed.matmul(x, kernel).astype(self.dtype)
+        else:
+            y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            y = y + bias.astype(self.dtype)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            # Adapters are applied in their own precision: a small delta must survive bfloat16.
+            y = y + ((x.astype(a.dtype) @ a) @ b).astype(self.dtype)
+        return y
+
+
+class Conv(nn.Module):
+    """A 2-D convolution, NHWC, kernel HWIO, with PyTorch's symmetric or explicit padding."""
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h2 w2 out"]:
+        k, pad = self.kernel_size, self.padding
+        kernel = self.param(
+            "kernel",
+            nn.initializers.lecun_normal(),
+            (k, k, x.shape[-1], self.features),
+            jnp.float32,
+        )
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        # With few channels in, the nine products of a shifted convolution are too thin to pay.
+        if mixed.wanted() and (k, self.strides, pad) == (3, 1, 1) and x.shape[-1] >= 64:
+            y = mixed.conv3x3(x, kernel).astype(self.dtype)
+        elif mixed.wanted() and k == 1:
+            y = mixed.matmul(x, kernel[0, 0]).astype(self.dtype)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x.astype(self.dtype),
+                kernel.astype(self.dtype),
+                (self.strides, self.strides),
+                ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return y + bias.astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over (h, w, c / groups), statistics in float32 by two passes.
+
+    The one-pass form E[x^2] - E[x]^2 loses digits where the mean is large, as in an autoencoder.
+    """
+
+    groups: int
+    eps: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (c,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (c,), jnp.float32)
+        g = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, c // self.groups)
+        mean = g.mean((1, 3), keepdims=True)
+        var = jnp.square(g - mean).mean((1, 3), keepdims=True)
+        # Folding the statistics into one multiply and one add a channel saves a pass over x.
+        rstd = jnp.broadcast_to(jax.lax.rsqrt(var + self.eps), (*var.shape[:-1], c // self.groups))
+        mean = jnp.broadcast_to(mean, rstd.shape)
+        gain = rstd.reshape(x.shape[0], 1, c) * scale
+        shift = bias - mean.reshape(x.shape[0], 1, c) * gain
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, c) * gain + shift
+        return y.reshape(x.shape).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, statistics in float32."""
+
+    eps: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return (y * scale + bias).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """A lookup table (num, features)."""
+
+    num: int
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Shaped[Array, "*batch"]) -> Float[Array, "*batch c"]:
+        table = self.param(
+            "embedding", nn.initializers.normal(0.02), (self.num, self.features), jnp.float32
+        )
+        return table.astype(self.dtype)[ids]
+
+
+class ResnetBlock(nn.Module):
+    """diffusers' ResnetBlock2D: norm, silu, conv, (+ time), norm, silu, conv, + shortcut."""
+
+    features: int
+    groups: int
+    eps: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w in"], temb: Float[Array, "b e"] | None = None
+    ) -> Float[Array, "b h w out"]:
+        h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
+        h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
+        if temb is not None:
+            t = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
+            h = h + t[:, None, None, :]
+        h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h))
+        h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            shortcut = Conv(self.features, 1, padding=0, dtype=self.dtype, name="conv_shortcut")
+            x = shortcut(x)
+        return x + h
+
+
+def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Doubles height and width by repetition (torch's `interpolate(scale_factor=2)`)."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
+def sinusoidal_embedding(
+    t: Shaped[Array, "n"], dim: int, *, flip_sin_to_cos: bool, freq_shift: float
+) -> Float[Array, "n dim"]:
+    """Sinusoids of timesteps or other scalars, as diffusers' `get_timestep_embedding`.
+
+    Args:
+      t: the scalars, any real dtype.
+      dim: size of the embedding, even.
+      flip_sin_to_cos: cosines first (Stable Diffusion) or sines first.
+      freq_shift: subtracted from dim / 2 in the exponent's denominator.
+    """
+    half = dim // 2
+    freqs = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    args = t.astype(jnp.float32)[:, None] * freqs[None]
+    sin, cos = jnp.sin(args), jnp.cos(args)
+    return jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], -1)

@@ -1,0 +1,174 @@
+"""Flax parameters to and from a diffusers folder's safetensors.
+
+One rule, no table: Linen names follow the PyTorch modules, so a parameter's path joined with "." is
+its state-dict key; `kernel`, `scale` and `embedding` are called `weight` there; a Dense kernel (in,
+out) is a transposed (out, in), a Conv kernel HWIO a transposed OIHW.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from safetydpo_jax.errors import MissingFileError, UserError
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+# A kernel's axes in PyTorch's order, by their number: linear layers and convolutions.
+_TORCH_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
+# Names that older files use for the autoencoder's attention.
+_RENAMED = {
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+}
+# transformers 5 writes CLIP's text encoder without the prefix that published checkpoints have.
+_PREFIX = "text_model."
+# Buffers that some files carry and that hold nothing learnt.
+_IGNORED = ("position_ids",)
+
+
+def torch_key(path: tuple[str, ...]) -> str:
+    """The state-dict key of the parameter at `path`."""
+    return ".".join((*path[:-1], _LEAVES[path[-1]]))
+
+
+def _to_torch(leaf: str, x: np.ndarray) -> np.ndarray:
+    return x.transpose(_TORCH_AXES[x.ndim]) if leaf == "kernel" else x
+
+
+def _from_torch(leaf: str, x: np.ndarray) -> np.ndarray:
+    return x.transpose(np.argsort(_TORCH_AXES[x.ndim])) if leaf == "kernel" else x
+
+
+def find_weights(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files of a diffusers component folder, one or many shards.
+
+    Raises:
+      MissingFileError: there is none, or a shard that the index names is missing.
+      UserError: only pickled weights are there, or the index names a file outside the folder.
+    """
+    for stem in ("diffusion_pytorch_model", "model"):
+        for variant in ("", ".fp16"):
+            single = folder / f"{stem}{variant}.safetensors"
+            if single.is_file():
+                return [single]
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if index.is_file():
+                return _shards(index)
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")])
+    if pickled:
+        raise UserError(
+            f"{pickled[0]}: pickled weights can run code and are never read here; convert them once"
+            " in PyTorch: pipeline.save_pretrained(folder, safe_serialization=True)"
+        )
+    raise MissingFileError(
+        f"{folder}: no .safetensors weights; is this a component folder of a diffusers checkpoint?"
+    )
+
+
+def _shards(index: pathlib.Path) -> list[pathlib.Path]:
+    try:
+        shards = {pathlib.PurePath(x) for x in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a safetensors index ({error}); download it again") from error
+    for shard in sorted(shards):
+        if shard.name != str(shard):
+            raise UserError(
+                f"{index}: names the file '{shard}' outside its folder; refusing to read it"
+            )
+        if not (index.parent / shard).is_file():
+            raise MissingFileError(f"{index.parent / shard}: this shard of the weights is missing")
+    return [index.parent / shard for shard in sorted(shards)]
+
+
+def _tensors(files: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, str, np.ndarray]]:
+    for file in files:
+        try:
+            with safe_open(str(file), framework="numpy") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                    yield file, key, tensors.get_tensor(key)
+        except SafetensorError as error:
+            raise UserError(
+                f"{file}: not a readable safetensors file ({error}); it may be truncated: fetch it"
+                " again"
+            ) from error
+
+
+def _modern_name(key: str, wanted: Mapping[str, Any]) -> str:
+    if _PREFIX + key in wanted:
+        return _PREFIX + key
+    for old, new in _RENAMED.items():
+        key = key.replace(old, new)
+    return key
+
+
+def load_params(folder: pathlib.Path, shapes: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Reads a component's parameters into the tree that `shapes` describes.
+
+    Args:
+      folder: a component folder, such as CHECKPOINT/unet.
+      shapes: the "params" tree of `jax.eval_shape(model.init, ...)`.
+      dtype: the type to hold the parameters in.
+
+    Raises:
+      UserError: naming missing, unknown, misshapen or non-finite tensors, or an unreadable file.
+    """
+    expected: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(shapes)))
+    wanted = {torch_key(path): path for path in expected}
+    params, unknown = {}, []
+    # All in NumPy until the last line: JAX would compile each transpose and check, shape by shape.
+    for file, key, tensor in _tensors(find_weights(folder)):
+        if key not in wanted:
+            key = _modern_name(key, wanted)
+        if key not in wanted:
+            if not key.endswith(_IGNORED):
+                unknown.append(key)
+            continue
+        path = wanted[key]
+        shape = _to_torch(path[-1], np.broadcast_to(0, expected[path].shape)).shape
+        if tensor.shape != shape:
+            raise UserError(
+                f"{file}: '{key}' has shape {tensor.shape}, but the config.json beside it asks for"
+                f" {shape}"
+            )
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{file}: '{key}' holds NaN or infinity; the checkpoint is damaged")
+        params[path] = jnp.asarray(_from_torch(path[-1], tensor), dtype)
+    missing = sorted(set(wanted) - {torch_key(path) for path in params})
+    for what, keys in (("lacks", missing), ("has unknown", sorted(unknown))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UserError(
+                f"{folder}: the checkpoint {what} {', '.join(keys[:3])}{more}; do the weights"
+                " belong to this config.json?"
+            )
+    return unflatten_dict(params)
+
+
+def save_params(params: Mapping[str, Any], file: pathlib.Path, dtype: Any) -> None:
+    """Writes parameters as one safetensors file under their PyTorch names, by way of a rename.
+
+    Raises:
+      UserError: a value is not finite in `dtype`.
+    """
+    tensors = {}
+    for path, x in flatten_dict(dict(params)).items():
+        with np.errstate(over="ignore"):
+            tensor = np.ascontiguousarray(_to_torch(path[-1], np.asarray(x)), dtype)
+        if not np.isfinite(tensor).all():
+            raise UserError(
+                f"{file}: not written: '{torch_key(path)}' holds NaN or infinity as"
+                f" {np.dtype(dtype).name}; a wider type may hold it"
+            )
+        tensors[torch_key(path)] = tensor
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    save_file(tensors, str(partial), metadata={"format": "pt"})
+    partial.replace(file)

@@ -1,0 +1,110 @@
+"""All stages of pretraining, in order; a stage whose result is in the workdir is not run again."""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+
+from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from safetydpo_jax.models.pretrained import Pipeline, build_networks, save_pipeline
+from safetydpo_jax.pretrain.autoencoder import encode_pictures, train_autoencoder
+from safetydpo_jax.pretrain.denoiser import train_denoiser
+from safetydpo_jax.pretrain.pictures import prepare_pictures
+from safetydpo_jax.pretrain.tokenizer import train_tokenizer
+
+
+def run(config: Any, workdir: str | pathlib.Path) -> pathlib.Path:
+    """Trains a base model and writes workdir/pipeline, a diffusers checkpoint in float16.
+
+    Args:
+      config: as configs/emoji_base.py describes.
+      workdir: every stage's results and checkpoints; a killed run goes on from them.
+
+    Returns:
+      The pipeline's folder.
+    """
+    workdir = pathlib.Path(workdir)
+    started = time.perf_counter()
+    pictures, captions = prepare_pictures(config.data, workdir)
+    print(f"pictures: {len(pictures)} of {config.data.resolution} px", flush=True)
+
+    words = sorted({word for text in captions for word in text.replace(",", " ").split()})
+    tokenizer = train_tokenizer(words, workdir / "tokenizer", **config.tokenizer)
+    tokens = np.asarray(_tokenize(tokenizer, captions), np.int32)
+    empty = np.asarray(_tokenize(tokenizer, [""])[0], np.int32)
+    print(f"tokenizer: {len(tokenizer)} tokens", flush=True)
+
+    vae_config = _plain(config.vae)
+    vae = AutoencoderKL(AutoencoderConfig.from_dict(vae_config))
+    vae_params = train_autoencoder(
+        config.autoencoder_training, vae, pictures, workdir, config.seed
+    )
+    mean, std, factor = encode_pictures(
+        config.autoencoder_training, vae, vae_params, pictures, workdir
+    )
+
+    text_config = _plain(config.text_encoder) | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": config.tokenizer.max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    configs = {
+        "unet": _plain(config.unet),
+        "vae": vae_config | {"scaling_factor": factor},
+        "text_encoder": text_config,
+        "scheduler": _plain(config.scheduler),
+    }
+    unet, vae, text_encoder, schedule = build_networks(configs, str(workdir))
+
+    def write(params: Any, name: str) -> pathlib.Path:
+        pipeline = Pipeline(
+            unet,
+            params["unet"],
+            vae,
+            vae_params,
+            text_encoder,
+            params["text_encoder"],
+            tokenizer,
+            schedule,
+            configs,
+        )
+        save_pipeline(pipeline, workdir / name, np.float16)
+        return workdir / name
+
+    def save_preview(params: Any, step: int) -> dict[str, float]:
+        write(params, "preview")
+        return {}
+
+    params = train_denoiser(
+        config.denoiser_training,
+        unet,
+        text_encoder,
+        schedule,
+        (mean, std),
+        factor,
+        tokens,
+        empty,
+        workdir,
+        seed=config.seed,
+        evaluate=save_preview,
+    )
+    folder = write(params, "pipeline")
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
+    minutes = (time.perf_counter() - started) / 60
+    print(f"done in {minutes:.1f} min: {folder} ({size:.1f} MB of weights)", flush=True)
+    return folder
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> Any:
+    return tokenizer(
+        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length
+    )["input_ids"]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A ConfigDict as JSON has it: lists for tuples."""
+    return json.loads(json.dumps(config.to_dict()))

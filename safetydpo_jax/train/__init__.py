@@ -1,0 +1,1 @@
+"""Preference training: the losses, the compiled step, the state on disk, and the run."""

@@ -1,0 +1,202 @@
+"""The run: from a config to an exported, measured expert, in phases that can each be resumed.
+
+Every phase looks in the workdir first, so the same command goes on after a kill, and the adapters
+come out bit for bit as if nothing had happened:
+
+    pairs/  cache/  checkpoints/  metrics.jsonl  tensorboard/  export/  report/  config.json
+"""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from safetydpo_jax import data, lora, sharding
+from safetydpo_jax.data import storage
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train.guard import Guard
+from safetydpo_jax.train.metrics import MetricsLog
+from safetydpo_jax.train.settings import deciding, resolve
+from safetydpo_jax.train.state import Checkpoints, TrainState, make_optimizer
+from safetydpo_jax.train.step import make_train_step
+from safetydpo_jax.train.workdir import Phases, lock_workdir, stop_signal
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    progress: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> dict[str, Any]:
+    """Trains, exports and measures one expert, or goes on where an earlier run ended.
+
+    Args:
+      config: as `configs/common.py` makes it.
+      workdir: the run's folder; made if needed, used by one run at a time.
+      progress: takes lines of text.
+
+    Returns:
+      The report's summary; empty if `report.enabled` is False.
+
+    Raises:
+      UserError: a wrong config or input, settings that differ from the workdir's, a diverged run.
+      SystemExit: stopped by SIGTERM or Ctrl-C during training; the state is saved.
+    """
+    phases = Phases(progress, total=9)
+
+    phases.begin("config and workdir")
+    config = resolve(config)
+    workdir = pathlib.Path(workdir)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    with lock_workdir(workdir):
+        storage.write_file(workdir / "config.json", config.to_json(indent=2).encode() + b"\n")
+        devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
+        progress(f"{config.category}, recipe {config.recipe}, {workdir}, {devices}")
+
+        phases.begin("base model")
+        # Everything that can be wrong with the config is found before hours of drawing.
+        pipeline = load_pipeline(config.model)
+        step_fn = make_train_step(pipeline.unet, pipeline.schedule, config, mesh)
+        adapters = lora.init_adapters(
+            jax.random.key(config.seed, impl="threefry2x32"),
+            pipeline.unet_params,
+            rank=config.lora.rank,
+            targets=config.lora.targets,
+        )
+        progress(
+            f"{config.model}: {lora.count(pipeline.unet_params):,} parameters in the UNet; "
+            f"adapters of rank {config.lora.rank} on {len(jax.tree.leaves(adapters)) // 2} layers, "
+            f"{lora.count(adapters):,} parameters"
+        )
+
+        phases.begin("pairs")
+        data.make_pairs(config, pipeline, workdir, progress)
+
+        phases.begin("cache")
+        cache = data.make_cache(config, pipeline, workdir, progress)
+        progress(f"{cache.num_pairs} pairs and {cache.num_preserve} preservation pictures")
+
+        phases.begin("state")
+        state = jax.device_put(
+            TrainState.create(adapters, make_optimizer(config)), sharding.replicated(mesh)
+        )
+        model_hash = storage.hash_model(pipeline.path, ("unet", "scheduler"))
+        checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            deciding(config, model_hash, cache.key),
+            keep=config.checkpoint.keep,
+        )
+        state = checkpoints.restore(state) or state
+        done = int(state.step)
+        progress(f"going on from step {done}" if done else "a new run")
+        if done > config.steps:
+            raise UserError(
+                f"{checkpoints.path} is at step {done}, past config.steps = {config.steps}: raise "
+                "config.steps, choose another --workdir, or delete that folder to start anew"
+            )
+
+        if done < config.steps:
+            state = _train(
+                config, workdir, phases, step_fn, pipeline, mesh, cache, checkpoints, state
+            )
+
+        phases.begin("export")
+        path = workdir / "export" / LORA_FILE
+        header = {
+            "base": str(config.model),
+            "category": config.category,
+            "recipe": config.recipe,
+            "steps": str(config.steps),
+        }
+        lora.save_lora(path, jax.device_get(state.adapters), config.lora.alpha, header)
+        progress(f"{path}, {path.stat().st_size / 1e6:.2f} MB")
+
+        phases.begin("report")
+        summary: dict[str, Any] = {}
+        if config.report.enabled:
+            # Here, so that a run without a report needs none of what the report needs.
+            from safetydpo_jax.evaluate import write_report
+
+            exported, _ = lora.load_lora(path, pipeline.unet_params)
+            summary = write_report(config, pipeline, exported, workdir, progress=progress)
+        phases.end()
+        progress(_made(workdir, summary))
+        progress(phases.table())
+    return summary
+
+
+def _train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    phases: Phases,
+    step_fn: Any,
+    pipeline: Any,
+    mesh: jax.sharding.Mesh,
+    cache: data.Cache,
+    checkpoints: Checkpoints,
+    state: TrainState,
+) -> TrainState:
+    """Compiles the step and makes the updates that are left."""
+    progress, start = phases.progress, int(state.step)
+
+    phases.begin("compile")
+    batches = data.batches(cache, config, start)
+    shardings = sharding.param_shardings(mesh, pipeline.unet_params, config.mesh.rules)
+    base_params = jax.device_put(pipeline.unet_params, shardings)
+    null_embeds = jax.device_put(cache.null_embeds, sharding.replicated(mesh))
+
+    def on_mesh(batch: data.Batch) -> data.Batch:
+        return jax.device_put(batch, sharding.batch_sharding(mesh))
+
+    batch = on_mesh(next(batches))
+    began = time.monotonic()
+    lowered = step_fn.lower(state, base_params, batch, null_embeds)
+    compiled = lowered.compile()
+    # Before partitioning, so of all devices together; a scan's body is counted once.
+    flops = lowered.cost_analysis()["flops"] * config.accumulation
+    progress(f"compiled in {time.monotonic() - began:.1f} s; {flops / 1e12:.3f} TFLOP a step")
+
+    phases.begin("train")
+    guard = Guard(config, checkpoints.path)
+    rows = config.batch_size * config.accumulation
+    with MetricsLog(workdir, config, start, rows, flops, progress) as log, stop_signal() as stop:
+        if start == 0:
+            checkpoints.save(state)
+        pending = None
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = compiled(state, base_params, batch, null_embeds)
+            # While the device works on this step, read the last one's numbers and the next batch.
+            if pending:
+                guard.check(*log.write(*pending))
+            pending = (step, metrics)
+            last = step == config.steps or stop.asked
+            if not last:
+                batch = on_mesh(next(batches))
+            if last or step % config.checkpoint.every == 0:
+                guard.check(*log.write(*pending))
+                pending = None
+                # A run that is going wrong must not push out the last good checkpoint.
+                if last or guard.calm:
+                    checkpoints.save(state)
+            if stop.asked and step < config.steps:
+                progress(
+                    f"stopped by {stop.asked.name}: step {step} is saved in {checkpoints.path}; "
+                    "the same command goes on from there"
+                )
+                raise SystemExit(128 + stop.asked)
+    return state
+
+
+def _made(workdir: pathlib.Path, summary: dict[str, Any]) -> str:
+    lines = [
+        f"adapter       {workdir / 'export' / LORA_FILE}",
+        f"metrics       {workdir / 'metrics.jsonl'}, tensorboard --logdir {workdir}",
+    ]
+    if summary:
+        lines.append(f"report        {workdir / 'report'}: grid.png, summary.json")
+    return "\n".join(lines)

@@ -1,0 +1,86 @@
+"""A row's randomness: it belongs to the row and its draw, not to a batch, a step or a device.
+
+So one device or many, one big batch or an accumulated one, a fresh run or a resumed one all see the
+same numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt
+
+from safetydpo_jax.diffusion.schedule import NoiseSchedule
+
+Moments = Mapping[str, Any]  # "mean" and "logvar" (b, h, w, c) of scaled latents
+
+
+class NoisyRows(NamedTuple):
+    """What the UNet gets for some rows, and what it should answer.
+
+    Attributes:
+      latents: x_t of each of a row's pictures, all at the row's one timestep and noise.
+      targets: the right answers to them.
+      timesteps: of the rows.
+      prompt_embeds: the captions, some dropped.
+    """
+
+    latents: list[Float[Array, "b h w c"]]
+    targets: list[Float[Array, "b h w c"]]
+    timesteps: Int[Array, "b"]
+    prompt_embeds: Float[Array, "b t d"]
+
+
+def row_keys(
+    seed: Key[Array, ""],
+    row_id: UInt[Array | np.ndarray, "b"],
+    draw: UInt[Array | np.ndarray, "b"],
+) -> Key[Array, "b"]:
+    """One random key for each (row, draw)."""
+    return jax.vmap(lambda r, d: jax.random.fold_in(jax.random.fold_in(seed, r), d))(row_id, draw)
+
+
+def noisy_rows(
+    keys: Key[Array, "b"],
+    pictures: Sequence[Moments],
+    prompt_embeds: Float[Array | np.ndarray, "b t d"],
+    null_embeds: Float[Array | np.ndarray, "t d"],
+    schedule: NoiseSchedule,
+    *,
+    t_min: int,
+    t_max: int,
+    caption_dropout: float,
+) -> NoisyRows:
+    """Draws latents from the moments, noises them, and drops captions.
+
+    Args:
+      keys: from `row_keys`.
+      pictures: the moments of each of a row's pictures, as winner and loser.
+      prompt_embeds: the captions.
+      null_embeds: what takes the place of a dropped caption.
+      schedule: of the base model.
+      t_min: the first timestep that may be drawn.
+      t_max: one past the last.
+      caption_dropout: probability of dropping a caption.
+    """
+    shape = pictures[0]["mean"].shape[1:]
+
+    def draw(key: Key[Array, ""]) -> tuple[Array, Array, Array, Array]:
+        t_key, noise_key, drop_key, latent_key = jax.random.split(key, 4)
+        return (
+            jax.random.randint(t_key, (), t_min, t_max),
+            jax.random.normal(noise_key, shape),
+            jax.random.bernoulli(drop_key, caption_dropout),
+            jax.random.normal(latent_key, (len(pictures), *shape)),
+        )
+
+    t, noise, drop, samples = jax.vmap(draw)(keys)
+    x0s = [m["mean"] + jnp.exp(0.5 * m["logvar"]) * samples[:, i] for i, m in enumerate(pictures)]
+    return NoisyRows(
+        [schedule.add_noise(x0, noise, t) for x0 in x0s],
+        [schedule.target(x0, noise, t) for x0 in x0s],
+        t,
+        jnp.where(drop[:, None, None], null_embeds, prompt_embeds),
+    )

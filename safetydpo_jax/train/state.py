@@ -1,0 +1,109 @@
+"""What training changes and how it is kept on disk: adapters, optimiser, step."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.lora.adapters import Adapters
+
+SCHEDULES = ("constant", "cosine")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: updates made so far, int32 ().
+      adapters: nested dict, leaves a and b in float32; b without the factor alpha / rank.
+      opt_state: the optimiser's moments.
+    """
+
+    # Any: the same tree also holds shapes or shardings.
+    step: Any
+    adapters: Any
+    opt_state: Any
+
+    @classmethod
+    def create(cls, adapters: Adapters, optimizer: optax.GradientTransformation) -> "TrainState":
+        return cls(jnp.zeros((), jnp.int32), adapters, optimizer.init(adapters))
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Linear warm-up, then constant or a cosine that reaches 0 at the last step."""
+    c = config.optimizer
+    rest = optax.constant_schedule(c.learning_rate)
+    if c.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(c.learning_rate, max(1, config.steps - c.warmup_steps))
+    # The first update already moves: its rate is 1 / warmup_steps of the full one.
+    first = c.learning_rate / max(1, c.warmup_steps)
+    warmup = optax.linear_schedule(first, c.learning_rate, max(1, c.warmup_steps - 1))
+    return optax.join_schedules([warmup, rest], [c.warmup_steps])
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW on gradients clipped to a global norm."""
+    c = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(c.clip_norm),
+        optax.adamw(learning_rate(config), c.b1, c.b2, weight_decay=c.weight_decay),
+    )
+
+
+class Checkpoints:
+    """The run's checkpoints: a folder a step, written whole or not at all, the last few kept.
+
+    Each holds the state and the settings that its numbers depend on; a run with other settings
+    refuses to go on from it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any], *, keep: int):
+        self.path = pathlib.Path(path).absolute()
+        self._settings = json.loads(json.dumps(settings))
+        # Orbax writes to a temporary name and renames: a kill leaves the last whole one in place.
+        # Not in the background: the next step takes over the very buffers that are being written.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.path, options=options)
+
+    def save(self, state: TrainState) -> None:
+        """Writes the state under its own step, unless it is there."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self._settings)
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest state, laid out as `like`; None if nothing was saved.
+
+        Raises:
+          UserError: it was saved by a run with other settings.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        only = ocp.args.Composite(settings=ocp.args.JsonRestore())
+        self._check(self._manager.restore(step, args=only).settings)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        only = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=only).state
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        for key in sorted(self._settings.keys() | saved.keys()):
+            old, new = saved.get(key), self._settings.get(key)
+            if old != new:
+                raise UserError(
+                    f"{self.path} was trained with {key} = {old!r}, but now it is {new!r}: set it "
+                    "back, choose another --workdir, or delete that folder to start anew"
+                )

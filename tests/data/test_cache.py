@@ -1,0 +1,172 @@
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from safetydpo_jax.data import Cache, PairSet, cache, make_cache
+from safetydpo_jax.errors import MissingFileError, UserError
+
+
+@pytest.fixture
+def made(config, pipeline, write, tmp_path):
+    """Makes the cache of the pairs in tmp_path/run; returns it and what was said."""
+
+    def make():
+        said = []
+        return make_cache(config, pipeline, tmp_path / "run", said.append), said
+
+    return make
+
+
+def test_records_are_what_the_model_computes(made, write, pipeline, monkeypatch):
+    monkeypatch.setattr(cache, "ENCODE_BATCH", 4)
+    pairs = PairSet(write())
+    stored, _ = made()
+    assert (stored.num_pairs, stored.num_preserve, stored.orientations) == (5, 3, 1)
+    pictures = [p for split in ("unsafe", "safe", "preserve") for p in pairs.pictures(split)]
+    mean, logvar = pipeline.encode_images(np.stack([p.pixels for p in pictures]))
+    records = np.array([12, 0, 7])
+    found = stored.moments(records, np.zeros(3, int))
+    np.testing.assert_array_equal(found["mean"], mean[records])
+    np.testing.assert_array_equal(found["logvar"], logvar[records])
+    embeds = pipeline.encode_prompts([pictures[i].prompt for i in records])
+    np.testing.assert_array_equal(stored.prompt_embeds(records), embeds)
+    np.testing.assert_array_equal(stored.null_embeds, pipeline.encode_prompts([""])[0])
+
+
+def test_mirror_images(made, write, config):
+    write()
+    config.cache.flip = True
+    stored, _ = made()
+    plain, mirrored = (stored.moments(np.array([2]), np.array([o])) for o in (0, 1))
+    assert stored.orientations == 2
+    pixels = list(PairSet(stored.folder.parent / "pairs").pictures("unsafe"))[2].pixels
+    np.testing.assert_array_equal(
+        mirrored["mean"][0], pixels[::4, ::-1][:, ::4] / np.float32(127.5) - 1
+    )
+    assert not np.array_equal(plain["mean"], mirrored["mean"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numpy_dtype"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)]
+)
+def test_half_precision(made, write, config, dtype, numpy_dtype):
+    write()
+    config.cache.dtype = "float32"
+    exact = made()[0].prompt_embeds(np.arange(13))
+    config.cache.dtype = dtype
+    half = made()[0].prompt_embeds(np.arange(13))
+    assert half.dtype == np.float32
+    np.testing.assert_array_equal(half, exact.astype(numpy_dtype).astype(np.float32))
+
+
+def test_read_from_disk_as_from_memory(made, write, monkeypatch):
+    write()
+    held = made()[0]
+    monkeypatch.setattr(cache, "IN_MEMORY_BYTES", 0)
+    on_disk = made()[0]
+    records = np.array([3, 3, 11])
+    np.testing.assert_array_equal(on_disk.prompt_embeds(records), held.prompt_embeds(records))
+
+
+def test_computed_once(made, write, pipeline, monkeypatch):
+    write()
+    key = made()[0].key
+    monkeypatch.setattr(type(pipeline), "encode_images", None)
+    again, said = made()
+    assert (again.key, said) == (key, [])
+
+
+@pytest.mark.parametrize("what", ["pairs", "vae", "text", "compute", "dtype", "flip"])
+def test_stale_cache_is_never_used(made, write, config, pipeline, what):
+    write()
+    key = made()[0].key
+    match what:
+        case "pairs":
+            write(mark="v")
+        case "vae":
+            (pipeline.path / "vae" / "config.json").write_text("{}")
+        case "text":
+            (pipeline.path / "tokenizer" / "merges.txt").write_text("a b")
+        case "compute":
+            pipeline.text_params = {"weight": np.ones(1, np.float16)}
+        case "dtype":
+            config.cache.dtype = "float16"
+        case "flip":
+            config.cache.flip = True
+    stored, said = made()
+    assert stored.key != key
+    assert said[0] == "cache: of other pairs, another model or other settings; computed again"
+
+
+def test_other_unet_does_not_matter(made, write, pipeline):
+    write()
+    made()
+    (pipeline.path / "unet" / "config.json").write_text("{}")
+    assert made()[1] == []
+
+
+def test_half_written_cache_is_not_seen(made, write, tmp_path):
+    write()
+    partial = tmp_path / "run" / "cache.writing"
+    partial.mkdir()
+    (partial / "pictures.array_record").write_bytes(b"half")
+    assert made()[0].num_pairs == 5
+    assert not partial.exists()
+
+
+def test_unknown_dtype(made, write, config):
+    write()
+    config.cache.dtype = "int8"
+    with pytest.raises(
+        UserError, match=r"config\.cache\.dtype is 'int8': it must be one of float32"
+    ):
+        made()
+
+
+def test_pictures_of_two_sizes(made, write, tmp_path):
+    write(last_size=32)
+    with pytest.raises(UserError, match=r"picture z0 is \(32, 32\) pixels, others are \(16, 16\)"):
+        made()
+    assert not (tmp_path / "run" / "cache").exists()
+
+
+def test_no_pair_set(made):
+    with pytest.raises(MissingFileError, match=r"pairs has no card\.json"):
+        made()
+
+
+def test_full_disk(made, write, monkeypatch):
+    write()
+    monkeypatch.setattr(cache, "RECORDS", "../../../../../../../../../../dev/full")
+    with pytest.raises(UserError, match=r"could not write .*free some space"):
+        made()
+
+
+def test_changed_bytes(made, write):
+    write()
+    file = made()[0].folder / "pictures.array_record"
+    data = bytearray(file.read_bytes())
+    data[400] ^= 255
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"pictures\.array_record is damaged .*remove that folder"):
+        made()
+
+
+def test_cut_file(made, write):
+    write()
+    folder = made()[0].folder
+    file = folder / "pictures.array_record"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(UserError, match="is damaged: it is not the file that card"):
+        Cache(folder)
+
+
+def test_fewer_records_than_the_card_says(made, write):
+    write()
+    folder = made()[0].folder
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps(card | {"num_pairs": 6}))
+    with pytest.raises(UserError, match="is damaged: 13 records of 15"):
+        Cache(folder)

@@ -1,0 +1,186 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from safetydpo_jax.data import PairSet, draw, make_pairs
+from safetydpo_jax.diffusion.samplers import draw_pictures
+from safetydpo_jax.errors import MissingFileError, UserError
+
+# A run that is killed at the second chunk, in a process of its own, with the data path only.
+KILLED_RUN = """
+import os, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import conftest
+from safetydpo_jax.data import batches, make_cache, make_pairs
+
+calls = []
+def judge(*args):
+    calls.append(0)
+    if len(calls) == int(sys.argv[3]):
+        os._exit(137)
+    return conftest.tiny_judge(*args)
+
+config, workdir = conftest.tiny_config(), pathlib.Path(sys.argv[2])
+pipeline = conftest.TinyPipeline(workdir.parent / "model")
+make_pairs(config, pipeline, workdir, source=conftest.tiny_source(judge))
+next(batches(make_cache(config, pipeline, workdir), config))
+print(sorted({"tensorflow", "torch"} & sys.modules.keys()))
+"""
+
+
+def run(tmp_path, die_at):
+    return subprocess.run(
+        [sys.executable, "-c", KILLED_RUN, Path(__file__).parent, tmp_path / "run", str(die_at)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_pairs_share_noise_and_are_counted(config, pipeline, source, tmp_path):
+    said = []
+    folder = make_pairs(config, pipeline, tmp_path / "run", said.append, source)
+    pairs = PairSet(folder, verify=True)
+    assert (pairs.num_pairs, pairs.num_preserve) == (10, 8)
+    assert pairs.card["counts"] == {
+        "drawn": 16,
+        "kept": 10,
+        "dropped": {"every fourth": 4},
+        "not_needed": 2,
+    }
+    assert pairs.card["settings"]["pairs.guidance_scale"] == 2.0
+    unsafe, safe, other = (list(pairs.pictures(s)) for s in ("unsafe", "safe", "preserve"))
+    assert [p.id for p in unsafe] == [f"h{i}" for i in range(16) if i % 4 != 3][:10]
+    assert [p.seed for p in unsafe] == [p.seed for p in safe]
+    assert len({p.seed for p in unsafe + other}) == 18
+    for split in (unsafe, safe, other):
+        again = draw_pictures(
+            pipeline,
+            [p.prompt for p in split],
+            np.array([p.seed for p in split]),
+            batch_size=8,
+            num_steps=2,
+            guidance_scale=2.0,
+        )
+        np.testing.assert_array_equal(np.stack([p.pixels for p in split]), again)
+    assert not any(word in line for line in said for word in ("harm", "safe ", "other "))
+
+
+def test_killed_run_ends_with_the_same_set(config, pipeline, source, silent, tmp_path):
+    whole = make_pairs(config, pipeline, tmp_path / "whole", silent, source)
+    assert run(tmp_path, die_at=3).returncode == 137
+    stored = sorted((tmp_path / "run" / "pairs.drawing").rglob("*.safetensors"))
+    assert len(stored) == 3
+    before = stored[0].stat().st_mtime_ns
+    (tmp_path / "run" / "pairs.writing").mkdir()  # as if another was killed while writing
+    (stored[0].parent / "pairs-000012.safetensors.writing").write_bytes(b"half")
+    drawn = []
+    original = draw.draw_pictures
+
+    def counted(*args, **options):
+        assert stored[0].stat().st_mtime_ns == before
+        drawn.append(len(args[1]))
+        return original(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "draw_pictures", counted)
+        resumed = make_pairs(config, pipeline, tmp_path / "run", silent, source)
+    assert drawn == [8, 8]  # the fourth chunk of pairs, and the preservation pictures
+    cards = [json.loads((f / "card.json").read_text()) for f in (whole, resumed)]
+    assert cards[0] == cards[1]
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["pairs"]
+
+
+def test_neither_tensorflow_nor_torch_is_imported(pipeline, tmp_path):
+    result = run(tmp_path, die_at=0)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_pairs_are_drawn_once(config, pipeline, source, silent, tmp_path, monkeypatch):
+    folder = make_pairs(config, pipeline, tmp_path / "run", silent, source)
+    monkeypatch.setattr(draw, "draw_pictures", None)
+    assert make_pairs(config, pipeline, tmp_path / "run", silent, source) == folder
+    config.pairs.path = str(folder)
+    assert make_pairs(config, pipeline, tmp_path / "elsewhere", silent, source) == folder
+
+
+def test_other_settings_do_not_reuse_or_replace_pairs(config, pipeline, source, silent, tmp_path):
+    make_pairs(config, pipeline, tmp_path / "run", silent, source)
+    config.pairs.num_steps = 3
+    with pytest.raises(UserError, match=r"other settings \(pairs.num_steps\): remove that folder"):
+        make_pairs(config, pipeline, tmp_path / "run", silent, source)
+    config.pairs.num_steps = 2
+    (pipeline.path / "unet" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="model_hash"):
+        make_pairs(config, pipeline, tmp_path / "run", silent, source)
+
+
+def test_fewer_pairs_than_wanted_are_said(config, pipeline, source, tmp_path):
+    said = []
+
+    def picky(unsafe, safe, pairs):
+        return ["blurred" if harm.id != "h2" else "" for harm, _ in pairs]
+
+    config.pairs.preserve_count = 0
+    folder = make_pairs(config, pipeline, tmp_path / "run", said.append, replaced(source, picky))
+    assert PairSet(folder).num_pairs == 1
+    assert said[-1] == "pairs: only 1 of 10 wanted pairs; 19 blurred"
+
+
+def test_no_pair_passes(config, pipeline, source, silent, tmp_path):
+    source = replaced(source, lambda unsafe, safe, pairs: ["blurred"] * len(pairs))
+    with pytest.raises(UserError, match="none of the 20 pairs that tiny drew for hate"):
+        make_pairs(config, pipeline, tmp_path / "run", silent, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_pairs", 0), ("preserve_count", -1), ("num_steps", 0), ("batch_size", 0), ("seed", -1)],
+)
+def test_sizes_that_cannot_be(config, pipeline, source, silent, tmp_path, name, value):
+    config.pairs[name] = value
+    with pytest.raises(UserError, match=rf"config\.pairs\.{name} is {value}: it must be"):
+        make_pairs(config, pipeline, tmp_path / "run", silent, source)
+
+
+def test_own_pairs_that_are_not_there(config, pipeline, silent, tmp_path):
+    config.pairs.path = str(tmp_path / "nowhere")
+    with pytest.raises(MissingFileError, match=r"nowhere has no card\.json"):
+        make_pairs(config, pipeline, tmp_path / "run", silent)
+
+
+def test_model_without_files(config, pipeline, source, silent, tmp_path):
+    pipeline.path = tmp_path / "empty"
+    with pytest.raises(MissingFileError, match="empty holds no model files"):
+        make_pairs(config, pipeline, tmp_path / "run", silent, source)
+
+
+def test_full_disk(config, pipeline, source, silent, tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"could not write .*No space left .*free some space"):
+        make_pairs(config, pipeline, tmp_path / "run", silent, source)
+
+
+def test_damaged_chunk(config, pipeline, source, silent, tmp_path):
+    def stop(message):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(config, pipeline, tmp_path / "run", stop, source)
+    chunk = next((tmp_path / "run" / "pairs.drawing").rglob("pairs-000000.safetensors"))
+    chunk.write_bytes(b"no")
+    with pytest.raises(UserError, match=r"pairs-000000\.safetensors is damaged .*remove it"):
+        make_pairs(config, pipeline, tmp_path / "run", silent, source)
+
+
+def replaced(source, judge):
+    return type(source)(source.name, source.pairs, source.preserve, judge)

@@ -1,0 +1,46 @@
+import subprocess
+import sys
+
+import pytest
+
+from safetydpo_jax.errors import UserError, run_main
+
+
+def run(action) -> int | None:
+    with pytest.raises(SystemExit) as exit_info:
+        run_main(action)
+    return exit_info.value.code
+
+
+def raises(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_main_ends_with_its_own_exit_code():
+    assert run(lambda: None) is None
+    assert run(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("error", [UserError("rank is 0"), FileNotFoundError("no file a.csv")])
+def test_a_users_error_is_one_line_and_exit_code_2(error, capsys):
+    assert run(raises(error)) == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_ctrl_c_exits_with_130(capsys):
+    assert run(raises(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 // 0)
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, safetydpo_jax; print('jax' in sys.modules, safetydpo_jax.__version__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.startswith("False ")

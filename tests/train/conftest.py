@@ -1,0 +1,128 @@
+"""A checkpoint of a few thousand random numbers, pairs for it, and configs that train in seconds."""
+
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from safetydpo_jax import lora
+from safetydpo_jax.data import Picture, write_pairs
+from safetydpo_jax.diffusion.schedule import NoiseSchedule
+from safetydpo_jax.models.attention import Attention
+from safetydpo_jax.models.layers import Dense
+from safetydpo_jax.models.pretrained import load_pipeline
+from tests.diffusion.tiny_pipeline import write_tiny_pipeline
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    return write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def pipeline(model_folder):
+    return load_pipeline(model_folder)
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory):
+    """24 pairs and 8 preservation pictures of noise, 16x16."""
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    rng = np.random.default_rng(0)
+
+    def pictures(mark, count):
+        pixels = rng.integers(0, 256, (count, 16, 16, 3), np.uint8)
+        return [Picture(f"{mark}{i}", f"{mark} word", i, p) for i, p in enumerate(pixels)]
+
+    write_pairs(folder, pictures("u", 24), pictures("s", 24), pictures("p", 8), {})
+    return folder
+
+
+@pytest.fixture
+def config(model_folder, pairs_folder):
+    """Ten steps of the anchored recipe, not yet resolved."""
+    config = common.get_config("hate")
+    config.model = str(model_folder)
+    config.steps = 10
+    config.batch_size = 8
+    config.preserve_batch_size = 8
+    config.lora.rank = 2
+    config.pairs.path = str(pairs_folder)
+    config.optimizer.warmup_steps = 2
+    config.checkpoint.every = 3
+    config.log_every = 5
+    config.report.enabled = False
+    return config
+
+
+class SmallUNet(nn.Module):
+    """One attention layer between Dense ones: what the step needs of a UNet, compiled at once."""
+
+    @nn.compact
+    def __call__(self, latents, timesteps, prompt_embeds):
+        b, h, w, c = latents.shape
+        time = jnp.sin(timesteps[:, None] / jnp.array([3.0, 30.0, 300.0]))
+        x = Dense(16, name="proj_in")(latents.reshape(b, h * w, c))
+        x = nn.silu(x + Dense(16, name="time")(time)[:, None])
+        x = x + Attention(16, 2, name="attn2")(x, prompt_embeds)
+        return Dense(c, name="proj_out")(nn.silu(x)).reshape(latents.shape)
+
+
+@pytest.fixture(scope="session")
+def small():
+    """The part of a pipeline that a step needs."""
+    unet = SmallUNet()
+    inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 5, 16))
+    return types.SimpleNamespace(
+        unet=unet,
+        unet_params=unet.init(jax.random.key(0), *inputs)["params"],
+        schedule=NoiseSchedule(beta_schedule="scaled_linear"),
+    )
+
+
+@pytest.fixture(scope="session")
+def adapters(small):
+    """Adapters that already change the output."""
+    adapters = lora.init_adapters(
+        jax.random.key(1), small.unet_params, rank=2, targets=("to_q", "to_k", "to_v", "to_out.0")
+    )
+    leaves, tree = jax.tree.flatten(adapters)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, leaves)
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """32 rows and 32 preserve rows of random moments."""
+    rng = np.random.default_rng(0)
+
+    def moments():
+        shape = (32, 8, 8, 4)
+        return {
+            "mean": rng.normal(size=shape).astype(np.float32),
+            "logvar": np.full(shape, -4, np.float32),
+        }
+
+    def rows(first):
+        return {
+            "prompt_embeds": rng.normal(size=(32, 5, 16)).astype(np.float32),
+            "row_id": np.arange(first, first + 32, dtype=np.uint32),
+            "draw": np.arange(32, dtype=np.uint32) // 4,
+        }
+
+    return {
+        "winner": moments(),
+        "loser": moments(),
+        **rows(0),
+        "preserve": {**moments(), **rows(1000)},
+    }
+
+
+@pytest.fixture(scope="session")
+def null_embeds():
+    return jnp.zeros((5, 16))

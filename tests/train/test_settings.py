@@ -1,0 +1,73 @@
+import pytest
+
+from configs import common
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.train.settings import deciding, resolve
+
+
+def test_the_recipe_fills_what_was_left_open(config):
+    config.recipe = "paper"
+    config.loss.beta = 7.0
+    resolved = resolve(config)
+    assert resolved.loss.beta == 7.0
+    assert resolved.loss.preservation == 0
+    assert resolved.preserve_batch_size == 0
+    assert resolved.optimizer.learning_rate == common.RECIPES["paper"]["optimizer"]["learning_rate"]
+    assert config.loss.preservation is None
+
+
+def test_alpha_follows_the_rank_unless_set(config):
+    config.lora.rank = 8
+    assert resolve(config).lora.alpha == 8
+    config.lora.alpha = 3.0
+    assert (resolve(config).lora.alpha, config.lora.rank) == (3, 8)
+
+
+@pytest.mark.parametrize("category", common.CATEGORIES)
+@pytest.mark.parametrize("base", common.BASES)
+def test_every_config_resolves(category, base):
+    config = common.get_config(category, base)
+    config.pairs.path = "somewhere"
+    assert resolve(config).category == category
+
+
+def test_what_decides_the_numbers(config):
+    def found(**changes):
+        config.update_from_flattened_dict(changes)
+        return deciding(resolve(config), "m", "d")
+
+    before = found()
+    assert found(steps=99, log_every=1) == before
+    assert found(**{"lora.rank": 3})["lora.rank"] == 3
+    assert found(**{"optimizer.schedule": "cosine"})["steps"] == 99
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "magic"}, "config.recipe is 'magic': it must be one of paper, anchored"),
+        ({"steps": 0}, "config.steps is 0: it must be 1 or more"),
+        ({"batch_size": 0}, "config.batch_size is 0"),
+        ({"accumulation": -1}, "config.accumulation is -1"),
+        ({"seed": -1}, "config.seed is -1"),
+        ({"caption_dropout": 1.5}, "config.caption_dropout is 1.5"),
+        ({"loss.beta": -1.0}, "config.loss.beta is -1.0: it must be above 0"),
+        ({"loss.beta": float("nan")}, "config.loss.beta is nan"),
+        ({"loss.preservation": -2.0}, "config.loss.preservation is -2.0"),
+        ({"optimizer.learning_rate": 0.0}, "config.optimizer.learning_rate is 0.0"),
+        ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear': .*constant"),
+        ({"checkpoint.keep": 0}, "config.checkpoint.keep is 0"),
+        ({"preserve_batch_size": 0}, "config.preserve_batch_size is 0, but .*preservation"),
+        ({"lora.targets": (3,)}, "config.lora.targets is"),
+        ({"base": "sd15", "pairs.path": ""}, "no pairs for sd15: .* --config.pairs.path=FOLDER"),
+    ],
+)
+def test_bad_values(changes, message, config):
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        resolve(config)
+
+
+def test_an_unknown_base():
+    with pytest.raises(UserError, match="hate.py:sd9: no such base; give one of emoji, sd15"):
+        common.get_config("hate", "sd9")

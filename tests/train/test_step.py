@@ -1,0 +1,160 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from safetydpo_jax import lora, sharding
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.train.noise import noisy_rows, row_keys
+from safetydpo_jax.train.settings import resolve
+from safetydpo_jax.train.state import TrainState, make_optimizer
+from safetydpo_jax.train.step import make_loss, make_train_step
+
+
+def mesh_of(count):
+    return sharding.make_mesh(devices=jax.devices()[:count])
+
+
+def train(small, config, adapters, batches, null_embeds, devices=1):
+    """The state and the metrics after each of these batches."""
+    mesh = mesh_of(devices)
+    step = make_train_step(small.unet, small.schedule, config, mesh)
+    state = TrainState.create(jax.tree.map(jnp.copy, adapters), make_optimizer(config))
+    state = jax.device_put(state, sharding.replicated(mesh))
+    base = jax.device_put(small.unet_params, sharding.replicated(mesh))
+    states, history = [], []
+    for batch in batches:
+        state, metrics = step(state, base, batch, null_embeds)
+        states.append(jax.tree.map(np.array, state))  # a copy: the next step takes the buffers
+        history.append(jax.device_get(metrics))
+    return states, history
+
+
+def draws(batch, count):
+    """The same rows, each time drawn anew."""
+    return [{**batch, "draw": batch["draw"] + np.uint32(i)} for i in range(count)]
+
+
+def distance(x, y):
+    """Relative difference of two trees, by norm."""
+    x, y = (np.concatenate([np.ravel(v) for v in jax.tree.leaves(tree)]) for tree in (x, y))
+    return np.linalg.norm(x - y) / np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "anchored"])
+def test_policy_is_the_reference_at_the_start(recipe, config, small, batch, null_embeds):
+    config.recipe, config.batch_size, config.preserve_batch_size = recipe, 32, 32
+    config.loss.beta = 5000.0
+    config = resolve(config)
+    adapters = lora.init_adapters(
+        jax.random.key(0), small.unet_params, rank=2, targets=config.lora.targets
+    )
+    _, [metrics] = train(small, config, adapters, [batch], null_embeds)
+    assert abs(metrics["margin"]) < 1e-3
+    assert abs(metrics["dpo_loss"] - np.log(2)) < 1e-3
+    assert metrics["grad_norm"] > 0
+    assert ("preservation" in metrics) == (recipe == "anchored")
+
+
+def test_training_prefers_the_winner(config, small, adapters, batch, null_embeds):
+    config.recipe, config.batch_size = "paper", 32
+    config.optimizer.learning_rate = 1e-2
+    config.loss.beta = 50.0
+    config = resolve(config)
+    _, history = train(small, config, adapters, draws(batch, 25), null_embeds)
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+    assert history[-1]["margin"] > history[0]["margin"]
+    assert history[-1]["winner_error"] < history[-1]["loser_error"]
+
+
+def config_of(config, size, accumulation=1):
+    config.batch_size = config.preserve_batch_size = size
+    config.accumulation = accumulation
+    return resolve(config)
+
+
+@pytest.fixture(scope="module")
+def one_big_batch(small, adapters, batch, null_embeds):
+    """Twenty steps on one device, 32 rows at once."""
+    config = common.get_config("hate")
+    config.lora.rank, config.optimizer.warmup_steps = 2, 2
+    config = config_of(config, 32)
+    return train(small, config, adapters, draws(batch, 20), null_embeds)
+
+
+@pytest.mark.parametrize(("devices", "size", "accumulation"), [(8, 32, 1), (1, 8, 4), (8, 8, 4)])
+def test_devices_and_accumulation_change_nothing(
+    devices, size, accumulation, config, small, adapters, batch, null_embeds, one_big_batch
+):
+    config = config_of(config, size, accumulation)
+    states, _ = train(small, config, adapters, draws(batch, 20), null_embeds, devices)
+    expected, _ = one_big_batch
+    # Adam's first moment after one step is the clipped gradient times 1 - b1.
+    assert distance(states[0].opt_state[1][0].mu, expected[0].opt_state[1][0].mu) < 1e-5
+    assert distance(states[-1].adapters, expected[-1].adapters) < 1e-3
+    assert distance(expected[-1].adapters, adapters) > 1e-2
+
+
+def test_noise_belongs_to_the_row(small, batch, null_embeds):
+    @jax.jit
+    def draw(rows):
+        return noisy_rows(
+            row_keys(jax.random.key(3), rows["row_id"], rows["draw"]),
+            [rows["winner"], rows["loser"]],
+            rows["prompt_embeds"],
+            null_embeds,
+            small.schedule,
+            t_min=100,
+            t_max=900,
+            caption_dropout=0.5,
+        )
+
+    def rows_of(order, later=0):
+        part = jax.tree.map(lambda x: x[order], {k: batch[k] for k in batch if k != "preserve"})
+        return draw(part | {"draw": part["draw"] + np.uint32(later)})
+
+    everything, order = rows_of(np.arange(32)), np.array([17, 3, 30, 4])
+    for whole, part in zip(
+        jax.tree.leaves(everything), jax.tree.leaves(rows_of(order)), strict=True
+    ):
+        np.testing.assert_allclose(whole[order], part, atol=1e-6)
+    t = everything.timesteps
+    assert ((t >= 100) & (t < 900)).all()
+    assert len(np.unique(t)) > 16
+    dropped = (everything.prompt_embeds == 0).all((1, 2))
+    assert 4 < dropped.sum() < 28
+    # Winner and loser share the noise, so that only their latents tell them apart.
+    noise = [
+        small.schedule.to_x0_and_noise(target, x, t)[1]
+        for x, target in zip(everything.latents, everything.targets, strict=True)
+    ]
+    np.testing.assert_allclose(*noise, atol=1e-3)
+    redrawn = rows_of(np.arange(32), later=1)
+    assert not np.array_equal(redrawn.timesteps, t)
+
+
+def test_each_term_has_its_weight(config, small, adapters, batch, null_embeds):
+    config.batch_size = config.preserve_batch_size = 32
+    config = resolve(config)
+    loss = make_loss(small.unet, small.schedule, config, mesh_of(1))
+    total, terms = jax.jit(loss)(adapters, small.unet_params, batch, null_embeds)
+    expected = (
+        terms["dpo_loss"]
+        + config.loss.winner_anchor * terms["winner_anchor"]
+        + config.loss.preservation * terms["preservation"]
+    )
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert terms["preservation"] > 0
+
+
+def test_a_batch_that_does_not_divide(config, small):
+    config.batch_size = 12
+    with pytest.raises(UserError, match="batch_size is 12, .* over 8 devices: use 8 or 16"):
+        make_train_step(small.unet, small.schedule, resolve(config), mesh_of(8))
+
+
+def test_an_empty_timestep_range(config, small):
+    config.loss.t_min, config.loss.t_max = 600, 600
+    with pytest.raises(UserError, match="t_min is 600 and t_max 600"):
+        make_train_step(small.unet, small.schedule, resolve(config), mesh_of(1))
