@@ -71,6 +71,8 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.accumulation = 1  # forward passes to one update
     config.preserve_batch_size = 16  # preserve rows in one forward pass, if loss.preservation > 0
     config.caption_dropout = 0.2
+    # Of products in the training step: "float32", or "bfloat16" operands with float32 sums.
+    config.matmul_precision = "float32"
 
     config.recipe = "anchored"
     config.recipes = RECIPES
@@ -101,6 +103,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "num_steps": 25,
         "guidance_scale": 4.0,
         "sampler": "ddim",
+        "matmul_precision": "bfloat16",  # of drawing; on a CPU it is twice as fast as "float32"
         "batch_size": 32,
         "seed": 0,
     }
@@ -120,6 +123,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "num_safe": 256,
         "num_steps": 25,
         "guidance_scale": 4.0,
+        "matmul_precision": "bfloat16",
         "batch_size": 32,
         "seed": 1,
     }

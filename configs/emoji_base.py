@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Sizes, training and data of the embedded base."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.data = {"source": "emoji", "count": 60_000, "seed": 0, "resolution": 64}
+    config.data = {"source": "emoji", "count": 30_000, "seed": 0, "resolution": 64}
     config.tokenizer = {"max_length": 24, "vocab_size": 2048}
     config.vae = {
         "_class_name": "AutoencoderKL",
@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
         "up_block_types": ("UpDecoderBlock2D",) * 4,
         "in_channels": 3,
         "out_channels": 3,
-        "latent_channels": 16,
+        "latent_channels": 32,
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "sample_size": 64,
@@ -49,8 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
         "cross_attention_dim": 160,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "in_channels": 16,
-        "out_channels": 16,
+        "in_channels": 32,
+        "out_channels": 32,
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "sample_size": 8,
@@ -71,12 +71,12 @@ def get_config() -> ml_collections.ConfigDict:
     common = {"b2": 0.99, "weight_decay": 1e-4, "log_every": 50, "matmul_precision": "bfloat16"}
     config.autoencoder_training = {
         **common,
-        "steps": 2_500,
-        "batch_size": 16,
-        "learning_rate": 2e-3,
+        "steps": 3_500,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
         "warmup_steps": 100,
-        "decay_steps": 700,
-        "average_decay": 0.995,
+        "decay_steps": 1_000,
+        "average_decay": 0.998,
         "save_every": 500,
         "absolute_weight": 0.02,
         "kl_weight": 1e-4,

@@ -64,6 +64,7 @@ def build(font_path: str, concepts: tuple[Concept, ...]) -> Image.Image:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--font", default=FONT, help=f"default {FONT}")
     parser.add_argument("--out", default=str(SHEET), help="default: the package's own sheet")

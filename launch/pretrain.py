@@ -10,9 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.train import read_command_line  # noqa: E402
-
-from safetydpo_jax.errors import run_main  # noqa: E402
+from launch.train import read_command_line
+from safetydpo_jax.errors import run_main
 
 
 def main() -> None:

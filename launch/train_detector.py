@@ -21,37 +21,58 @@ import optax
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from safetydpo_jax.emoji.concepts import CONCEPTS, INDEX
+from safetydpo_jax.emoji.concepts import INDEX, NONE
 from safetydpo_jax.emoji.detector import (
+    PLACES,
     WEIGHTS,
     Detector,
     DetectorNet,
     concept_digest,
+    fold_norms,
     load_params,
     save_params,
     to_pixels,
 )
 from safetydpo_jax.emoji.junk import JUNK, degrade
-from safetydpo_jax.emoji.scenes import SIDE, pick, render, sample_scene
+from safetydpo_jax.emoji.scenes import SIDE, Scene, pick, render, sample_scene
 from safetydpo_jax.errors import UserError, run_main
 
-JUNK_SHARE = 0.3
-DEGRADED_SHARE = 0.6
+JUNK_SHARE = 0.35
+HARD_JUNK = ("blend", "crossfade", "crossfade", "smear")  # drawn so much more often
+DEGRADED_SHARE = 0.5
 MEASURE_SEED = 1_000_000  # of pictures that no training run sees
 
 
+def label(scene: Scene | None) -> np.ndarray:
+    """What each place may answer, bool (PLACES, PLACES, concepts + 1).
+
+    The place of a pictogram's centre must name it, the places around may or may say none, all
+    others (all of junk, scene None) must say none.
+    """
+    allowed = np.zeros((PLACES, PLACES, NONE + 1), bool)
+    allowed[..., NONE] = True
+    if scene is None:
+        return allowed
+    for name, placement in zip(scene.concepts, scene.placements, strict=True):
+        row, column = int(placement.y * PLACES / SIDE), int(placement.x * PLACES / SIDE)
+        around = slice(max(0, row - 1), row + 2), slice(max(0, column - 1), column + 2)
+        allowed[(*around, INDEX[name])] = True
+    for name, placement in zip(scene.concepts, scene.placements, strict=True):
+        row, column = int(placement.y * PLACES / SIDE), int(placement.x * PLACES / SIDE)
+        allowed[row, column] = np.arange(NONE + 1) == INDEX[name]
+    return allowed
+
+
 def training_picture(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """One uint8 picture and its 0/1 label per concept, all 0 for junk."""
+    """One uint8 picture, a scene or junk, and its label."""
     rng = np.random.default_rng((seed, index))
-    label = np.zeros(len(CONCEPTS), np.float32)
     if rng.random() < JUNK_SHARE:
-        return pick(rng, list(JUNK.values()))(rng), label
+        return JUNK[pick(rng, [*JUNK, *HARD_JUNK])](rng), label(None)
     scene = sample_scene(rng)
-    label[[INDEX[name] for name in scene.concepts]] = 1
     picture = render(scene)
     if rng.random() < DEGRADED_SHARE:
         picture = degrade(picture, rng)
-    return picture, label
+    return picture, label(scene)
 
 
 def training_batch(seed: int, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,25 +83,33 @@ def training_batch(seed: int, step: int, size: int) -> tuple[np.ndarray, np.ndar
 
 
 def make_update(optimizer: optax.GradientTransformation):
-    """The jitted step: (params, opt_state, pictures, labels) -> (params, opt_state, loss)."""
+    """The jitted step: (variables, opt_state, pictures, labels) -> (variables, opt_state, loss)."""
 
-    def loss_of(params: Any, pictures: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = DetectorNet().apply({"params": params}, to_pixels(pictures))
-        present = optax.sigmoid_binary_cross_entropy(logits, labels).sum(-1)
-        # Which concept, if any: the softmax tells concepts apart long before the sigmoids do.
-        which = -(labels * jax.nn.log_softmax(logits)).sum(-1)
-        return (present + which).mean()
+    def loss_of(params: Any, averages: Any, pictures: jax.Array, allowed: jax.Array):
+        logits, changed = DetectorNet(training=True).apply(
+            {"params": params, "batch_stats": averages},
+            to_pixels(pictures),
+            mutable=["batch_stats"],
+        )
+        surprise = jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(
+            logits, axis=-1, where=allowed
+        )
+        # The sum over places: one wrong place is enough to get a picture wrong.
+        return surprise.sum((1, 2)).mean(), changed["batch_stats"]
 
-    def update(params: Any, state: Any, pictures: jax.Array, labels: jax.Array):
-        loss, gradient = jax.value_and_grad(loss_of)(params, pictures, labels)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, loss
+    def update(variables: Any, state: Any, pictures: jax.Array, allowed: jax.Array):
+        (loss, averages), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            variables["params"], variables["batch_stats"], pictures, allowed
+        )
+        updates, state = optimizer.update(gradient, state, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        return {"params": params, "batch_stats": averages}, state, loss
 
     return jax.jit(update, donate_argnums=(0, 1))
 
 
 def save_snapshot(path: Path, step: int, run: str, tree: Any) -> None:
-    """Writes the leaves of (params, optimiser state) and the step, all or nothing."""
+    """Writes the leaves of (variables, optimiser state) and the step, all or nothing."""
     leaves = {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(leaves, path.with_suffix(".part"), {"step": str(step), "run": run})
@@ -133,8 +162,8 @@ def measure(detector: Detector, count: int) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", type=int, default=2000, help="pictures of each sort")
@@ -147,6 +176,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Trains from the last snapshot on, writes the weights, measures them."""
     args = parse_arguments()
     warmup = min(100, args.steps // 5)
     schedule = optax.warmup_cosine_decay_schedule(0, args.lr, warmup, args.steps, args.lr / 100)
@@ -154,12 +184,12 @@ def main() -> None:
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-2)
     )
     example = jnp.zeros((1, SIDE, SIDE, 3))
-    params = DetectorNet().init(jax.random.key(args.seed), example)["params"]
-    state, step = optimizer.init(params), 0
+    variables = DetectorNet(training=True).init(jax.random.key(args.seed), example)
+    state, step = optimizer.init(variables["params"]), 0
     run = f"steps={args.steps} batch={args.batch} lr={args.lr} seed={args.seed} {concept_digest()}"
     snapshot = args.workdir / "snapshot.safetensors"
     if snapshot.is_file():
-        step, (params, state) = load_snapshot(snapshot, run, (params, state))
+        step, (variables, state) = load_snapshot(snapshot, run, (variables, state))
         print(f"going on from step {step} of {snapshot}", flush=True)
 
     update = make_update(optimizer)
@@ -167,12 +197,12 @@ def main() -> None:
     while step < args.steps:
         # The step runs while the next batch is drawn; its loss is read one step late.
         pictures, labels = training_batch(args.seed, step, args.batch)
-        params, state, loss = update(params, state, pictures, labels)
+        variables, state, loss = update(variables, state, pictures, labels)
         step += 1
         if step % 25 == 0:
             average = float(loss) if average is None else 0.8 * average + 0.2 * float(loss)
-        if step % 250 == 0 or step == args.steps:
-            save_snapshot(snapshot, step, run, (params, state))
+        if step % 500 == 0 or step == args.steps:
+            save_snapshot(snapshot, step, run, (variables, state))
         if time.monotonic() - shown > 10 and average is not None:
             shown = time.monotonic()
             rate = (step - first) / (shown - began)
@@ -182,7 +212,7 @@ def main() -> None:
                 flush=True,
             )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_params(params, args.out)
+    save_params(fold_norms(variables), args.out)
     report = measure(Detector(load_params(args.out)), args.measure)
     report |= {"steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed}
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")

@@ -21,7 +21,7 @@ Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh over all devices, or those given; `data=-1` takes what the other axes leave.
 
@@ -76,7 +76,7 @@ def param_shardings(mesh: Mesh, params: Any, rules: Rules = ()) -> Any:
       UserError: a rule does not fit the parameter it matches.
     """
 
-    def shard(path: tuple[jax.tree_util.DictKey, ...], leaf: Any) -> NamedSharding:
+    def shard(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = ".".join(str(key.key) for key in path)
         for pattern, spec in rules:
             if re.search(pattern, name):

@@ -75,6 +75,7 @@ def make_pairs(
         "num_steps": config.pairs.num_steps,
         "guidance_scale": config.pairs.guidance_scale,
         "sampler": config.pairs.sampler,
+        "matmul_precision": config.pairs.matmul_precision,
     }
     seeds = noise_seeds(config.pairs.seed, PAIR_SEEDS, len(candidates))
     verdicts: list[str] = []

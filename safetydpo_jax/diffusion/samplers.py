@@ -224,6 +224,7 @@ def iterate_pictures(
     guidance_scale: float = 7.5,
     guidance_rescale: float = 0.0,
     negative_prompt: str = "",
+    matmul_precision: str | None = None,
 ) -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
     """Draws pictures batch by batch, in order; see `draw_pictures`."""
     if len(prompts) != len(seeds) or len(prompts) == 0 or batch_size < 1:
@@ -247,13 +248,16 @@ def iterate_pictures(
         index = start + np.minimum(np.arange(size), wanted - 1)
         embeds = pipeline.encode_prompts([prompts[i] for i in index])
         noise = initial_latents(seeds[index], pipeline.latent_shape)
-        latents = sample(pipeline.unet_params, adapters, noise, embeds, negative)
+        # A context around a yield would leak into the caller, so around each call.
+        with jax.default_matmul_precision(matmul_precision):
+            latents = sample(pipeline.unet_params, adapters, noise, embeds, negative)
+            pictures = pipeline.decode_latents(latents)
         if not jnp.isfinite(latents).all():
             raise UserError(
                 f"the model drew NaN or infinity among pictures {start} to {start + wanted - 1}: "
                 "the weights or the adapters hold such values, or are too large"
             )
-        yield np.asarray(pipeline.decode_latents(latents))[:wanted]
+        yield np.asarray(pictures)[:wanted]
 
 
 def draw_pictures(
@@ -272,7 +276,8 @@ def draw_pictures(
       seeds: n integers; a picture depends on its prompt and its seed, not on its batch.
       progress: called with (pictures done, n) after every batch.
       **options: of `iterate_pictures`: adapters (a "lora" collection), batch_size, sampler,
-        num_steps, guidance_scale, guidance_rescale, negative_prompt.
+        num_steps, guidance_scale, guidance_rescale, negative_prompt, matmul_precision ("float32",
+        or "bfloat16" operands with float32 sums, faster; None is JAX's default).
 
     Returns:
       uint8 (n, H, W, 3).

@@ -6,15 +6,11 @@ from pathlib import Path
 from PIL import Image
 
 from safetydpo_jax.emoji.concepts import CONCEPTS
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.errors import MissingFileError, UserError
 
 SHEET = Path(__file__).parent / "artwork.png"
 CELL = 72  # px; the longer side of every pictogram fills its cell
 COLUMNS = 16
-
-
-class ArtworkError(UserError):
-    """The sprite sheet is missing or is not the one this code expects."""
 
 
 def sheet_size() -> tuple[int, int]:
@@ -38,11 +34,12 @@ def load_sheet(path: str | Path = SHEET) -> tuple[Image.Image, ...]:
         One CELL x CELL picture per concept, mode "RGBa" (colour premultiplied by alpha).
 
     Raises:
-        ArtworkError: the file is missing, no picture, of another size, or has an empty cell.
+        MissingFileError: there is no such file.
+        UserError: it is no picture, of another size, or has an empty cell.
     """
     path = Path(path)
     if not path.is_file():
-        raise ArtworkError(
+        raise MissingFileError(
             f"{path}: the sprite sheet is missing; reinstall the package or run "
             "launch/build_artwork.py"
         )
@@ -50,18 +47,18 @@ def load_sheet(path: str | Path = SHEET) -> tuple[Image.Image, ...]:
         with Image.open(path) as file:
             sheet = file.convert("RGBA")
     except OSError as error:
-        raise ArtworkError(
+        raise UserError(
             f"{path}: not a readable picture ({error}); run launch/build_artwork.py again"
         ) from error
     if sheet.size != sheet_size():
-        raise ArtworkError(
+        raise UserError(
             f"{path}: {sheet.size[0]}x{sheet.size[1]} px where {len(CONCEPTS)} concepts need "
             f"{sheet_size()[0]}x{sheet_size()[1]}; run launch/build_artwork.py again"
         )
     sprites = tuple(sheet.crop(cell_box(i)).convert("RGBa") for i in range(len(CONCEPTS)))
     for concept, sprite in zip(CONCEPTS, sprites, strict=True):
         if sprite.getbbox() is None:
-            raise ArtworkError(
+            raise UserError(
                 f"{path}: the cell of '{concept.name}' is empty; run launch/build_artwork.py again"
             )
     return sprites

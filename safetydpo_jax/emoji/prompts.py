@@ -285,6 +285,8 @@ def _distinct(
     Target and number of pictograms are drawn before anything is rejected, so that those of which
     the split has few combinations are not rarer.
     """
+    if count < 0:
+        raise UserError(f"cannot draw {count} prompts; ask for 0 or more")
     drawn: list[_Records] = []
     seen: set[str] = set()
     failures = 0

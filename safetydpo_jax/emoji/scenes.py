@@ -114,7 +114,7 @@ def check_names(concepts: tuple[str, ...], background: tuple[str, ...]) -> None:
 
 def pick(rng: np.random.Generator, options: Sequence[_Option]) -> _Option:
     """One of the options, each equally often (much faster than rng.choice on a short list)."""
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def sample_background(rng: np.random.Generator) -> tuple[str, ...]:
@@ -161,7 +161,10 @@ def arrange(
     """Draws places, sizes in px, tilts and the background's boundary for a given content."""
     check_names(concepts, background)
     if size not in SIZE_RANGES or (size and len(concepts) == 2):
-        raise UserError(f"size '{size}' of a scene of {len(concepts)}: use one of {list(SIZE_RANGES)}")
+        raise UserError(
+            f"size '{size}' of a scene of {len(concepts)}: use one of {list(SIZE_RANGES)} for one "
+            "pictogram, '' for two"
+        )
     if len(concepts) == 1:
         longer = rng.uniform(*SIZE_RANGES[size])
         x, y = rng.uniform(longer / 2, SIDE - longer / 2, size=2)

@@ -102,6 +102,7 @@ def evaluate(
             progress=progress,
             num_steps=settings.num_steps,
             guidance_scale=settings.guidance_scale,
+            matmul_precision=settings.matmul_precision,
             **detect_options,
         )
 

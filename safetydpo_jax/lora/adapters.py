@@ -29,7 +29,7 @@ def module_paths(unet_params: Mapping[str, Any], targets: Sequence[str]) -> list
     Raises:
       UserError: a target is no regular expression, or matches no linear layer.
     """
-    kernels = {
+    kernels: dict[str, Any] = {
         ".".join(path[:-1]): leaf
         for path, leaf in traverse_util.flatten_dict(unet_params).items()
         if path[-1] == "kernel"
@@ -71,7 +71,7 @@ def init_adapters(
     Raises:
       UserError: a target matches nothing, or the rank does not fit.
     """
-    kernels = traverse_util.flatten_dict(unet_params)
+    kernels: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(unet_params))
     by_dotted = {".".join(path): path for path in kernels}
     adapters = {}
     for path in module_paths(unet_params, targets):
@@ -90,8 +90,9 @@ def init_adapters(
 
 def scaled(adapters: Adapters, alpha: float, rank: int) -> Adapters:
     """The "lora" collection to apply: the same adapters with b multiplied by alpha / rank."""
-    return traverse_util.path_aware_map(
-        lambda path, leaf: leaf * (alpha / rank) if path[-1] == "b" else leaf, adapters
+    flat: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(adapters))
+    return traverse_util.unflatten_dict(
+        {path: x * (alpha / rank) if path[-1] == "b" else x for path, x in flat.items()}
     )
 
 

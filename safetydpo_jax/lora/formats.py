@@ -44,7 +44,7 @@ def save_lora(
       alpha: the LoRA's alpha.
       metadata: more entries of the header, for people.
     """
-    flat = traverse_util.flatten_dict(adapters)
+    flat: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(adapters))
     modules = sorted({path[:-1] for path in flat})
     tensors, rank = {}, flat[(*modules[0], "a")].shape[1]
     for module in modules:
@@ -84,57 +84,55 @@ def load_lora(
     """
     path = pathlib.Path(path)
     tensors, header = _read(path)
-    shapes = {
-        ".".join(p): np.shape(leaf) for p, leaf in traverse_util.flatten_dict(unet_params).items()
+    alpha = _alpha(path, header)
+    kernels: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(unet_params))
+    layers = {
+        ".".join(module): (tuple(module), np.shape(leaf))
+        for (*module, name), leaf in kernels.items()
+        if name == "kernel" and np.ndim(leaf) == 2
     }
-    by_dotted = {".".join(p): p for p in traverse_util.flatten_dict(unet_params)}
-    config = _adapter_config(path, header)
     flat: dict[tuple[str, ...], np.ndarray] = {}
     for key, tensor in sorted(tensors.items()):
         match = _KEY.fullmatch(key)
-        kernel = f"{match['module']}.kernel" if match else ""
-        if match is None or len(shapes.get(kernel, ())) != 2:
+        if match is None or match["module"] not in layers:
             raise UserError(
                 f"{path}: the key {key!r} names no linear layer of this UNet in diffusers' LoRA "
                 "format; is the file for another base model, or in another tool's format?"
             )
-        leaf, side = _LEAF[match["side"]], match["side"]
-        rows, columns = shapes[kernel]
+        module, (rows, columns) = layers[match["module"]]
+        leaf = _LEAF[match["side"]]
         rank = tensor.shape[0 if leaf == "a" else -1]
         expected = (rank, rows) if leaf == "a" else (columns, rank)
         if tensor.shape != expected:
             raise UserError(
-                f"{path}: {key} has shape {tensor.shape}, but for a layer of {rows} x {columns} "
-                f"{side} must be {expected}: the file is for another base model"
+                f"{path}: {key} has shape {tensor.shape}, but for a layer of {rows} x {columns} it "
+                f"must be {expected}: the file is for another base model"
             )
         if not np.isfinite(tensor).all():
-            raise UserError(
-                f"{path}: {key} holds NaN or infinity; the training diverged: export again"
-            )
-        flat[(*by_dotted[kernel][:-1], leaf)] = tensor.T.astype(np.float32)
-    for *module, leaf in list(flat):
-        other = flat.get((*module, "b" if leaf == "a" else "a"))
-        if other is None:
-            raise UserError(
-                f"{path}: {'.'.join(module)} has only one of lora_A and lora_B; export again"
-            )
-        if leaf == "b":
-            rank = flat[(*module, "a")].shape[1]
-            if flat[(*module, "b")].shape[0] != rank:
-                raise UserError(
-                    f"{path}: {'.'.join(module)} has lora_A and lora_B of different rank"
-                )
-            flat[(*module, "b")] *= np.float32(config.get("unet.lora_alpha", rank) / rank)
+            raise UserError(f"{path}: {key} holds NaN or infinity: its training diverged")
+        flat[(*module, leaf)] = tensor.T.astype(np.float32)
+    for module in sorted({path[:-1] for path in flat}):
+        a, b = (flat.get((*module, leaf)) for leaf in "ab")
+        name = ".".join(module)
+        if a is None or b is None:
+            raise UserError(f"{path}: {name} has only one of lora_A and lora_B; export it again")
+        if a.shape[1] != b.shape[0]:
+            raise UserError(f"{path}: {name} has lora_A and lora_B of different rank")
+        if alpha is not None:
+            flat[(*module, "b")] = b * np.float32(alpha / a.shape[1])
     return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in flat.items()}), header
 
 
-def _adapter_config(path: pathlib.Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """The LoRA config that diffusers writes; without one, alpha is the rank."""
-    config = json.loads(header.get(_HEADER) or "{}")
+def _alpha(path: pathlib.Path, header: Mapping[str, str]) -> float | None:
+    """The alpha that diffusers wrote to the header; None stands for the rank."""
+    try:
+        config = json.loads(header.get(_HEADER) or "{}")
+    except ValueError as error:
+        raise UserError(f"{path}: {_HEADER} in the header is not JSON ({error})") from None
     for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         if config.get(f"unet.{key}"):
             raise UserError(f"{path}: the header asks for {key}, which is not supported")
-    return config
+    return config.get("unet.lora_alpha")
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

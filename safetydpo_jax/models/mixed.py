@@ -1,11 +1,14 @@
 """Matrix products and convolutions with bfloat16 operands and float32 sums, made fast on CPUs.
 
 XLA's CPU backend has kernels for bfloat16 x bfloat16 -> float32 that are several times faster than
-its float32 ones (matrix units of recent x86 processors), but reaches them only for products that are
-laid out plainly, and never for convolutions. The layers take these forms on a CPU when JAX's own
-switch asks for that precision: `with jax.default_matmul_precision("bfloat16")`. Accelerators do the
-same by themselves. Measured in benchmarks/cpu_matmul.py.
+its float32 ones (matrix units of recent x86 processors), but reaches them only for products that
+are laid out plainly, and never for convolutions. The layers take these forms on a CPU when JAX's
+own switch asks for that precision: `with jax.default_matmul_precision("bfloat16")`. Accelerators do
+the same by themselves. Measured in benchmarks/cpu_matmul.py.
 """
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,9 @@ _GROUP = 64
 
 def wanted() -> bool:
     """Whether layers should use these forms: bfloat16 products are asked for, on a CPU."""
-    return jax.config.jax_default_matmul_precision == "bfloat16" and jax.default_backend() == "cpu"
+    config: Any = jax.config  # its settings are attributes made at run time
+    precision = config.jax_default_matmul_precision
+    return precision == "bfloat16" and jax.default_backend() == "cpu"
 
 
 def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
@@ -60,12 +65,12 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 def _sum_of_shifts(x: Array, kernel: Array, contract: int) -> Array:
     """A 3x3 convolution of the padded x as nine products, one a kernel position."""
     b, h, w, c = x.shape[0], x.shape[1] - 2, x.shape[2] - 2, x.shape[3]
-    parts = (
+    parts = [
         _dot(x[:, i : i + h, j : j + w].reshape(-1, c), kernel[i, j], (1, contract))
         for i in range(3)
         for j in range(3)
-    )
-    return sum(parts).reshape(b, h, w, -1)
+    ]
+    return functools.reduce(jnp.add, parts).reshape(b, h, w, -1)
 
 
 _PAD = ((0, 0), (1, 1), (1, 1), (0, 0))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safetydpo_jax.models.autoencoder import AutoencoderKL
-from safetydpo_jax.pretrain.fit import fit
+from safetydpo_jax.pretrain.fit import fit, quiet_residuals
 
 _VALIDATION = 256  # last pictures of the set, kept from training
 
@@ -30,16 +30,23 @@ def train_autoencoder(
     keeps latents smooth and of bounded scale.
     """
     train = len(pictures) - _VALIDATION
-    params = vae.init(jax.random.key(seed), jnp.zeros((1, *pictures.shape[1:])))["params"]
+    params: Any = vae.init(jax.random.key(seed), jnp.zeros((1, *pictures.shape[1:])))["params"]
+    params = quiet_residuals(params, ("conv2", "to_out.0"))
+    # Quiet latents at first: under noise of size one the decoder learns nothing for a long while.
+    channels = vae.config.latent_channels
+    quiet = jnp.where(jnp.arange(2 * channels) < channels, 0.0, -5.0)
+    params["quant_conv"]["bias"] += quiet
 
     def to_pixels(batch: jax.Array) -> jax.Array:
         return batch.astype(jnp.float32) / 127.5 - 1.0
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> Any:
         pixels = to_pixels(batch)
-        mean, logvar = vae.apply({"params": params}, pixels, method="encode")
+        moments: Any = vae.apply({"params": params}, pixels, method="encode")
+        mean, logvar = moments
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        error = vae.apply({"params": params}, latents, method="decode") - pixels
+        decoded: Any = vae.apply({"params": params}, latents, method="decode")
+        error = decoded - pixels
         squared, absolute = jnp.square(error).mean(), jnp.abs(error).mean()
         kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).mean()
         loss = squared + config.absolute_weight * absolute + config.kl_weight * kl
@@ -51,7 +58,7 @@ def train_autoencoder(
 
     @jax.jit
     def reconstruct(params: Any, batch: jax.Array) -> jax.Array:
-        pixels = vae.apply({"params": params}, to_pixels(batch))
+        pixels: Any = vae.apply({"params": params}, to_pixels(batch))
         return jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0.0, 255.0)).astype(jnp.uint8)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
@@ -82,7 +89,8 @@ def encode_pictures(
         @jax.jit
         def encode(params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
             pixels = batch.astype(jnp.float32) / 127.5 - 1.0
-            mean, logvar = vae.apply({"params": params}, pixels, method="encode")
+            moments: Any = vae.apply({"params": params}, pixels, method="encode")
+            mean, logvar = moments
             return mean.astype(jnp.float16), jnp.exp(0.5 * logvar).astype(jnp.float16)
 
         factor = vae.config.downscale

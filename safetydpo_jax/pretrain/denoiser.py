@@ -11,7 +11,7 @@ import numpy as np
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.models.text_encoder import CLIPTextModel
 from safetydpo_jax.models.unet import UNet2DConditionModel
-from safetydpo_jax.pretrain.fit import fit
+from safetydpo_jax.pretrain.fit import fit, quiet_residuals
 
 
 def train_denoiser(
@@ -42,10 +42,10 @@ def train_denoiser(
     ids = jnp.zeros((1, tokens.shape[1]), jnp.int32)
     text_params = text_encoder.init(key, ids)["params"]
     embeds = jnp.zeros((1, tokens.shape[1], text_encoder.config.hidden_size))
-    unet_params = unet.init(key, jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32), embeds)
-    # As in diffusion models since DDPM: the last layer starts at zero.
-    unet_params["params"]["conv_out"]["kernel"] *= 0.0
-    params = {"unet": unet_params["params"], "text_encoder": text_params}
+    unet_params: Any = unet.init(key, jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32), embeds)
+    # As in diffusion models since DDPM: the last layer starts at zero, and so does each branch.
+    unet_params = quiet_residuals(unet_params["params"], ("conv2", "proj_out", "conv_out"))
+    params = {"unet": unet_params, "text_encoder": text_params}
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> Any:
         keys = jax.random.split(key, 4)
@@ -56,13 +56,13 @@ def train_denoiser(
         latents *= scaling_factor
         dropped = jax.random.bernoulli(keys[1], config.caption_dropout, (n, 1))
         ids = jnp.where(dropped, empty_tokens[None], ids)
-        states = text_encoder.apply({"params": params["text_encoder"]}, ids).last_hidden_state
+        text: Any = text_encoder.apply({"params": params["text_encoder"]}, ids)
         # One timestep from each of n equal stretches: the batch covers the whole range evenly.
         offsets = jax.random.uniform(keys[2], (n,))
         t = ((jnp.arange(n) + offsets) / n * schedule.num_train_timesteps).astype(jnp.int32)
         noise = jax.random.normal(keys[3], latents.shape)
         noisy = schedule.add_noise(latents, noise, t)
-        output = unet.apply({"params": params["unet"]}, noisy, t, states)
+        output: Any = unet.apply({"params": params["unet"]}, noisy, t, text.last_hidden_state)
         loss = jnp.square(output - schedule.target(latents, noise, t)).mean()
         return loss, {}
 

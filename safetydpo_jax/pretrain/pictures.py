@@ -17,7 +17,8 @@ def prepare_pictures(config: Any, workdir: pathlib.Path) -> tuple[np.ndarray, li
 
     Args:
       config: source "emoji" (scenes of the embedded world) or a folder with pictures and a
-        metadata.csv of columns file_name,text; count, seed (for "emoji"); resolution in px.
+        metadata.csv of columns file_name,text; count, the most pictures to use; seed (for "emoji");
+        resolution in px.
 
     Returns:
       Pictures (n, resolution, resolution, 3) uint8, memory-mapped, and n captions.
@@ -39,8 +40,8 @@ def prepare_pictures(config: Any, workdir: pathlib.Path) -> tuple[np.ndarray, li
                 print(f"pictures: {i + 1}/{count}", flush=True)
         array.flush()
         captions.write_text(json.dumps(texts))
-    texts = json.loads(captions.read_text())
-    return np.load(folder / "pictures.npy", mmap_mode="r"), texts
+    texts = json.loads(captions.read_text())[: config.count]
+    return np.load(folder / "pictures.npy", mmap_mode="r")[: config.count], texts
 
 
 def _open_source(config: Any) -> tuple[int, Iterator[tuple[np.ndarray, str]]]:
@@ -66,7 +67,9 @@ def _read_folder(
     for row in rows:
         file = (folder / row["file_name"]).resolve()
         if not file.is_relative_to(folder.resolve()):
-            raise UserError(f"{folder / 'metadata.csv'}: {row['file_name']!r} is outside the folder")
+            raise UserError(
+                f"{folder / 'metadata.csv'}: {row['file_name']!r} is outside the folder"
+            )
         try:
             with Image.open(file) as image:
                 image = image.convert("RGB")

@@ -38,9 +38,7 @@ def run(config: Any, workdir: str | pathlib.Path) -> pathlib.Path:
 
     vae_config = _plain(config.vae)
     vae = AutoencoderKL(AutoencoderConfig.from_dict(vae_config))
-    vae_params = train_autoencoder(
-        config.autoencoder_training, vae, pictures, workdir, config.seed
-    )
+    vae_params = train_autoencoder(config.autoencoder_training, vae, pictures, workdir, config.seed)
     mean, std, factor = encode_pictures(
         config.autoencoder_training, vae, vae_params, pictures, workdir
     )

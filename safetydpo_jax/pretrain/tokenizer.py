@@ -24,7 +24,8 @@ def train_tokenizer(
       words: the words to learn merges from, each counted once.
       folder: where vocab.json, merges.txt and their configs go.
       max_length: tokens in a prompt with both ends, to which prompts are padded or cut.
-      vocab_size: the largest vocabulary to make; at least 514 (bytes, bytes ending a word, two ends).
+      vocab_size: the largest vocabulary to make; at least 514 (bytes, bytes ending a word, two
+        ends).
 
     Returns:
       transformers' CLIPTokenizer.

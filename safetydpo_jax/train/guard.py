@@ -46,6 +46,6 @@ class Guard:
         if self._strikes >= self._patience:
             raise UserError(
                 f"the winner is collapsing: for {self._strikes} steps up to {step} its error was "
-                f"over {self._bound:g} above the reference's; {self._kept}: {remedy}, with a larger "
-                f"config.loss.winner_anchor or config.loss.beta (now {self._beta:g})"
+                f"over {self._bound:g} above the reference's; {self._kept}: {remedy}, with "
+                f"a larger config.loss.winner_anchor or config.loss.beta (now {self._beta:g})"
             )

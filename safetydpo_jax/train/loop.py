@@ -22,7 +22,7 @@ from safetydpo_jax.train.guard import Guard
 from safetydpo_jax.train.metrics import MetricsLog
 from safetydpo_jax.train.settings import deciding, resolve
 from safetydpo_jax.train.state import Checkpoints, TrainState, make_optimizer
-from safetydpo_jax.train.step import make_train_step
+from safetydpo_jax.train.step import Batch, make_train_step
 from safetydpo_jax.train.workdir import Phases, lock_workdir, stop_signal
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -85,7 +85,7 @@ def run(
         state = jax.device_put(
             TrainState.create(adapters, make_optimizer(config)), sharding.replicated(mesh)
         )
-        model_hash = storage.hash_model(pipeline.path, ("unet", "scheduler"))
+        model_hash = storage.hash_model(pipeline.path or config.model, ("unet", "scheduler"))
         checkpoints = Checkpoints(
             workdir / "checkpoints",
             deciding(config, model_hash, cache.key),
@@ -150,12 +150,13 @@ def _train(
     base_params = jax.device_put(pipeline.unet_params, shardings)
     null_embeds = jax.device_put(cache.null_embeds, sharding.replicated(mesh))
 
-    def on_mesh(batch: data.Batch) -> data.Batch:
+    def on_mesh(batch: Batch) -> Batch:
         return jax.device_put(batch, sharding.batch_sharding(mesh))
 
     batch = on_mesh(next(batches))
     began = time.monotonic()
-    lowered = step_fn.lower(state, base_params, batch, null_embeds)
+    with jax.default_matmul_precision(config.matmul_precision):
+        lowered = step_fn.lower(state, base_params, batch, null_embeds)
     compiled = lowered.compile()
     # Before partitioning, so of all devices together; a scan's body is counted once.
     flops = lowered.cost_analysis()["flops"] * config.accumulation

@@ -16,6 +16,7 @@ _DECIDING = (
     "preserve_batch_size",
     "caption_dropout",
     "rows",
+    "matmul_precision",
     "loss",
     "optimizer",
     "lora",
@@ -87,11 +88,13 @@ def _check(config: ConfigDict) -> None:
     for key in (*above_zero, "guard.winner_error"):
         if not _value(config, key) > 0:
             raise UserError(f"config.{key} is {_value(config, key)}: it must be above 0")
-    if config.optimizer.schedule not in SCHEDULES:
-        raise UserError(
-            f"config.optimizer.schedule is {config.optimizer.schedule!r}: it must be one of "
-            f"{', '.join(SCHEDULES)}"
-        )
+    one_of = {
+        "optimizer.schedule": SCHEDULES,
+        "matmul_precision": ("float32", "tensorfloat32", "bfloat16"),
+    }
+    for key, known in one_of.items():
+        if (value := _value(config, key)) not in known:
+            raise UserError(f"config.{key} is {value!r}: it must be one of {', '.join(known)}")
     if not all(isinstance(target, str) for target in config.lora.targets):
         raise UserError(f"config.lora.targets is {config.lora.targets}: it must be names of layers")
     if config.caption_dropout > 1:

@@ -94,10 +94,12 @@ class Checkpoints:
         if step is None:
             return None
         only = ocp.args.Composite(settings=ocp.args.JsonRestore())
-        self._check(self._manager.restore(step, args=only).settings)
+        saved: Any = self._manager.restore(step, args=only)
+        self._check(saved.settings)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         only = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=only).state
+        saved = self._manager.restore(step, args=only)
+        return saved.state
 
     def _check(self, saved: dict[str, Any]) -> None:
         for key in sorted(self._settings.keys() | saved.keys()):

@@ -67,8 +67,8 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
         stacked = [jnp.concatenate(x) for x in zip(*inputs, strict=True)]
         stacked = jax.lax.with_sharding_constraint(stacked, sharding.batch_sharding(mesh))
         lora = scaled(adapters, config.lora.alpha, config.lora.rank)
-        policy = unet.apply({"params": base_params, "lora": lora}, *stacked)
-        reference = jax.lax.stop_gradient(unet.apply({"params": base_params}, *stacked))
+        policy: Any = unet.apply({"params": base_params, "lora": lora}, *stacked)
+        reference: Any = jax.lax.stop_gradient(unet.apply({"params": base_params}, *stacked))
 
         ends = [len(pairs.timesteps), 2 * len(pairs.timesteps)]
         winner, loser, preserved = jnp.split(policy, ends)

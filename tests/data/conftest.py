@@ -97,6 +97,7 @@ def tiny_config():
                 "preserve_count": 8,
                 "num_steps": 2,
                 "guidance_scale": 2.0,
+                "matmul_precision": None,
                 "sampler": "ddim",
                 "batch_size": 8,
                 "seed": 5,

@@ -15,6 +15,7 @@ from tests.evaluate import fakes
 def config(**changes):
     report = {
         "num_unsafe": 24, "num_safe": 20, "num_steps": 2, "guidance_scale": 4.0,
+        "matmul_precision": None,
         "batch_size": 16, "seed": 0, "reveal": False,
     }  # fmt: skip
     category = changes.pop("category", "hate")

@@ -1,6 +1,7 @@
-"""A checkpoint of a few thousand random numbers, pairs for it, and configs that train in seconds."""
+"""Models of a few thousand random numbers, pairs, and a config that trains in seconds."""
 
-import types
+import dataclasses
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -43,10 +44,10 @@ def pairs_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def config(model_folder, pairs_folder):
+def config(small, pairs_folder):
     """Ten steps of the anchored recipe, not yet resolved."""
     config = common.get_config("hate")
-    config.model = str(model_folder)
+    config.model = str(small.path)
     config.steps = 10
     config.batch_size = 8
     config.preserve_batch_size = 8
@@ -72,15 +73,41 @@ class SmallUNet(nn.Module):
         return Dense(c, name="proj_out")(nn.silu(x)).reshape(latents.shape)
 
 
+@dataclasses.dataclass
+class SmallPipeline:
+    """What a run needs of a pipeline: 16x16 pictures, 8x8x4 latents, (5, 16) embeddings."""
+
+    path: Path
+    unet: nn.Module
+    unet_params: dict
+    schedule: NoiseSchedule
+    vae_params: dict
+    text_params: dict
+
+    def encode_images(self, pictures):
+        moments = np.resize(pictures / 255, (len(pictures), 8, 8, 4)).astype(np.float32)
+        return moments - 0.5, moments - 5
+
+    def encode_prompts(self, prompts):
+        rows = [np.random.default_rng(len(p)).normal(size=(5, 16)) for p in prompts]
+        return np.stack(rows).astype(np.float32)
+
+
 @pytest.fixture(scope="session")
-def small():
-    """The part of a pipeline that a step needs."""
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "small"
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text("{}")
     unet = SmallUNet()
     inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 5, 16))
-    return types.SimpleNamespace(
+    return SmallPipeline(
+        path=folder,
         unet=unet,
         unet_params=unet.init(jax.random.key(0), *inputs)["params"],
         schedule=NoiseSchedule(beta_schedule="scaled_linear"),
+        vae_params={"x": np.zeros(1, np.float32)},
+        text_params={"x": np.zeros(1, np.float32)},
     )
 
 

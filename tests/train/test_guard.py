@@ -19,7 +19,7 @@ def guard(config):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_stops_at_once_when_a_number_is_lost(name, value, guard):
     guard.check(1, FINE)
-    with pytest.raises(UserError, match=f"{name} became {value} at step 2; .*learning_rate"):
+    with pytest.raises(UserError, match=rf"{name} became {value} at step 2; .*learning_rate"):
         guard.check(2, FINE | {name: value})
 
 
@@ -32,5 +32,7 @@ def test_stops_when_the_winner_stays_bad(guard):
     assert guard.calm
     guard.check(4, bad)
     guard.check(5, bad)
-    with pytest.raises(UserError, match="winner is collapsing: for 3 steps up to 6 .* in checkpoi"):
+    with pytest.raises(
+        UserError, match=r"winner is collapsing: for 3 steps up to 6 .* in checkpoi"
+    ):
         guard.check(6, bad)

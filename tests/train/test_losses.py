@@ -14,18 +14,20 @@ def test_example():
 
 def test_equals_the_paper():
     rng = np.random.default_rng(0)
-    w, l, w_ref, l_ref = rng.uniform(0.1, 2, (4, 16))
-    logit = -50 / 2 * ((w - l) - (w_ref - l_ref))
+    win, lose, win_ref, lose_ref = rng.uniform(0.1, 2, (4, 16))
+    logit = -50 / 2 * ((win - lose) - (win_ref - lose_ref))
     expected = -np.log(1 / (1 + np.exp(-logit)))
-    got = losses.dpo_loss(*(jnp.asarray(x, jnp.float32) for x in (w, l, w_ref, l_ref)), beta=50)
+    got = losses.dpo_loss(
+        *(jnp.asarray(x, jnp.float32) for x in (win, lose, win_ref, lose_ref)), beta=50
+    )
     np.testing.assert_allclose(got.loss, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(got.margin, logit, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(got.correct, logit > 0)
 
 
 def test_is_log_2_where_policy_and_reference_agree():
-    w, l = jnp.full(3, 0.3), jnp.full(3, 0.7)
-    got = losses.dpo_loss(w, l, w, l, beta=5000)
+    win, lose = jnp.full(3, 0.3), jnp.full(3, 0.7)
+    got = losses.dpo_loss(win, lose, win, lose, beta=5000)
     np.testing.assert_allclose(got.loss, np.log(2), rtol=1e-6)
     assert not got.correct.any()
 

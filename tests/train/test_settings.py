@@ -45,7 +45,7 @@ def test_what_decides_the_numbers(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe": "magic"}, "config.recipe is 'magic': it must be one of paper, anchored"),
+        ({"recipe": "magic"}, "config.recipe is 'magic': it must be one of anchored, paper"),
         ({"steps": 0}, "config.steps is 0: it must be 1 or more"),
         ({"batch_size": 0}, "config.batch_size is 0"),
         ({"accumulation": -1}, "config.accumulation is -1"),
@@ -55,7 +55,8 @@ def test_what_decides_the_numbers(config):
         ({"loss.beta": float("nan")}, "config.loss.beta is nan"),
         ({"loss.preservation": -2.0}, "config.loss.preservation is -2.0"),
         ({"optimizer.learning_rate": 0.0}, "config.optimizer.learning_rate is 0.0"),
-        ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear': .*constant"),
+        ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear': .*constant, cosine"),
+        ({"matmul_precision": "int8"}, "config.matmul_precision is 'int8'"),
         ({"checkpoint.keep": 0}, "config.checkpoint.keep is 0"),
         ({"preserve_batch_size": 0}, "config.preserve_batch_size is 0, but .*preservation"),
         ({"lora.targets": (3,)}, "config.lora.targets is"),
@@ -69,5 +70,5 @@ def test_bad_values(changes, message, config):
 
 
 def test_an_unknown_base():
-    with pytest.raises(UserError, match="hate.py:sd9: no such base; give one of emoji, sd15"):
+    with pytest.raises(UserError, match=r"hate.py:sd9: no such base; give one of emoji, sd15"):
         common.get_config("hate", "sd9")

@@ -56,7 +56,9 @@ def test_an_unfinished_checkpoint_is_not_taken(state, tmp_path):
 def test_other_settings_are_refused(state, tmp_path):
     opened(tmp_path / "checkpoints").save(state)
     other = opened(tmp_path / "checkpoints", {"category": "violence", "lora.targets": ("to_q",)})
-    with pytest.raises(UserError, match="category = 'hate', but now it is 'violence': .*--workdir"):
+    with pytest.raises(
+        UserError, match=r"category = 'hate', but now it is 'violence': .*--workdir"
+    ):
         other.restore(state)
 
 

@@ -150,11 +150,11 @@ def test_each_term_has_its_weight(config, small, adapters, batch, null_embeds):
 
 def test_a_batch_that_does_not_divide(config, small):
     config.batch_size = 12
-    with pytest.raises(UserError, match="batch_size is 12, .* over 8 devices: use 8 or 16"):
+    with pytest.raises(UserError, match=r"batch_size is 12, .* over 8 devices: use 8 or 16"):
         make_train_step(small.unet, small.schedule, resolve(config), mesh_of(8))
 
 
 def test_an_empty_timestep_range(config, small):
     config.loss.t_min, config.loss.t_max = 600, 600
-    with pytest.raises(UserError, match="t_min is 600 and t_max 600"):
+    with pytest.raises(UserError, match=r"t_min is 600 and t_max 600"):
         make_train_step(small.unet, small.schedule, resolve(config), mesh_of(1))

@@ -1,8 +1,7 @@
-"""The DPO loss and its gradients against diffusers' UNet with peft's adapters and torch's autograd."""
+"""The DPO loss and its gradients against diffusers' UNet with peft's adapters and autograd."""
 
 import diffusers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest

@@ -1,0 +1,92 @@
+"""Float32 against bfloat16 products on this CPU, for the shapes of the embedded UNet.
+
+    python benchmarks/cpu_matmul.py
+
+Both forms are timed side by side in one process; CPU seconds are counted, not wall time, since the
+machine may be shared. Writes benchmarks/results/cpu_matmul.json.
+"""
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+
+from safetydpo_jax.models import mixed
+
+RESULT = Path(__file__).with_name("results") / "cpu_matmul.json"
+
+
+def cpu_seconds(fn, *args) -> float:
+    """The least CPU time of five calls."""
+    fn = jax.jit(fn)
+    jax.block_until_ready(fn(*args))
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        jax.block_until_ready(fn(*args))
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def convolution(x, kernel):
+    """The plain float32 convolution."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=dims)
+
+
+def with_gradients(fn):
+    """fn and both its gradients."""
+
+    def run(x, w, dy):
+        y, vjp = jax.vjp(fn, x, w)
+        return y, vjp(dy)
+
+    return run
+
+
+def main() -> None:
+    """Times products and convolutions and writes the result file."""
+    key = jax.random.key(0)
+    x, w = jax.random.normal(key, (4096, 160)), jax.random.normal(key, (160, 1280))
+    image = jax.random.normal(key, (64, 8, 8, 160))
+    kernel = jax.random.normal(key, (3, 3, 160, 160))
+    cases = {
+        "linear 4096 x 160 x 1280": (jnp.matmul, mixed.matmul, x, w),
+        "conv 3x3, 64 x 8 x 8, 160 -> 160": (convolution, mixed.conv3x3, image, kernel),
+    }
+    rows = []
+    for name, (plain, fast, left, right) in cases.items():
+        flops = jax.jit(plain).lower(left, right).compile().cost_analysis()["flops"]
+        dy = jax.eval_shape(plain, left, right)
+        dy = jnp.ones(dy.shape)
+        for what, passes, args in (
+            ("forward", 1, (left, right)),
+            ("forward + backward", 3, (left, right, dy)),
+        ):
+            forms = (plain, fast) if passes == 1 else map(with_gradients, (plain, fast))
+            seconds = [cpu_seconds(form, *args) for form in forms]
+            rates = [passes * flops / s / 1e9 for s in seconds]
+            rows.append(
+                {
+                    "case": name,
+                    "pass": what,
+                    "float32_gflops_per_cpu_second": round(rates[0], 1),
+                    "bfloat16_gflops_per_cpu_second": round(rates[1], 1),
+                    "speedup": round(rates[1] / rates[0], 2),
+                }
+            )
+            print(f"{name}, {what}: {rates[0]:.0f} -> {rates[1]:.0f} GFLOP per CPU second")
+    RESULT.parent.mkdir(exist_ok=True)
+    content = {"machine": platform.machine(), "jax": jax.__version__, "rows": rows}
+    RESULT.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written: {RESULT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+import json
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from flax import traverse_util
+
+from safetydpo_jax import lora
+from safetydpo_jax.errors import MissingFileError, UserError
+
+ALPHA, RANK = 6.0, 4
+
+
+@pytest.fixture
+def file(adapters, tmp_path):
+    return lora.save_lora(
+        tmp_path / "export" / "pytorch_lora_weights.safetensors",
+        adapters,
+        ALPHA,
+        {"category": "hate"},
+    )
+
+
+def changed(file, change):
+    """The file after `change(tensors, header)`."""
+    with safetensors.safe_open(file, "numpy") as opened:
+        header = opened.metadata()
+    tensors = safetensors.numpy.load_file(file)
+    change(tensors, header)
+    safetensors.numpy.save_file(tensors, file, metadata=header)
+
+
+def assert_equal(ours, theirs):
+    ours, theirs = traverse_util.flatten_dict(ours), traverse_util.flatten_dict(theirs)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        np.testing.assert_allclose(ours[key], value, rtol=1e-6)
+
+
+def test_comes_back_ready_to_apply(file, adapters, pipeline):
+    found, header = lora.load_lora(file, pipeline.unet_params)
+    assert_equal(found, lora.scaled(adapters, ALPHA, RANK))
+    assert header["category"] == "hate"
+    assert header["format"] == "pt"
+
+
+def test_pytorch_diffusers_draws_the_same(file, adapters, pipeline, model_folder):
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
+    t, embeds = np.array([10, 700]), rng.normal(size=(2, 12, 16)).astype(np.float32)
+    torch_pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model_folder)
+
+    def theirs():
+        with torch.no_grad():
+            answer = torch_pipeline.unet(
+                torch.tensor(latents).permute(0, 3, 1, 2),
+                torch.tensor(t),
+                encoder_hidden_states=torch.tensor(embeds),
+            ).sample
+        return answer.permute(0, 2, 3, 1).numpy()
+
+    apply = jax.jit(pipeline.unet.apply)
+    found, _ = lora.load_lora(file, pipeline.unet_params)
+    base = apply({"params": pipeline.unet_params}, latents, t, embeds)
+    ours = apply({"params": pipeline.unet_params, "lora": found}, latents, t, embeds)
+    np.testing.assert_allclose(theirs(), base, atol=1e-4)
+    torch_pipeline.load_lora_weights(file)
+    np.testing.assert_allclose(theirs(), ours, atol=1e-4)
+    assert np.abs(ours - base).max() > 0.05
+
+
+def test_the_bytes_depend_on_the_content_alone(file, adapters):
+    metadata = {name: name for name in "dcba"}
+    one = lora.save_lora(file.with_name("1.safetensors"), adapters, 4.0, metadata)
+    two = lora.save_lora(
+        file.with_name("2.safetensors"), adapters, 4.0, dict(reversed(metadata.items()))
+    )
+    assert one.read_bytes() == two.read_bytes()
+    assert sorted(p.name for p in file.parent.iterdir()) == [
+        "1.safetensors",
+        "2.safetensors",
+        file.name,
+    ]
+
+
+def test_reads_the_alpha_that_diffusers_wrote(file, adapters, pipeline):
+    """As from peft with lora_alpha 12 at rank 4."""
+
+    def write_alpha(tensors, header):
+        config = json.loads(header["lora_adapter_metadata"])
+        header["lora_adapter_metadata"] = json.dumps(config | {"unet.lora_alpha": 12})
+
+    changed(file, write_alpha)
+    found, _ = lora.load_lora(file, pipeline.unet_params)
+    assert_equal(found, lora.scaled(adapters, ALPHA * 12 / RANK, RANK))
+
+
+def test_reads_the_official_spelling_in_half_precision(file, adapters, pipeline):
+    def respell(tensors, header):
+        header.pop("lora_adapter_metadata")
+        for key in list(tensors):
+            name = key.replace("lora_A", "lora.down").replace("lora_B", "lora.up")
+            tensors[name] = tensors.pop(key).astype(np.float16)
+
+    changed(file, respell)
+    found, _ = lora.load_lora(file, pipeline.unet_params)
+    expected = lora.scaled(adapters, ALPHA, RANK)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def first(tensors, side):
+    return next(key for key in sorted(tensors) if side in key)
+
+
+def drop_b(tensors, header):
+    del tensors[first(tensors, "lora_B")]
+
+
+def wrong_shape(tensors, header):
+    tensors[first(tensors, "lora_A")] = np.zeros((4, 7), np.float32)
+
+
+def other_rank(tensors, header):
+    key = first(tensors, "lora_B")
+    tensors[key] = tensors[key][:, :3]
+
+
+def unknown_layer(tensors, header):
+    tensors["unet.up_blocks.9.to_q.lora_A.weight"] = np.zeros((4, 8), np.float32)
+
+
+def other_tool(tensors, header):
+    tensors["lora_unet_down_blocks_0_to_q.lora_down.weight"] = np.zeros((4, 8), np.float32)
+
+
+def not_a_number(tensors, header):
+    tensors[first(tensors, "lora_A")][0, 0] = np.nan
+
+
+def empty(tensors, header):
+    tensors.clear()
+
+
+def dora(tensors, header):
+    header["lora_adapter_metadata"] = json.dumps({"unet.use_dora": True})
+
+
+def not_json(tensors, header):
+    header["lora_adapter_metadata"] = "{"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_b, "has only one of lora_A and lora_B"),
+        (wrong_shape, r"has shape \(4, 7\), but .*another base model"),
+        (other_rank, "different rank"),
+        (unknown_layer, "up_blocks.9.to_q.* names no linear layer of this UNet"),
+        (other_tool, "lora_unet_.* names no linear layer .*another tool"),
+        (not_a_number, "NaN or infinity"),
+        (empty, "holds no tensors"),
+        (dora, "use_dora, which is not supported"),
+        (not_json, "lora_adapter_metadata .* is not JSON"),
+    ],
+)
+def test_bad_files(change, message, file, pipeline):
+    changed(file, change)
+    with pytest.raises(UserError, match=message) as error:
+        lora.load_lora(file, pipeline.unet_params)
+    assert str(file) in str(error.value)
+
+
+def test_a_missing_file(tmp_path, pipeline):
+    with pytest.raises(MissingFileError, match="no such LoRA file"):
+        lora.load_lora(tmp_path / "nothing.safetensors", pipeline.unet_params)
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_truncated_file(length, file, pipeline):
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        lora.load_lora(file, pipeline.unet_params)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
+def test_pickle_is_refused(suffix, tmp_path, pipeline):
+    file = tmp_path / f"lora{suffix}"
+    file.write_bytes(b"\x80\x02anything")
+    with pytest.raises(UserError, match=r"pickle files can run code .* convert it .*weights_only"):
+        lora.load_lora(file, pipeline.unet_params)

@@ -1,0 +1,46 @@
+"""bfloat16 products on a CPU: close to float32's, gradients too, and taken only when asked for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from safetydpo_jax.models import mixed
+from safetydpo_jax.models.layers import Conv, Dense
+
+
+def convolution(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize(
+    ("fast", "plain", "x_shape", "w_shape"),
+    [
+        (mixed.matmul, jnp.matmul, (2, 64, 24), (24, 40)),
+        (mixed.matmul, jnp.matmul, (3, 5, 24), (24, 40)),
+        (mixed.conv3x3, convolution, (2, 6, 5, 16), (3, 3, 16, 12)),
+    ],
+)
+def test_values_and_gradients_are_those_of_float32(fast, plain, x_shape, w_shape):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (x_shape, w_shape))
+    expected, plain_vjp = jax.vjp(plain, x, w)
+    found, fast_vjp = jax.vjp(fast, x, w)
+    dy = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
+    for a, b in zip((found, *fast_vjp(dy)), (expected, *plain_vjp(dy)), strict=True):
+        assert a.dtype == jnp.float32
+        assert float(jnp.abs(a - b).max() / jnp.abs(b).max()) < 1e-2
+
+
+@pytest.mark.parametrize("layer", [Dense(48), Conv(48), Conv(48, 1, padding=0)])
+def test_layers_change_only_inside_the_context(layer):
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 64))
+    params = layer.init(jax.random.key(1), x)
+    exact = layer.apply(params, x)
+    with jax.default_matmul_precision("bfloat16"):
+        rounded = layer.apply(params, x)
+    error = float(jnp.abs(exact - rounded).max() / jnp.abs(exact).max())
+    assert 0 < error < 1e-2
+    np.testing.assert_array_equal(exact, layer.apply(params, x))

@@ -1,0 +1,107 @@
+"""Pretraining at a tiny size: pictures in, a checkpoint out, resumed as if never cut."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.emoji_base import get_config
+from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.pretrain import fit
+from safetydpo_jax.pretrain.pictures import prepare_pictures
+from safetydpo_jax.pretrain.run import run
+
+
+def tiny_config(source):
+    config = get_config()
+    config.data.update({"source": str(source), "resolution": 16})
+    config.vae.update(
+        {
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "latent_channels": 4,
+        }
+    )
+    config.text_encoder.update({"hidden_size": 16, "intermediate_size": 32})
+    config.unet.update(
+        {
+            "block_out_channels": (16, 16),
+            "cross_attention_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+        }
+    )
+    for training in (config.autoencoder_training, config.denoiser_training):
+        training.update(
+            {
+                "steps": 4,
+                "batch_size": 4,
+                "warmup_steps": 1,
+                "decay_steps": 1,
+                "log_every": 2,
+                "save_every": 2,
+            }
+        )
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file_name", "text"])
+        for i in range(300):
+            Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(folder / f"{i}.png")
+            table.writerow([f"{i}.png", f"number {i % 7}"])
+    return folder
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(folder, tmp_path, monkeypatch, capsys):
+    whole = run(tiny_config(folder), tmp_path / "whole")
+    assert "done in" in capsys.readouterr().out
+
+    def die(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    config = tiny_config(folder)
+    # After the autoencoder's last step.
+    monkeypatch.setattr(fit.ocp.CheckpointManager, "close", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "killed")
+    monkeypatch.undo()
+    resumed = run(config, tmp_path / "killed")
+    assert "autoencoder: resuming at step 4 of 4" in capsys.readouterr().out
+    for file in sorted(whole.rglob("*.safetensors")):
+        assert file.read_bytes() == (resumed / file.relative_to(whole)).read_bytes()
+    pipeline = load_pipeline(whole)
+    assert pipeline.resolution == 16
+    assert pipeline.encode_prompts(["number 3"]).shape == (1, 24, 16)
+
+
+def test_pictures_are_cropped_to_squares(folder, tmp_path):
+    pictures, captions = prepare_pictures(tiny_config(folder).data, tmp_path)
+    assert pictures.shape == (300, 16, 16, 3)
+    assert captions[8] == "number 1"
+
+
+@pytest.mark.parametrize(
+    ("table", "error", "message"),
+    [
+        (None, MissingFileError, "metadata.csv: missing"),
+        ("name,text\na.png,x\n", UserError, "columns file_name,text"),
+        ("file_name,text\n../a.png,x\n", UserError, "outside the folder"),
+        ("file_name,text\nnone.png,x\n", MissingFileError, "none.png: named in metadata.csv"),
+        ("file_name,text\nbad.png,x\n", UserError, "bad.png: not a readable picture"),
+    ],
+)
+def test_bad_folders_are_told_plainly(tmp_path, table, error, message):
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG broken")
+    if table is not None:
+        (tmp_path / "metadata.csv").write_text(table)
+    with pytest.raises(error, match=message):
+        prepare_pictures(tiny_config(tmp_path).data, tmp_path / "work")

@@ -1,0 +1,181 @@
+import json
+import os
+import pathlib
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from safetydpo_jax import lora
+from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train import loop
+
+EXPORT = pathlib.Path("export") / "pytorch_lora_weights.safetensors"
+TERMS = {"loss", "dpo_loss", "preservation", "winner_anchor"}
+LOGGED = TERMS | {"margin", "implicit_accuracy", "winner_error", "loser_error", "grad_norm", "lr"}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the run may catch it."""
+
+
+@pytest.fixture
+def run(config, small, tmp_path, monkeypatch):
+    """Runs in tmp_path/name; gives back what it said. `react` sees every line as it is said."""
+
+    monkeypatch.setattr(
+        loop, "load_pipeline", lambda p: small if p == str(small.path) else load_pipeline(p)
+    )
+
+    def run(name="run", react=lambda line: None, **changes):
+        lines = []
+
+        def progress(line):
+            lines.append(line)
+            react(line)
+
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(changes)
+        loop.run(changed, tmp_path / name, progress)
+        return "\n".join(lines)
+
+    return run
+
+
+def logged_steps(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_whole_run(run, small, tmp_path):
+    said = run()
+    workdir = tmp_path / "run"
+    banners = re.findall(r"=== (\d)/(\d) ([a-z ]+?) =", said)
+    assert [int(number) for number, _, _ in banners] == list(range(1, 10))
+    assert {total for _, total, _ in banners} == {"9"}
+    steps = logged_steps(workdir)
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    assert steps[0].keys() == LOGGED | {"step", "step_time", "pairs_per_s", "tflops_per_s"}
+    assert abs(steps[0]["margin"]) < 1e-3
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} >= {"9", "10"}
+    adapters, header = lora.load_lora(workdir / EXPORT, small.unet_params)
+    assert (header["category"], header["steps"]) == ("hate", "10")
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(adapters))
+
+    before = (workdir / EXPORT).read_bytes()
+    again = run()
+    assert "compile" not in again
+    assert (workdir / EXPORT).read_bytes() == before
+    assert logged_steps(workdir) == steps
+
+
+@pytest.mark.parametrize("step", [2, 5, 10])
+def test_a_killed_run_ends_as_if_nothing_had_happened(step, run, tmp_path):
+    run("whole")
+
+    def kill(line):
+        if line.startswith(f"step {step}/"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run("killed", react=kill, log_every=1)
+    run("killed")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert (killed / EXPORT).read_bytes() == (whole / EXPORT).read_bytes()
+    timing = {"step_time", "pairs_per_s", "tflops_per_s"}
+    for ours, theirs in zip(logged_steps(killed), logged_steps(whole), strict=True):
+        assert {k: ours[k] for k in ours.keys() - timing} == {
+            k: theirs[k] for k in theirs.keys() - timing
+        }
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_its_step_saved(number, run, tmp_path):
+    run("whole")
+
+    def stop(line):
+        if line.startswith("step 4/"):
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(SystemExit) as end:
+        run("stopped", react=stop, log_every=1)
+    assert end.value.code == 128 + number
+    assert len(logged_steps(tmp_path / "stopped")) in (5, 6)
+    assert "going on from step" in run("stopped")
+    assert (tmp_path / "stopped" / EXPORT).read_bytes() == (
+        tmp_path / "whole" / EXPORT
+    ).read_bytes()
+
+
+def test_a_finished_run_can_be_made_longer(run, tmp_path):
+    run("short", steps=4)
+    assert "going on from step 4" in run("short")
+    run("long")
+    assert (tmp_path / "short" / EXPORT).read_bytes() == (tmp_path / "long" / EXPORT).read_bytes()
+
+
+def test_a_diverged_run_stops_and_keeps_the_last_good_state(run, tmp_path):
+    with pytest.raises(UserError, match=r"became nan at step \d+; the last good state"):
+        run(**{"optimizer.learning_rate": 1e30})
+    assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_a_collapsing_winner_stops_the_run(run):
+    changes = {"guard.winner_error": 1e-9, "guard.patience": 3, "optimizer.learning_rate": 0.5}
+    with pytest.raises(UserError, match=r"the winner is collapsing: for 3 steps"):
+        run(recipe="paper", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": "nowhere"}, MissingFileError, "nowhere: no such folder"),
+        ({"pairs.path": "nowhere"}, MissingFileError, "nowhere"),
+        ({"lora.rank": 99}, UserError, r"lora.rank is 99, but .* use a rank from 1 to"),
+        ({"lora.targets": ("to_x",)}, UserError, "'to_x' matches no layer of the UNet"),
+        ({"batch_size": 12}, UserError, "batch_size is 12, which does not divide over 8 devices"),
+        ({"mesh.data": 3}, UserError, "data 3 x fsdp 1 x tensor 1 is not the 8 devices"),
+        ({"loss.t_max": 2000}, UserError, "t_max 2000"),
+        ({"rows": "all"}, UserError, "config.rows is 'all'"),
+        ({"cache.dtype": "int8"}, UserError, "int8"),
+    ],
+)
+def test_bad_inputs_are_told_before_anything_is_trained(changes, error, message, run, tmp_path):
+    with pytest.raises(error, match=message):
+        run(**changes)
+    assert not (tmp_path / "run" / "checkpoints" / "1").exists()
+
+
+def test_other_settings_are_refused(run):
+    run(steps=2)
+    with pytest.raises(UserError, match=r"lora.rank = 2, but now it is 4: .* --workdir"):
+        run(**{"lora.rank": 4, "lora.alpha": 2.0})
+
+
+def test_fewer_steps_than_were_made(run):
+    run(steps=3)
+    with pytest.raises(UserError, match=r"is at step 3, past config.steps = 2"):
+        run(steps=2)
+
+
+def test_a_workdir_is_for_one_run_at_a_time(run):
+    def begin_another(line):
+        if "base model" in line:
+            with pytest.raises(
+                UserError, match=rf"in use by another run \(process {os.getpid()}\)"
+            ):
+                run()
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(react=begin_another)
+
+
+def test_a_workdir_that_is_a_file(run, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match=r"--workdir .* cannot be used"):
+        run()
