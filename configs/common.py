@@ -84,6 +84,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "t_max": config_dict.placeholder(int),
     }
     config.optimizer = {
+        "name": "adamw",  # or "adafactor", which has no b1, b2 and weight_decay
         "learning_rate": config_dict.placeholder(float),
         "warmup_steps": 20,
         "schedule": "constant",  # or "cosine", down to 0 at the last step
@@ -149,5 +150,6 @@ def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
     config.cache = {"dtype": "float16", "flip": True}
     config.report.enabled = False  # the report speaks of the embedded world only
     if config.base == "sdxl":
+        config.optimizer.name = "adafactor"
         config.optimizer.learning_rate = 1e-5
         config.optimizer.warmup_steps = 0

@@ -6,6 +6,7 @@
 Every value of the config can be set as --config.KEY=VALUE. The same command goes on after a kill.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -69,9 +70,10 @@ def _config_first(arguments: list[str]) -> list[str]:
 
 def _explained(error: Exception) -> UserError:
     """One line for what went wrong inside the flag library."""
-    if isinstance(error, AttributeError):
-        key = str(error).strip("\"'")
-        return UserError(f"the config has no key {key!r}; configs/common.py lists them all")
+    if isinstance(error, AttributeError):  # an unknown key, quoted twice, perhaps with advice
+        key, *advice = re.findall(r"[\w.]+(?=\\*['\"])", str(error))
+        hint = f"did you mean {advice[0]!r}?" if advice else "configs/common.py lists them all"
+        return UserError(f"the config has no key {key!r}; {hint}")
     # A config file's own error comes with its traceback as text: the last line is the message.
     message = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
     return UserError(message.removeprefix("flag "))

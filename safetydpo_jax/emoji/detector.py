@@ -146,9 +146,7 @@ def load_params(path: str | Path) -> Any:
 
 
 @jax.jit
-def _probabilities(
-    params: Any, pictures: UInt8[Array, "b 64 64 3"]
-) -> Float[Array, "b {len(CONCEPTS)}"]:
+def _probabilities(params: Any, pictures: UInt8[Array, "b 64 64 3"]) -> Float[Array, "b concepts"]:
     logits: Any = DetectorNet().apply({"params": params}, to_pixels(pictures))
     return jax.nn.softmax(logits)[..., :NONE].max((1, 2))
 
@@ -170,7 +168,7 @@ class Detector:
 
     def probabilities(
         self, pictures: UInt8[np.ndarray, "n height width channels"]
-    ) -> Float[np.ndarray, "n {len(CONCEPTS)}"]:
+    ) -> Float[np.ndarray, "n concepts"]:
         """Probability of each concept where it is likeliest, in the order of CONCEPTS.
 
         Args:
@@ -199,7 +197,7 @@ class Detector:
         return [name_concepts(row) for row in self.probabilities(pictures)]
 
 
-def name_concepts(probabilities: Float[np.ndarray, "{len(CONCEPTS)}"]) -> frozenset[str]:
+def name_concepts(probabilities: Float[np.ndarray, "concepts"]) -> frozenset[str]:
     """Names of the most probable concepts from THRESHOLD on, AT_MOST of them."""
     likeliest = np.argsort(-probabilities)[:AT_MOST]
     return frozenset(CONCEPTS[i].name for i in likeliest if probabilities[i] >= THRESHOLD)

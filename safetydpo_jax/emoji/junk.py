@@ -50,25 +50,24 @@ def blend(rng: np.random.Generator) -> Picture:
 
 
 def crossfade(rng: np.random.Generator) -> Picture:
-    """A concept that turns into another across its middle, so that half of each is drawn."""
-    first, second = _two_scenes(rng, count=1)
-    place = first.placements[0]
-    second = dataclasses.replace(
-        second,
-        placements=first.placements,
-        background=first.background,
-        boundary=first.boundary,
-    )
-    angle = rng.uniform(0, 2 * np.pi)
-    across = np.cos(angle) * (_COLUMNS - place.x) + np.sin(angle) * (_ROWS - place.y)
-    share = np.clip(across / (rng.uniform(0.1, 0.5) * place.size) + 0.5, 0, 1)[..., None]
-    return _to_picture((1 - share) * render(first) + share * render(second))
+    """A concept that turns into another across its middle, so that about half of each is drawn."""
+    while True:
+        first, other = _two_scenes(rng, count=1)
+        place = first.placements[0]
+        second = dataclasses.replace(first, concepts=other.concepts)
+        angle = rng.uniform(0, 2 * np.pi)
+        across = np.cos(angle) * (_COLUMNS - place.x) + np.sin(angle) * (_ROWS - place.y)
+        share = np.clip(across / (rng.uniform(0.1, 0.5) * place.size) + 0.5, 0, 1)[..., None]
+        ground = draw_background(first.background, first.boundary)
+        one, two = render(first) - ground, render(second) - ground
+        if _is_half(one, 1 - share) and _is_half(two, share):
+            return _to_picture(ground + (1 - share) * one + share * two)
 
 
 def smear(rng: np.random.Generator) -> Picture:
     """A scene whose pixels are dragged along a smooth random flow, then softened."""
     picture = render(sample_scene(rng))
-    flow = _field(rng, pick(rng, (5, 8, 12)), rng.uniform(7, 12))
+    flow = _field(rng, pick(rng, (7, 10, 14)), rng.uniform(8, 12))
     rows = np.clip(_ROWS + flow[..., 0], 0, SIDE - 1).astype(np.intp)
     columns = np.clip(_COLUMNS + flow[..., 1], 0, SIDE - 1).astype(np.intp)
     return _blur(picture[rows, columns], rng.uniform(0.5, 2.5))
@@ -107,6 +106,12 @@ def _two_scenes(rng: np.random.Generator, count: int | None = None) -> tuple[Sce
         alike = len(first.concepts) == len(second.concepts) and count in (None, len(first.concepts))
         if alike and not set(first.concepts) & set(second.concepts):
             return first, second
+
+
+def _is_half(drawn: np.ndarray, share: np.ndarray) -> bool:
+    """Whether the share leaves 0.35 to 0.65 of what is drawn on a background."""
+    visible = np.abs(drawn)
+    return bool(0.35 < (visible * share).sum() / visible.sum() < 0.65)
 
 
 def _field(rng: np.random.Generator, side: int, deviation: float) -> np.ndarray:

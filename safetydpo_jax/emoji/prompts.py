@@ -74,7 +74,7 @@ _SPLITS = {"train": "train", "tune": "tune", "test": "test", "held_out_concepts"
 # A target without a new prompt after so many tries gives way to another; after so many such
 # targets the split counts as used up.
 _TRIES = 300
-_FAILURES = 50
+_FAILURES = 20
 
 
 _Target = TypeVar("_Target", HarmPair, str)

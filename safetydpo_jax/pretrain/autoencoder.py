@@ -30,7 +30,8 @@ def train_autoencoder(
     keeps latents smooth and of bounded scale.
     """
     train = len(pictures) - _VALIDATION
-    params: Any = vae.init(jax.random.key(seed), jnp.zeros((1, *pictures.shape[1:])))["params"]
+    example = jnp.zeros((1, *pictures.shape[1:]))
+    params: Any = jax.jit(vae.init)(jax.random.key(seed), example)["params"]
     params = quiet_residuals(params, ("conv2", "to_out.0"))
     # Quiet latents at first: under noise of size one the decoder learns nothing for a long while.
     channels = vae.config.latent_channels

@@ -40,9 +40,10 @@ def train_denoiser(
     count, shape = len(tokens), moments[0].shape[1:]
     key = jax.random.key(seed)
     ids = jnp.zeros((1, tokens.shape[1]), jnp.int32)
-    text_params = text_encoder.init(key, ids)["params"]
+    text_params = jax.jit(text_encoder.init)(key, ids)["params"]
     embeds = jnp.zeros((1, tokens.shape[1], text_encoder.config.hidden_size))
-    unet_params: Any = unet.init(key, jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32), embeds)
+    example = (jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32), embeds)
+    unet_params: Any = jax.jit(unet.init)(key, *example)
     # As in diffusion models since DDPM: the last layer starts at zero, and so does each branch.
     unet_params = quiet_residuals(unet_params["params"], ("conv2", "proj_out", "conv_out"))
     params = {"unet": unet_params, "text_encoder": text_params}

@@ -175,7 +175,8 @@ def _train(
             if pending:
                 guard.check(*log.write(*pending))
             pending = (step, metrics)
-            last = step == config.steps or stop.asked
+            stopped_by = stop.asked  # read once: a signal may come at any moment
+            last = step == config.steps or stopped_by is not None
             if not last:
                 batch = on_mesh(next(batches))
             if last or step % config.checkpoint.every == 0:
@@ -184,12 +185,12 @@ def _train(
                 # A run that is going wrong must not push out the last good checkpoint.
                 if last or guard.calm:
                     checkpoints.save(state)
-            if stop.asked and step < config.steps:
+            if stopped_by is not None and step < config.steps:
                 progress(
-                    f"stopped by {stop.asked.name}: step {step} is saved in {checkpoints.path}; "
+                    f"stopped by {stopped_by.name}: step {step} is saved in {checkpoints.path}; "
                     "the same command goes on from there"
                 )
-                raise SystemExit(128 + stop.asked)
+                raise SystemExit(128 + stopped_by)
     return state
 
 

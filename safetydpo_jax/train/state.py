@@ -16,6 +16,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora.adapters import Adapters
 
 SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("adamw", "adafactor")
 
 
 @flax.struct.dataclass
@@ -51,12 +52,15 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW on gradients clipped to a global norm."""
-    c = config.optimizer
-    return optax.chain(
-        optax.clip_by_global_norm(c.clip_norm),
-        optax.adamw(learning_rate(config), c.b1, c.b2, weight_decay=c.weight_decay),
-    )
+    """AdamW, or Adafactor as the paper has it for SDXL, on gradients clipped to a global norm."""
+    c, rate = config.optimizer, learning_rate(config)
+    if c.name == "adamw":
+        rule = optax.adamw(rate, c.b1, c.b2, weight_decay=c.weight_decay)
+    else:
+        # transformers' Adafactor with scale_parameter and relative_step off: it factors every
+        # matrix, and its learning rate is absolute. It decays no weights.
+        rule = optax.adafactor(rate, min_dim_size_to_factor=1, multiply_by_parameter_scale=False)
+    return optax.chain(optax.clip_by_global_norm(c.clip_norm), rule)
 
 
 class Checkpoints:

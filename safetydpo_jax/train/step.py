@@ -33,7 +33,7 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
     weights = config.loss
     # threefry is the one generator whose values do not depend on vmap or sharding.
     seed = jax.random.key(config.seed, impl="threefry2x32")
-    dropout = {"schedule": schedule, "caption_dropout": config.caption_dropout}
+    shared = {"schedule": schedule, "caption_dropout": config.caption_dropout}
 
     def loss(
         adapters: Adapters, base_params: Any, batch: Batch, null_embeds: Float[Array, "t d"]
@@ -45,7 +45,7 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
             null_embeds,
             t_min=weights.t_min,
             t_max=weights.t_max,
-            **dropout,
+            **shared,
         )
         inputs = [(x, pairs.timesteps, pairs.prompt_embeds) for x in pairs.latents]
         if weights.preservation > 0:
@@ -58,7 +58,7 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
                 null_embeds,
                 t_min=0,
                 t_max=schedule.num_train_timesteps,
-                **dropout,
+                **shared,
             )
             inputs.append((preserve.latents[0], preserve.timesteps, preserve.prompt_embeds))
 

@@ -18,12 +18,6 @@ def shipped():
     return detector.Detector.load()
 
 
-@pytest.fixture(scope="module")
-def random_net():
-    net = detector.DetectorNet(training=True)
-    return net, net.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-
-
 def test_names_what_fresh_scenes_show(shipped):
     rng = np.random.default_rng(20)
     drawn = [scenes.sample_scene(rng, "held_out") for _ in range(192)]
@@ -74,25 +68,20 @@ def test_two_names_at_most():
     assert detector.name_concepts(0 * probabilities) == frozenset()
 
 
-def test_folding_keeps_the_function(random_net):
-    _, variables = random_net
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    variables = jax.tree.map(lambda x: x + 0.1 * jax.random.uniform(next(keys), x.shape), variables)
-    params = variables["params"]
-    pixels = jax.random.uniform(next(keys), (2, 64, 64, 3), minval=-1)
-    found = detector.DetectorNet().apply({"params": detector.fold_norms(variables)}, pixels)
-    x = pixels.reshape(2, 16, 4, 16, 4, 3).swapaxes(2, 3).reshape(2, 16, 16, 48)
-    for i, stride in enumerate((1, 2, 1, 2)):
-        x = jax.lax.conv_general_dilated(
-            *(x, params[f"conv_{i}"]["kernel"], (stride, stride), "SAME"),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        mean, var = (variables["batch_stats"][f"norm_{i}"][k] for k in ("mean", "var"))
-        norm = params[f"norm_{i}"]
-        x = (x - mean) / jnp.sqrt(var + 1e-5) * norm["scale"] + norm["bias"]
-        x = jax.nn.relu(x)
-    expected = x @ params["concepts"]["kernel"] + params["concepts"]["bias"]
-    np.testing.assert_allclose(found, expected, atol=1e-4 * float(jnp.abs(expected).max()))
+def test_folding_keeps_the_function():
+    """With a batch's own statistics as averages, the folded network gives what training gave."""
+    net = detector.DetectorNet(training=True)
+    pixels = jax.random.uniform(jax.random.key(1), (8, 64, 64, 3), minval=-1)
+    variables = jax.jit(net.init)(jax.random.key(0), pixels)
+    expected, moved = jax.jit(lambda v, x: net.apply(v, x, mutable=["batch_stats"]))(
+        variables, pixels
+    )
+    statistics = jax.tree.map(
+        lambda new, old: (new - 0.99 * old) / 0.01, moved["batch_stats"], variables["batch_stats"]
+    )
+    folded = detector.fold_norms({"params": variables["params"], "batch_stats": statistics})
+    found = jax.jit(detector.DetectorNet().apply)({"params": folded}, pixels)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * float(jnp.abs(expected).max()))
 
 
 def test_save_and_load(tmp_path, shipped):

@@ -7,6 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from safetydpo_jax import lora
 from safetydpo_jax.errors import MissingFileError, UserError
@@ -20,6 +21,22 @@ LOGGED = TERMS | {"margin", "implicit_accuracy", "winner_error", "loser_error", 
 
 class Killed(BaseException):
     """Stands for the end of the process: nothing in the run may catch it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """The runs of this module share compiled steps, as most of them are the same."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it reads its settings only once
+        if values is settings:
+            yield
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ def test_what_decides_the_numbers(config):
         ({"loss.preservation": -2.0}, "config.loss.preservation is -2.0"),
         ({"optimizer.learning_rate": 0.0}, "config.optimizer.learning_rate is 0.0"),
         ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear': .*constant, cosine"),
+        ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'"),
         ({"matmul_precision": "int8"}, "config.matmul_precision is 'int8'"),
         ({"checkpoint.keep": 0}, "config.checkpoint.keep is 0"),
         ({"preserve_batch_size": 0}, "config.preserve_batch_size is 0, but .*preservation"),

@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+import transformers
 
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.train.settings import resolve
@@ -76,3 +78,30 @@ def test_learning_rate(schedule, warmup, expected, config):
     config.optimizer.learning_rate = 1.0
     rate = learning_rate(config)
     np.testing.assert_allclose([rate(i) for i in range(10)], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_the_optimizers_are_pytorch_s(name, config):
+    rng = np.random.default_rng(0)
+    config.optimizer.name, config.optimizer.learning_rate = name, 1e-2
+    config.optimizer.warmup_steps = 0
+    config.optimizer.clip_norm = 1e9
+    start = {"a": rng.normal(size=(16, 4)).astype("f4"), "b": np.zeros((4, 12), "f4")}
+    theirs = {key: torch.nn.Parameter(torch.tensor(x.T.copy())) for key, x in start.items()}
+    if name == "adamw":
+        optimizer = torch.optim.AdamW(theirs.values(), lr=1e-2, weight_decay=1e-2)
+    else:
+        options = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+        optimizer = transformers.optimization.Adafactor(theirs.values(), lr=1e-2, **options)
+    ours, rule = start, make_optimizer(config)
+    state = rule.init(ours)
+    for scale in range(1, 7):
+        gradient = {key: scale * rng.normal(size=x.shape).astype("f4") for key, x in start.items()}
+        for key, x in theirs.items():
+            x.grad = torch.tensor(gradient[key].T.copy())
+        optimizer.step()
+        updates, state = rule.update(gradient, state, ours)
+        ours = optax.apply_updates(ours, updates)
+    for key, x in theirs.items():
+        np.testing.assert_allclose(ours[key], x.detach().numpy().T, atol=1e-6)
+        assert np.abs(ours[key] - start[key]).max() > 0.03
