@@ -137,7 +137,16 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
       MissingFileError: there is no such folder, or it holds no model_index.json.
     """
     if str(path) == "emoji":
-        return pathlib.Path(str(importlib.resources.files("safetydpo_jax") / "emoji" / "pipeline"))
+        folder = pathlib.Path(
+            str(importlib.resources.files("safetydpo_jax") / "emoji" / "pipeline")
+        )
+        if not folder.is_dir():
+            raise MissingFileError(
+                f"{folder}: the embedded model is not in this installation; make it with"
+                " launch/pretrain.py --config configs/emoji_base.py and put WORKDIR/pipeline there,"
+                " or give that folder as the model"
+            )
+        return folder
     folder = pathlib.Path(path)
     if not (folder / "model_index.json").is_file():
         what = "no model_index.json in it" if folder.is_dir() else "no such folder"

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.models import pretrained
 from safetydpo_jax.models.pretrained import load_pipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -171,3 +172,9 @@ def test_a_bad_checkpoint_is_named(case, checkpoint):
 def test_a_wrong_path_is_named(tmp_path):
     with pytest.raises(MissingFileError, match="nowhere: no such folder"):
         load_pipeline(tmp_path / "nowhere")
+
+
+def test_an_installation_without_the_embedded_model_says_how_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained.importlib.resources, "files", lambda _: tmp_path)
+    with pytest.raises(MissingFileError, match=r"launch/pretrain\.py"):
+        pretrained.resolve_checkpoint("emoji")
