@@ -248,15 +248,16 @@ def iterate_pictures(
         index = start + np.minimum(np.arange(size), wanted - 1)
         embeds = pipeline.encode_prompts([prompts[i] for i in index])
         noise = initial_latents(seeds[index], pipeline.latent_shape)
-        # A context around a yield would leak into the caller, so around each call.
+        # A context around a yield would leak into the caller, so it closes before.
         with jax.default_matmul_precision(matmul_precision):
             latents = sample(pipeline.unet_params, adapters, noise, embeds, negative)
+            if not jnp.isfinite(latents).all():
+                raise UserError(
+                    f"the model drew NaN or infinity among pictures {start} to "
+                    f"{start + wanted - 1}: the weights or the adapters hold such values, or are "
+                    "too large"
+                )
             pictures = pipeline.decode_latents(latents)
-        if not jnp.isfinite(latents).all():
-            raise UserError(
-                f"the model drew NaN or infinity among pictures {start} to {start + wanted - 1}: "
-                "the weights or the adapters hold such values, or are too large"
-            )
         yield np.asarray(pictures)[:wanted]
 
 
