@@ -1,6 +1,6 @@
 """Matrix products and convolutions with bfloat16 operands and float32 sums, made fast on CPUs.
 
-XLA's CPU backend has kernels for bfloat16 x bfloat16 -> float32 that are several times faster than
+XLA's CPU backend has kernels for bfloat16 x bfloat16 -> float32 that are faster than
 its float32 ones (matrix units of recent x86 processors), but reaches them only for products that
 are laid out plainly, and never for convolutions. The layers take these forms on a CPU when JAX's
 own switch asks for that precision: `with jax.default_matmul_precision("bfloat16")`. Accelerators do
