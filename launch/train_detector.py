@@ -57,13 +57,13 @@ def label(scene: Scene | None) -> np.ndarray:
     allowed[..., NONE] = True
     if scene is None:
         return allowed
-    for name, placement in zip(scene.concepts, scene.placements, strict=True):
-        row, column = int(placement.y * PLACES / SIDE), int(placement.x * PLACES / SIDE)
-        around = slice(max(0, row - 1), row + 2), slice(max(0, column - 1), column + 2)
-        allowed[(*around, INDEX[name])] = True
-    for name, placement in zip(scene.concepts, scene.placements, strict=True):
-        row, column = int(placement.y * PLACES / SIDE), int(placement.x * PLACES / SIDE)
-        allowed[row, column] = np.arange(NONE + 1) == INDEX[name]
+    concepts = [INDEX[name] for name in scene.concepts]
+    centres = [(int(p.y * PLACES / SIDE), int(p.x * PLACES / SIDE)) for p in scene.placements]
+    for concept, (row, column) in zip(concepts, centres, strict=True):
+        allowed[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2, concept] = True
+    # After all surroundings: a centre may lie beside another one.
+    for concept, centre in zip(concepts, centres, strict=True):
+        allowed[centre] = np.arange(NONE + 1) == concept
     return allowed
 
 

@@ -9,6 +9,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # PyTorch's threads wait by spinning, which on two busy cores costs more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("safetydpo_jax", "tests.check")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A Stable Diffusion checkpoint of a few thousand random numbers; only to be read."""
+    from tests.diffusion.tiny_pipeline import write_tiny_pipeline  # after the hook
+
+    return write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def pipeline(model_folder):
+    """That checkpoint, loaded."""
+    from safetydpo_jax.models.pretrained import load_pipeline
+
+    return load_pipeline(model_folder)

@@ -10,13 +10,18 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from safetydpo_jax.models.attention import Attention
 from safetydpo_jax.models.config import check_config, check_divisible, per_block
 from safetydpo_jax.models.layers import Conv, GroupNorm, ResnetBlock, upsample_nearest
 
 _EPS = 1e-6
+
+
+def to_pixels(pictures: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Pictures as the autoencoder takes them: 0 .. 255 to float32 in [-1, 1]."""
+    return pictures.astype(jnp.float32) / 127.5 - 1.0
 
 
 @dataclasses.dataclass(frozen=True)

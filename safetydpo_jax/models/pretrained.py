@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt8
 
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, to_pixels
 from safetydpo_jax.models.state_dict import load_params, save_params
 from safetydpo_jax.models.text_encoder import CLIPTextConfig, CLIPTextModel
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -73,7 +73,7 @@ class Pipeline:
     @functools.cached_property
     def _encode_pixels(self) -> Callable[..., Any]:
         def encode(params: Any, pictures: Array) -> tuple[Array, Array]:
-            pixels = pictures.astype(jnp.float32) / 127.5 - 1.0
+            pixels = to_pixels(pictures)
             mean, logvar = self.vae.apply({"params": params}, pixels, method="encode")
             scale = self.vae.config.scaling_factor
             return mean * scale, logvar + 2.0 * np.log(scale)

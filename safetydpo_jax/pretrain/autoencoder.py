@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safetydpo_jax.models.autoencoder import AutoencoderKL
+from safetydpo_jax.models.autoencoder import AutoencoderKL, to_pixels
 from safetydpo_jax.pretrain.fit import fit, quiet_residuals
 
 _VALIDATION = 256  # last pictures of the set, kept from training
@@ -37,9 +37,6 @@ def train_autoencoder(
     channels = vae.config.latent_channels
     quiet = jnp.where(jnp.arange(2 * channels) < channels, 0.0, -5.0)
     params["quant_conv"]["bias"] += quiet
-
-    def to_pixels(batch: jax.Array) -> jax.Array:
-        return batch.astype(jnp.float32) / 127.5 - 1.0
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> Any:
         pixels = to_pixels(batch)
@@ -89,8 +86,7 @@ def encode_pictures(
 
         @jax.jit
         def encode(params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
-            pixels = batch.astype(jnp.float32) / 127.5 - 1.0
-            moments: Any = vae.apply({"params": params}, pixels, method="encode")
+            moments: Any = vae.apply({"params": params}, to_pixels(batch), method="encode")
             mean, logvar = moments
             return mean.astype(jnp.float16), jnp.exp(0.5 * logvar).astype(jnp.float16)
 

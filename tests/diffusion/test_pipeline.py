@@ -9,22 +9,10 @@ from launch import sample
 from safetydpo_jax.diffusion import draw_pictures, initial_latents
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora import init_adapters, save_lora, scaled
-from safetydpo_jax.models.pretrained import load_pipeline
-from tests.diffusion.tiny_pipeline import write_tiny_pipeline
 
 PROMPTS = ["a red dog", "", "two cats"]
 SEEDS = [4, 5, 9]
 OPTIONS = {"num_steps": 6, "guidance_scale": 5.0, "negative_prompt": "dog"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
-@pytest.fixture(scope="module")
-def pipeline(checkpoint):
-    return load_pipeline(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +21,11 @@ def adapters(pipeline):
     return jax.tree.map(lambda leaf: leaf + 0.5, fresh)
 
 
-def test_pictures_equal_pytorch_diffusers(checkpoint, pipeline):
+def test_pictures_equal_pytorch_diffusers(model_folder, pipeline):
     torch = pytest.importorskip("torch")
     import diffusers
 
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(checkpoint)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(model_folder)
     theirs.set_progress_bar_config(disable=True)
     noise = np.asarray(initial_latents(SEEDS, pipeline.latent_shape)).transpose(0, 3, 1, 2)
     wanted = theirs(
@@ -54,14 +42,14 @@ def test_pictures_equal_pytorch_diffusers(checkpoint, pipeline):
 
 
 def test_command_line_draws_what_draw_pictures_draws(
-    checkpoint, pipeline, adapters, tmp_path, capsys
+    model_folder, pipeline, adapters, tmp_path, capsys
 ):
     save_lora(tmp_path / "lora.safetensors", adapters, alpha=1.0)
     table = tmp_path / "prompts.csv"
     rows = zip(PROMPTS, SEEDS, strict=True)
     lines = [f"{prompt},{i}.png,{seed}" for i, (prompt, seed) in enumerate(rows)]
     table.write_text("\n".join(["prompt,image,seed", *lines]))
-    command = ["--model", str(checkpoint), "--prompts", str(table), "--steps", "6"]
+    command = ["--model", str(model_folder), "--prompts", str(table), "--steps", "6"]
     command += ["--lora", str(tmp_path / "lora.safetensors")]
     command += ["--guidance_scale", "5", "--negative_prompt", "dog"]
     for scale in ("1", "0"):
@@ -91,7 +79,7 @@ def test_command_line_draws_what_draw_pictures_draws(
         (["--lora", "missing.safetensors"], "missing.safetensors"),
     ],
 )
-def test_bad_options(checkpoint, tmp_path, options, message):
-    command = ["--model", str(checkpoint), "--prompt", "dog", "--out", str(tmp_path)]
+def test_bad_options(model_folder, tmp_path, options, message):
+    command = ["--model", str(model_folder), "--prompt", "dog", "--out", str(tmp_path)]
     with pytest.raises(UserError, match=message):
         sample.main([*command, *options])

@@ -4,20 +4,8 @@ import jax
 import pytest
 
 from safetydpo_jax import lora
-from safetydpo_jax.models.pretrained import load_pipeline
-from tests.diffusion.tiny_pipeline import write_tiny_pipeline
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    return write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def pipeline(model_folder):
-    return load_pipeline(model_folder)
 
 
 @pytest.fixture(scope="session")

@@ -15,18 +15,6 @@ from safetydpo_jax.data import Picture, write_pairs
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.models.attention import Attention
 from safetydpo_jax.models.layers import Dense
-from safetydpo_jax.models.pretrained import load_pipeline
-from tests.diffusion.tiny_pipeline import write_tiny_pipeline
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    return write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def pipeline(model_folder):
-    return load_pipeline(model_folder)
 
 
 @pytest.fixture(scope="session")
