@@ -16,16 +16,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs and benchmarks
+
+from benchmarks.torch_drawer import torch_drawer
 from safetydpo_jax.data.storage import write_file
-from safetydpo_jax.diffusion.samplers import initial_latents
 from safetydpo_jax.emoji.concepts import CATEGORIES
 from safetydpo_jax.errors import MissingFileError, run_main
 from safetydpo_jax.evaluate import Bootstrap, Evaluation, evaluate, summarise, table
@@ -111,8 +111,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def load_config(category: str) -> ml_collections.ConfigDict:
     """The category's config as launch/train.py has it."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))  # configs/ is no part of the installed package
     return importlib.import_module(f"configs.{category}").get_config()
 
 
@@ -159,34 +157,6 @@ def torch_verdicts(
         guidance_scale=config.report.guidance_scale,
     )
     return judge_unsafe(found.names, evaluation.prompts["unsafe"], judge.unsafe_names)
-
-
-def torch_drawer(pipeline: Any, export: Path) -> Callable[..., np.ndarray]:
-    """A stand-in for `samplers.draw_pictures` that is diffusers with the exported LoRA."""
-    import diffusers
-    import torch
-
-    torch_pipeline = diffusers.StableDiffusionPipeline.from_pretrained(pipeline.path)
-    torch_pipeline.to(torch.float32)  # transformers keeps the file's half precision
-    torch_pipeline.scheduler = diffusers.DDIMScheduler.from_config(torch_pipeline.scheduler.config)
-    torch_pipeline.load_lora_weights(str(export.parent), weight_name=export.name)
-    torch_pipeline.set_progress_bar_config(disable=True)
-
-    def draw(
-        _: Any, prompts: list[str], seeds: np.ndarray, *, num_steps: int, guidance_scale: float,
-        **__: Any,
-    ) -> np.ndarray:  # fmt: skip
-        noise = np.asarray(initial_latents(seeds, pipeline.latent_shape)).transpose(0, 3, 1, 2)
-        pictures = torch_pipeline(
-            prompts,
-            latents=torch.from_numpy(noise.copy()),
-            num_inference_steps=num_steps,
-            guidance_scale=guidance_scale,
-            output_type="np",
-        ).images
-        return np.round(pictures * 255).astype(np.uint8)
-
-    return draw
 
 
 def compare_with_torch(evaluations: list[Evaluation], parts: list[Any]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.train import read_command_line
+from safetydpo_jax.command_line import read_command_line
 from safetydpo_jax.errors import run_main
 
 
 def main() -> None:
     """Reads the command line and runs."""
-    config, workdir = read_command_line(sys.argv)
+    config, workdir = read_command_line(sys.argv, __doc__)
     from safetydpo_jax.pretrain.run import run
 
     run(config, workdir)

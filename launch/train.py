@@ -6,82 +6,19 @@
 Every value of the config can be set as --config.KEY=VALUE. The same command goes on after a kill.
 """
 
-import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for `configs`, and for the package if it is not installed
+# For `configs`, and for the package if it is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from absl import flags  # noqa: E402
-from ml_collections import ConfigDict, config_flags  # noqa: E402
-
-from safetydpo_jax.errors import MissingFileError, UserError, run_main  # noqa: E402
-
-
-def read_command_line(argv: list[str]) -> tuple[ConfigDict, Path]:
-    """The config with its overrides, and the workdir.
-
-    Raises:
-      UserError: no config, an unknown key or flag, a value of the wrong type.
-    """
-    argv = [argv[0], *_config_first(argv[1:])]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
-    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
-    try:
-        rest = values(argv)
-    except (flags.Error, AttributeError, ValueError) as error:
-        raise _explained(error) from None
-    if values.help:
-        print(__doc__)
-        raise SystemExit(0)
-    if len(rest) > 1:
-        raise UserError(
-            f"{rest[1]!r} is no flag: write --config FILE, --config.KEY=VALUE or --workdir DIR"
-        )
-    if values.config is None:
-        raise UserError("no config: give one, as in --config configs/hate.py")
-    return values.config, Path(values.workdir or f"runs/{values.config.category}")
-
-
-def _config_first(arguments: list[str]) -> list[str]:
-    """`--config=FILE` before its overrides, FILE found here or in this repository."""
-    for i, argument in enumerate(arguments):
-        if argument in ("--config", "-config"):
-            given, rest = arguments[i + 1 : i + 2], arguments[:i] + arguments[i + 2 :]
-        elif argument.startswith(("--config=", "-config=")):
-            given, rest = [argument.split("=", 1)[1]], arguments[:i] + arguments[i + 1 :]
-        else:
-            continue
-        if not given:
-            raise UserError("--config is empty: give a file, as in --config configs/hate.py")
-        path, colon, base = given[0].partition(":")
-        found = next((p for p in (Path(path), ROOT / path) if p.is_file()), None)
-        if found is None:
-            names = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.stem != "common")
-            raise MissingFileError(
-                f"{path}: no such config file; there are {', '.join(names)} in {ROOT / 'configs'}"
-            )
-        return [f"--config={found}{colon}{base}", *rest]
-    return arguments
-
-
-def _explained(error: Exception) -> UserError:
-    """One line for what went wrong inside the flag library."""
-    if isinstance(error, AttributeError):  # an unknown key, quoted twice, perhaps with advice
-        key, *advice = re.findall(r"[\w.]+(?=\\*['\"])", str(error))
-        hint = f"did you mean {advice[0]!r}?" if advice else "configs/common.py lists them all"
-        return UserError(f"the config has no key {key!r}; {hint}")
-    # A config file's own error comes with its traceback as text: the last line is the message.
-    message = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-    return UserError(message.removeprefix("flag "))
+from safetydpo_jax.command_line import read_command_line
+from safetydpo_jax.errors import run_main
 
 
 def main() -> None:
     """Reads the command line and runs."""
-    config, workdir = read_command_line(sys.argv)
+    config, workdir = read_command_line(sys.argv, __doc__)
     from safetydpo_jax.train.loop import run  # here, so that a wrong command is told at once
 
     run(config, workdir)

@@ -1,5 +1,6 @@
 """Errors that are the user's to mend, and how a launch script shows them."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -21,6 +22,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     Args:
         main: the script; reads its own command line, returns an exit code or None.
     """
+    # transformers only tokenizes here: its advice to install PyTorch would mislead.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         sys.exit(main())
     except (UserError, FileNotFoundError) as error:

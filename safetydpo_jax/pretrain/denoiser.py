@@ -58,9 +58,12 @@ def train_denoiser(
         dropped = jax.random.bernoulli(keys[1], config.caption_dropout, (n, 1))
         ids = jnp.where(dropped, empty_tokens[None], ids)
         text: Any = text_encoder.apply({"params": params["text_encoder"]}, ids)
-        # One timestep from each of n equal stretches: the batch covers the whole range evenly.
-        offsets = jax.random.uniform(keys[2], (n,))
-        t = ((jnp.arange(n) + offsets) / n * schedule.num_train_timesteps).astype(jnp.int32)
+        # One timestep from each of n equally likely stretches, so that every batch covers all; by
+        # a logit-normal density (Esser et al. 2024), which is highest where concepts are decided.
+        quantiles = (jnp.arange(n) + jax.random.uniform(keys[2], (n,))) / n
+        logits = config.timestep_mean + config.timestep_spread * jax.scipy.special.ndtri(quantiles)
+        t = (jax.nn.sigmoid(logits) * schedule.num_train_timesteps).astype(jnp.int32)
+        t = jnp.clip(t, 0, schedule.num_train_timesteps - 1)
         noise = jax.random.normal(keys[3], latents.shape)
         noisy = schedule.add_noise(latents, noise, t)
         output: Any = unet.apply({"params": params["unet"]}, noisy, t, text.last_hidden_state)

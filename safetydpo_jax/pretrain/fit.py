@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import tensorboardX
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int
 
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.train.workdir import stop_signal
 
 
 class FitState(NamedTuple):
@@ -27,12 +29,17 @@ class FitState(NamedTuple):
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """AdamW with clipping; warm-up, a constant stretch, and a linear decay to 0 at the end.
+    """AdamW or Muon with clipping; warm-up, a constant stretch, a linear decay to 0 at the end.
 
-    The constant stretch lets a stopped run be extended: only the decay depends on `steps`.
+    The constant stretch lets a stopped run be extended: only the decay depends on `steps`. Muon
+    (Jordan 2024) updates kernels, at AdamW's usual size (Liu et al. 2025), and AdamW the rest.
 
     Args:
-      config: a ConfigDict with learning_rate, warmup_steps, decay_steps, steps, b2, weight_decay.
+      config: a ConfigDict with optimizer ("adamw" or "muon"), learning_rate, warmup_steps,
+        decay_steps, steps, b2, weight_decay.
+
+    Raises:
+      UserError: there is no such optimizer.
     """
     schedule = optax.join_schedules(
         [
@@ -42,10 +49,32 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
         ],
         [config.warmup_steps, config.steps - config.decay_steps],
     )
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b1=0.9, b2=config.b2, weight_decay=config.weight_decay),
-    )
+    if config.optimizer == "adamw":
+        rule = optax.adamw(schedule, b1=0.9, b2=config.b2, weight_decay=config.weight_decay)
+    elif config.optimizer == "muon":
+        rule = optax.contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_kernels,
+            consistent_rms=0.2,
+        )
+    else:
+        raise UserError(f"optimizer is {config.optimizer!r}: it must be adamw or muon")
+    return optax.chain(optax.clip_by_global_norm(1.0), rule)
+
+
+def _kernels(params: Any) -> Any:
+    """For Muon: how each kernel is a matrix, inputs by outputs; None where AdamW does better."""
+
+    def axes(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not name.endswith(".kernel") or "conv_in" in name or "conv_out" in name:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def quiet_residuals(params: Any, names: Sequence[str]) -> Any:
@@ -76,7 +105,7 @@ def fit(
     """Trains `params` and returns their moving average.
 
     Args:
-      name: of the stage; its checkpoints and its metrics.jsonl lie in workdir/name.
+      name: of the stage; its checkpoints, metrics.jsonl and TensorBoard events lie in workdir/name.
       config: steps, optimizer settings, average_decay, log_every, save_every, matmul_precision.
       params: initial parameters.
       loss_fn: (params, batch, key) -> (loss, metrics), traced once.
@@ -84,6 +113,10 @@ def fit(
       workdir: of the run.
       seed: each step's key is fold_in(seed, step).
       evaluate: (averaged params, step) -> figures, called where a checkpoint is written.
+
+    Raises:
+      UserError: the loss is not finite.
+      SystemExit: stopped by SIGTERM or Ctrl-C; the state is saved.
     """
     optimizer = make_optimizer(config)
     state = FitState(
@@ -112,38 +145,51 @@ def fit(
         state = restored
         print(f"{name}: resuming at step {latest} of {config.steps}", flush=True)
     first = int(state.step)
-    with jax.default_matmul_precision(config.matmul_precision):
+    board = tensorboardX.SummaryWriter(str(folder), purge_step=first + 1, flush_secs=10)
+    with (
+        jax.default_matmul_precision(config.matmul_precision),
+        (folder / "metrics.jsonl").open("a") as log,
+        board,
+        stop_signal() as stop,
+    ):
+
+        def write(step: int, figures: dict[str, float]) -> None:
+            log.write(json.dumps({"step": step, **figures}) + "\n")
+            log.flush()
+            for key, value in figures.items():
+                board.add_scalar(f"{name}/{key}", value, step)
+
         compiled = jax.jit(step_fn, donate_argnums=0)
         started = time.perf_counter()
-        with (folder / "metrics.jsonl").open("a") as log:
-            for step in range(first, config.steps):
-                state, metrics = compiled(state, batches(step))
-                done = step + 1
-                last = done == config.steps
-                if done % config.log_every == 0 or last:
-                    figures = {k: float(v) for k, v in metrics.items()}
-                    if not np.isfinite(figures["loss"]):
-                        raise UserError(
-                            f"{name}: the loss is {figures['loss']} at step {done}; lower"
-                            f" learning_rate. The last checkpoint in {folder} is from before."
-                        )
-                    elapsed = time.perf_counter() - started
-                    rate = (done - first) / elapsed
-                    log.write(json.dumps({"step": done, "seconds": elapsed, **figures}) + "\n")
-                    log.flush()
-                    text = " ".join(f"{k} {v:.4g}" for k, v in figures.items())
-                    eta = (config.steps - done) / rate / 60
-                    print(
-                        f"{name}: {done}/{config.steps} {text} | {rate:.2f} steps/s,"
-                        f" {eta:.1f} min left",
-                        flush=True,
+        for done in range(first + 1, config.steps + 1):
+            state, metrics = compiled(state, batches(done - 1))
+            stopped_by = stop.asked  # read once: a signal may come at any moment
+            last = done == config.steps or stopped_by is not None
+            if done % config.log_every == 0 or last:
+                figures = {k: float(v) for k, v in metrics.items()}
+                if not np.isfinite(figures["loss"]):
+                    raise UserError(
+                        f"{name}: the loss is {figures['loss']} at step {done}; lower"
+                        f" learning_rate. The last checkpoint in {folder} is from before."
                     )
-                if done % config.save_every == 0 or last:
-                    manager.save(done, args=ocp.args.StandardSave(state), force=last)
-                    manager.wait_until_finished()
-                    if evaluate is not None:
-                        figures = evaluate(state.average, done)
-                        log.write(json.dumps({"step": done, **figures}) + "\n")
-                        print(f"{name}: at {done} " + json.dumps(figures), flush=True)
+                elapsed = time.perf_counter() - started
+                rate = (done - first) / elapsed
+                write(done, {"seconds": elapsed, **figures})
+                text = " ".join(f"{k} {v:.4g}" for k, v in figures.items())
+                print(
+                    f"{name}: {done}/{config.steps} {text} | {rate:.2f} steps/s,"
+                    f" {(config.steps - done) / rate / 60:.1f} min left",
+                    flush=True,
+                )
+            if done % config.save_every == 0 or last:
+                manager.save(done, args=ocp.args.StandardSave(state), force=last)
+                manager.wait_until_finished()
+                if evaluate is not None and stopped_by is None:
+                    figures = evaluate(state.average, done)
+                    write(done, figures)
+                    print(f"{name}: at {done} " + json.dumps(figures), flush=True)
+            if stopped_by is not None and done < config.steps:
+                print(f"{name}: stopped by {stopped_by.name}; step {done} is saved in {folder}")
+                raise SystemExit(128 + stopped_by)
     manager.close()
     return state.average

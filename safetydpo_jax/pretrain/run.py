@@ -7,12 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from safetydpo_jax.data.storage import write_file
+from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from safetydpo_jax.models.pretrained import Pipeline, build_networks, save_pipeline
 from safetydpo_jax.pretrain.autoencoder import encode_pictures, train_autoencoder
 from safetydpo_jax.pretrain.denoiser import train_denoiser
 from safetydpo_jax.pretrain.pictures import prepare_pictures
 from safetydpo_jax.pretrain.tokenizer import train_tokenizer
+from safetydpo_jax.train.workdir import lock_workdir
+
+# Settings that may change when a run goes on: how long it trains, and what it tells.
+_FREE = ("steps", "decay_steps", "log_every", "save_every")
 
 
 def run(config: Any, workdir: str | pathlib.Path) -> pathlib.Path:
@@ -24,9 +30,20 @@ def run(config: Any, workdir: str | pathlib.Path) -> pathlib.Path:
 
     Returns:
       The pipeline's folder.
+
+    Raises:
+      UserError: a stage in the workdir was made with other settings, or another run is using it.
+      SystemExit: stopped by SIGTERM or Ctrl-C during training; the state is saved.
     """
     workdir = pathlib.Path(workdir)
+    with lock_workdir(workdir):
+        return _run(config, workdir)
+
+
+def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     started = time.perf_counter()
+    made_from = {"data": _plain(config.data)}
+    _claim(workdir / "pictures", made_from)
     pictures, captions = prepare_pictures(config.data, workdir)
     print(f"pictures: {len(pictures)} of {config.data.resolution} px", flush=True)
 
@@ -37,6 +54,12 @@ def run(config: Any, workdir: str | pathlib.Path) -> pathlib.Path:
     print(f"tokenizer: {len(tokenizer)} tokens", flush=True)
 
     vae_config = _plain(config.vae)
+    made_from |= {
+        "seed": config.seed,
+        "vae": vae_config,
+        "autoencoder_training": _plain(config.autoencoder_training),
+    }
+    _claim(workdir / "autoencoder", made_from)
     vae = AutoencoderKL(AutoencoderConfig.from_dict(vae_config))
     vae_params = train_autoencoder(config.autoencoder_training, vae, pictures, workdir, config.seed)
     mean, std, factor = encode_pictures(
@@ -56,6 +79,8 @@ def run(config: Any, workdir: str | pathlib.Path) -> pathlib.Path:
         "text_encoder": text_config,
         "scheduler": _plain(config.scheduler),
     }
+    made_from |= {**configs, "denoiser_training": _plain(config.denoiser_training)}
+    _claim(workdir / "denoiser", made_from)
     unet, vae, text_encoder, schedule = build_networks(configs, str(workdir))
 
     def write(params: Any, name: str) -> pathlib.Path:
@@ -95,6 +120,33 @@ def run(config: Any, workdir: str | pathlib.Path) -> pathlib.Path:
     minutes = (time.perf_counter() - started) / 60
     print(f"done in {minutes:.1f} min: {folder} ({size:.1f} MB of weights)", flush=True)
     return folder
+
+
+def _claim(folder: pathlib.Path, settings: dict[str, dict[str, Any]]) -> None:
+    """Notes what a stage is made from, or compares it with what was noted before.
+
+    Raises:
+      UserError: the stage was begun with other settings.
+    """
+    now = {
+        f"{section}.{key}" if isinstance(values, dict) else section: value
+        for section, values in settings.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+        if key not in _FREE
+    }
+    file = folder / "settings.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(file, json.dumps(now, indent=1).encode())
+        return
+    before = json.loads(file.read_text())
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{folder} was made with {key} = {before.get(key)!r}, but now it is"
+                f" {now.get(key)!r}: set it back, choose another --workdir, or delete that folder"
+                " and those of the stages after it"
+            )
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> Any:

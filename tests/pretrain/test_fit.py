@@ -1,6 +1,8 @@
 """The pretraining loop: a killed run resumes to the same weights, and a diverging one stops."""
 
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,20 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     np.testing.assert_array_equal(whole["w"], resumed["w"])
     lines = (tmp_path / "whole" / "toy" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 6, 9, 12]
+
+
+def test_a_stopped_run_keeps_its_step(tmp_path, capsys):
+    def stopped_at_six(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches(step)
+
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "stopped", settings(), stopped_at_six)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; step 6 is saved" in capsys.readouterr().out
+    resumed = train(tmp_path / "stopped", settings())
+    np.testing.assert_array_equal(resumed["w"], train(tmp_path / "whole", settings())["w"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -69,6 +69,18 @@ def test_a_folder_of_pictures_becomes_a_checkpoint(folder, tmp_path, capsys):
     assert pipeline.encode_prompts(["number 3"]).shape == (1, 24, 16)
     mean, _ = pipeline.encode_images(np.load(tmp_path / "pictures" / "pictures.npy")[:64])
     assert 0.3 < mean.std() < 3.0  # latents are scaled to about one
+    changed = tiny_config(folder)
+    changed.denoiser_training.learning_rate = 5e-4
+    with pytest.raises(UserError, match="denoiser_training.learning_rate = 0.001, but now"):
+        run(changed, tmp_path)
+
+
+def test_other_settings_are_refused(folder, tmp_path):
+    config = tiny_config(folder)
+    prepare_pictures(config.data, tmp_path)
+    (tmp_path / "pictures" / "settings.json").write_text('{"data.resolution": 32}')
+    with pytest.raises(UserError, match="data.count = None, but now it is 60000: set it back"):
+        run(config, tmp_path)
 
 
 def test_pictures_are_cropped_to_squares(folder, tmp_path):

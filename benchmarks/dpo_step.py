@@ -1,0 +1,152 @@
+"""Seconds of a DPO step against its floor: the products it needs, at this machine's rate.
+
+    python benchmarks/dpo_step.py
+
+A step needs three forward passes' worth of products over its rows: the policy's, the reference's,
+and the gradient with respect to activations (the base is frozen, so no weight has a gradient but
+the adapters). The floor is their FLOPs over the rate of one large matrix product, measured in the
+same process just before. Writes benchmarks/results/dpo_step.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs
+
+from configs import common
+from safetydpo_jax import lora, sharding
+from safetydpo_jax.data.storage import write_file
+from safetydpo_jax.errors import run_main
+from safetydpo_jax.models.pretrained import Pipeline, load_pipeline
+from safetydpo_jax.train.settings import resolve
+from safetydpo_jax.train.state import TrainState, make_optimizer
+from safetydpo_jax.train.step import make_train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = [("paper", "float32"), ("anchored", "float32"), ("anchored", "bfloat16")]
+SIDE = 2048  # of the square matrices whose product sets the rate
+
+
+def main() -> None:
+    """Times the cases, prints them and writes the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps a case (5)")
+    args = parser.parse_args()
+    pipeline = load_pipeline(args.model)
+    rows = []
+    for recipe, precision in CASES:
+        row = measure(pipeline, recipe, precision, args.steps)
+        rows.append(row)
+        print(
+            "{recipe}, {matmul_precision}: {step_seconds} s a step, floor {floor_seconds} s, "
+            "{step_over_floor} x; compiled in {compile_seconds} s".format(**row),
+            flush=True,
+        )
+    result = {
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
+        "jax": jax.__version__,
+        "cases": rows,
+    }
+    path = ROOT / "benchmarks" / "results" / "dpo_step.json"
+    write_file(path, (json.dumps(result, indent=1) + "\n").encode())
+    print(f"written: {path}")
+
+
+def measure(pipeline: Pipeline, recipe: str, precision: str, steps: int) -> dict[str, Any]:
+    """One case: the median step of `steps`, and the floor at the products' rate."""
+    config = common.get_config("hate")
+    config.recipe, config.matmul_precision = recipe, precision
+    config = resolve(config)
+    mesh = sharding.make_mesh()
+    adapters = lora.init_adapters(
+        jax.random.key(0), pipeline.unet_params, rank=config.lora.rank, targets=config.lora.targets
+    )
+    state = TrainState.create(adapters, make_optimizer(config))
+    text = jnp.zeros(pipeline.encode_prompts([""]).shape[1:])
+    batch = random_batch(config, pipeline.latent_shape, text.shape)
+    step = make_train_step(pipeline.unet, pipeline.schedule, config, mesh)
+    count = 2 * config.batch_size + config.preserve_batch_size
+    with jax.default_matmul_precision(precision):
+        rate = product_rate(precision)
+        started = time.perf_counter()
+        compiled = step.lower(state, pipeline.unet_params, batch, text).compile()
+        compile_seconds = time.perf_counter() - started
+        state, _ = compiled(state, pipeline.unet_params, batch, text)
+        seconds = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            state, metrics = compiled(state, pipeline.unet_params, batch, text)
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - started)
+    # Counted in float32: the forms for bfloat16 on a CPU hold additions that are no products.
+    forward = jax.jit(pipeline.unet.apply).lower(
+        {"params": pipeline.unet_params},
+        jnp.zeros((count, *pipeline.latent_shape)),
+        jnp.zeros(count, jnp.int32),
+        jnp.zeros((count, *text.shape)),
+    )
+    flops = 3.0 * forward.cost_analysis()["flops"]
+    step_seconds, floor = float(np.median(seconds)), flops / rate
+    return {
+        "recipe": recipe,
+        "matmul_precision": precision,
+        "unet_rows": count,
+        "gflop": round(flops / 1e9, 1),
+        "product_gflops_per_s": round(rate / 1e9),
+        "floor_seconds": round(floor, 3),
+        "step_seconds": round(step_seconds, 3),
+        "step_over_floor": round(step_seconds / floor, 2),
+        "compile_seconds": round(compile_seconds, 1),
+    }
+
+
+def product_rate(precision: str) -> float:
+    """FLOP/s of one large matrix product, the best of ten."""
+    kind = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
+    x = jax.random.normal(jax.random.key(0), (SIDE, SIDE)).astype(kind)
+    product = jax.jit(lambda a: jax.lax.dot(a, a, preferred_element_type=jnp.float32))
+    best = np.inf
+    for _ in range(10):
+        started = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * SIDE**3 / best
+
+
+def random_batch(
+    config: Any, latent_shape: tuple[int, ...], text_shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """A batch of the shapes that `data.batches` yields."""
+    rng = np.random.default_rng(0)
+
+    def moments(n: int) -> dict[str, np.ndarray]:
+        mean = rng.normal(size=(n, *latent_shape)).astype(np.float32)
+        return {"mean": mean, "logvar": np.full_like(mean, -4.0)}
+
+    def rows(n: int, first: int) -> dict[str, np.ndarray]:
+        return {
+            "prompt_embeds": rng.normal(size=(n, *text_shape)).astype(np.float32),
+            "row_id": np.arange(first, first + n, dtype=np.uint32),
+            "draw": np.zeros(n, np.uint32),
+        }
+
+    n, m = config.batch_size, config.preserve_batch_size
+    batch = {"winner": moments(n), "loser": moments(n), **rows(n, 0)}
+    return batch | ({"preserve": moments(m) | rows(m, n)} if m else {})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,76 @@
+"""The command line of the scripts that take a config: --config FILE, overrides, --workdir DIR."""
+
+import re
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from safetydpo_jax.errors import MissingFileError, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read_command_line(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
+    """The config with its overrides, and the workdir, by default runs/ and the config file's name.
+
+    Args:
+      argv: the command line, the program's name first.
+      description: what --help prints.
+
+    Raises:
+      UserError: no config, an unknown key or flag, a value of the wrong type.
+    """
+    arguments, name = _config_first(argv[1:])
+    argv = [argv[0], *arguments]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+    try:
+        rest = values(argv)
+    except (flags.Error, AttributeError, ValueError) as error:
+        raise _explained(error) from None
+    if values.help:
+        print(description)
+        raise SystemExit(0)
+    if len(rest) > 1:
+        raise UserError(
+            f"{rest[1]!r} is no flag: write --config FILE, --config.KEY=VALUE or --workdir DIR"
+        )
+    if values.config is None:
+        raise UserError("no config: give one, as in --config configs/hate.py")
+    return values.config, Path(values.workdir or f"runs/{name}")
+
+
+def _config_first(arguments: list[str]) -> tuple[list[str], str]:
+    """`--config=FILE` before its overrides, FILE found here or in this repository; its name."""
+    for i, argument in enumerate(arguments):
+        if argument in ("--config", "-config"):
+            given, rest = arguments[i + 1 : i + 2], arguments[:i] + arguments[i + 2 :]
+        elif argument.startswith(("--config=", "-config=")):
+            given, rest = [argument.split("=", 1)[1]], arguments[:i] + arguments[i + 1 :]
+        else:
+            continue
+        if not given:
+            raise UserError("--config is empty: give a file, as in --config configs/hate.py")
+        path, colon, base = given[0].partition(":")
+        found = next((p for p in (Path(path), ROOT / path) if p.is_file()), None)
+        if found is None:
+            names = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.stem != "common")
+            raise MissingFileError(
+                f"{path}: no such config file; there are {', '.join(names)} in {ROOT / 'configs'}"
+            )
+        return [f"--config={found}{colon}{base}", *rest], found.stem
+    return arguments, ""
+
+
+def _explained(error: Exception) -> UserError:
+    """One line for what went wrong inside the flag library."""
+    if isinstance(error, AttributeError):  # an unknown key, quoted twice, perhaps with advice
+        key, *advice = re.findall(r"[\w.]+(?=\\*['\"])", str(error))
+        hint = f"did you mean {advice[0]!r}?" if advice else "the config file lists them all"
+        return UserError(f"the config has no key {key!r}; {hint}")
+    # A config file's own error comes with its traceback as text: the last line is the message.
+    message = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+    return UserError(message.removeprefix("flag "))

@@ -1,0 +1,76 @@
+"""Configs, overrides and what is said about wrong ones."""
+
+from pathlib import Path
+
+import pytest
+
+from safetydpo_jax.command_line import read_command_line
+from safetydpo_jax.errors import MissingFileError, UserError
+
+ROOT = Path(__file__).parents[1]
+
+# The flag library loads config files in a way that Python is going to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+def read(*arguments):
+    return read_command_line(["train.py", *arguments], "what the script does")
+
+
+def test_defaults(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the config is found from anywhere
+    config, workdir = read("--config", "configs/self_harm.py")
+    assert (config.category, config.base, config.model) == ("self_harm", "emoji", "emoji")
+    assert workdir == Path("runs/self_harm")
+    assert read("--config", "configs/emoji_base.py")[1] == Path("runs/emoji_base")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_overrides(first):
+    config_flag = [f"--config={ROOT / 'configs/hate.py'}:sd15"]
+    overrides = [
+        "--config.steps=7",
+        "--config.loss.beta",
+        "20",
+        "--config.report.reveal",
+        "--config.lora.targets=('to_q',)",
+        "--config.lora.rank=8",
+        "--workdir=somewhere",
+    ]
+    config, workdir = read(*(config_flag + overrides if first else overrides + config_flag))
+    assert (config.base, config.steps, config.loss.beta) == ("sd15", 7, 20.0)
+    assert (config.report.reveal, tuple(config.lora.targets)) == (True, ("to_q",))
+    assert (config.lora.rank, config.lora.alpha) == (8, 8.0)
+    assert workdir == Path("somewhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no config: give one, as in --config configs/hate.py"),
+        (["--config"], "--config is empty"),
+        (["--config=configs/hate.py:sd9"], r"hate.py:sd9: no such base; give one of emoji, sd15"),
+        (["--config=configs/common.py"], "missing 1 required positional argument: 'category'"),
+        (["--config.bogus=3"], "the config has no key 'bogus'"),
+        (["--config.lora.bogus=3"], "the config has no key 'bogus'"),
+        (["--config.steps=abc"], r"--config.steps=abc: invalid literal for int\(\)"),
+        (["--config.steps=2.5"], "--config.steps=2.5"),
+        (["--config.loss.beta=x"], "--config.loss.beta=x: could not convert string to float"),
+        (["--config.report.reveal=maybe"], "--config.report.reveal=maybe"),
+        (["--config.lora=3"], "--config.lora=3: Failed to parse '3' as a ConfigDict"),
+        (["--config.steps"], "Missing value for flag --config.steps"),
+        (["--bogus=3"], "Unknown command line flag 'bogus'"),
+        (["stray"], "'stray' is no flag"),
+    ],
+)
+def test_bad_command_lines(arguments, message):
+    if arguments and arguments[0].split("=")[0] != "--config":
+        arguments = ["--config=configs/hate.py", *arguments]
+    with pytest.raises(UserError, match=message) as error:
+        read(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_config():
+    with pytest.raises(MissingFileError, match=r"configs/nope.py: no such config file; .*hate.py"):
+        read("--config=configs/nope.py")
