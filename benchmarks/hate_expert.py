@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         "pooled": pooled,
         "runs": [summarise([evaluation]) for evaluation in evaluations],
-        "report": {name: config.report[name] for name in sorted(config.report) if name != "seed"},
+        "drawing": config.drawing.to_dict(),
         "torch": compare_with_torch(evaluations, torch_parts) if torch_parts else None,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__} "
         f"on {jax.default_backend()}",
@@ -150,11 +150,9 @@ def torch_verdicts(
         judge,
         drawn / "torch",  # in a folder of its own: the keys do not know who draws
         adapters=adapters,
-        batch_size=config.report.batch_size,
         draw=torch_drawer(pipeline, export),
         label="PyTorch",
-        num_steps=config.report.num_steps,
-        guidance_scale=config.report.guidance_scale,
+        **config.drawing,
     )
     return judge_unsafe(found.names, evaluation.prompts["unsafe"], judge.unsafe_names)
 

@@ -23,8 +23,9 @@ def torch_drawer(pipeline: Any, lora: Path | None = None) -> Callable[..., np.nd
 
     def draw(
         _: Any, prompts: list[str], seeds: np.ndarray, *, num_steps: int, guidance_scale: float,
-        **__: Any,
+        sampler: str = "ddim", **__: Any,
     ) -> np.ndarray:  # fmt: skip
+        assert sampler == "ddim"
         noise = np.asarray(initial_latents(seeds, pipeline.latent_shape)).transpose(0, 3, 1, 2)
         pictures = torch_pipeline(
             prompts,

@@ -97,15 +97,18 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.lora.alpha = config.lora.get_ref("rank").to_float()  # follows the rank unless set
 
     config.rows = "both"  # a pair is learnt under its unsafe_prompt, its safe_prompt, or both
+    # How the model draws, for pairs and for the report.
+    config.drawing = {
+        "sampler": "ddim",
+        "num_steps": 25,
+        "guidance_scale": 4.0,
+        "batch_size": 32,
+        "matmul_precision": "bfloat16",  # operands, with float32 sums; "float32" is slower
+    }
     config.pairs = {
         "path": "",  # a folder of pairs made before; "" makes them
         "num_pairs": 192,
         "preserve_count": 256,
-        "num_steps": 25,
-        "guidance_scale": 4.0,
-        "sampler": "ddim",
-        "matmul_precision": "bfloat16",  # of drawing; on a CPU it is twice as fast as "float32"
-        "batch_size": 32,
         "seed": 0,
     }
     config.cache = {"dtype": "float32", "flip": False}
@@ -122,10 +125,6 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "reveal": False,  # show unsafe pictures unblurred
         "num_unsafe": 128,
         "num_safe": 256,
-        "num_steps": 25,
-        "guidance_scale": 4.0,
-        "matmul_precision": "bfloat16",
-        "batch_size": 32,
         "seed": 1,
     }
     if base != "emoji":

@@ -38,9 +38,9 @@ def make_pairs(
     killed run goes on where it was and ends with the same set.
 
     Args:
-      config: `category`, `model` and `pairs`: path (a pair set made before, taken instead of
-        drawing), num_pairs, preserve_count, num_steps, guidance_scale, sampler, batch_size (of
-        pictures), seed.
+      config: `category`, `model`; `pairs`: path (a pair set made before, taken instead of
+        drawing), num_pairs, preserve_count, seed; `drawing`: batch_size (of pictures) and the other
+        options of `samplers.draw_pictures`.
       pipeline: the base model, a `models.pretrained.Pipeline`.
       workdir: the run's folder.
       progress: is told, in a sentence, how far it is; never a prompt.
@@ -50,7 +50,7 @@ def make_pairs(
       The pair set's folder, for `pairs.PairSet`.
 
     Raises:
-      UserError: a value of `config.pairs` that cannot be, a pair set in `workdir` drawn with other
+      UserError: a value of the config that cannot be, a pair set in `workdir` drawn with other
         settings, no pair that passed the judge, or a full disk.
     """
     if config.pairs.path:
@@ -58,10 +58,10 @@ def make_pairs(
         category = pairs.card.get("settings", {}).get("category", "category unknown")
         progress(f"pairs: {pairs.num_pairs} ({category}) from {pairs.folder}")
         return pairs.folder
-    _check(config.pairs)
+    _check(config)
     source = source or emoji_source(config.category)
     folder = Path(workdir) / "pairs"
-    half = max(1, config.pairs.batch_size // 2)  # an unsafe and a safe picture each
+    half = max(1, config.drawing.batch_size // 2)  # an unsafe and a safe picture each
     wanted = config.pairs.num_pairs
     candidates = source.pairs(-(-OVERDRAW * wanted // half) * half, config.pairs.seed)
     preserve = source.preserve(config.pairs.preserve_count, config.pairs.seed)
@@ -70,13 +70,7 @@ def make_pairs(
         return _made_before(folder, settings, progress)
 
     chunks = _Chunks(folder.with_name("pairs.drawing") / storage.digest(settings)[:16])
-    options = {
-        "batch_size": config.pairs.batch_size,
-        "num_steps": config.pairs.num_steps,
-        "guidance_scale": config.pairs.guidance_scale,
-        "sampler": config.pairs.sampler,
-        "matmul_precision": config.pairs.matmul_precision,
-    }
+    options = config.drawing.to_dict()
     seeds = noise_seeds(config.pairs.seed, PAIR_SEEDS, len(candidates))
     verdicts: list[str] = []
     while len(verdicts) < len(candidates) and verdicts.count("") < wanted:
@@ -95,13 +89,13 @@ def make_pairs(
         raise UserError(
             f"none of the {len(verdicts)} pairs that {config.model} drew for {config.category} "
             f"passed the judge ({_said(dropped)}): the model may not know these concepts; look at "
-            f"config.pairs.num_steps and guidance_scale, or give pairs as config.pairs.path"
+            f"config.drawing, or give pairs as config.pairs.path"
         )
     if len(kept) < wanted:
         progress(f"pairs: only {len(kept)} of {wanted} wanted pairs; {_said(dropped)}")
 
     extra = noise_seeds(config.pairs.seed, PRESERVE_SEEDS, len(preserve))
-    size = config.pairs.batch_size
+    size = config.drawing.batch_size
     for start in range(0, len(preserve), size):
         texts = [prompt.text for prompt in preserve[start : start + size]]
         noise = extra[start : start + size]
@@ -173,11 +167,14 @@ class _Chunks:
         return self._last[1]
 
 
-def _check(options: Any) -> None:
-    least = {"num_pairs": 1, "preserve_count": 0, "num_steps": 1, "batch_size": 1, "seed": 0}
-    for name, low in least.items():
-        if options[name] < low:
-            raise UserError(f"config.pairs.{name} is {options[name]}: it must be {low} or more")
+def _check(config: Any) -> None:
+    for section, least in (
+        ("pairs", {"num_pairs": 1, "preserve_count": 0, "seed": 0}),
+        ("drawing", {"num_steps": 1, "batch_size": 1}),
+    ):
+        for name, low in least.items():
+            if (value := config[section][name]) < low:
+                raise UserError(f"config.{section}.{name} is {value}: it must be {low} or more")
 
 
 def _settings(
@@ -195,6 +192,7 @@ def _settings(
         "prompts_hash": storage.digest([texts, [prompt.text for prompt in preserve]]),
         "model_hash": storage.hash_model(pipeline.path),
         **{f"pairs.{k}": v for k, v in config.pairs.items() if k != "path"},
+        **{f"drawing.{k}": v for k, v in config.drawing.items()},
     }
 
 

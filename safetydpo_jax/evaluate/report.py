@@ -96,13 +96,10 @@ def evaluate(
             judge,
             folder,
             adapters=model_adapters,
-            batch_size=settings.batch_size,
             keep=[i for indices in shown.values() for i in indices],
             label=label,
             progress=progress,
-            num_steps=settings.num_steps,
-            guidance_scale=settings.guidance_scale,
-            matmul_precision=settings.matmul_precision,
+            **config.drawing,
             **detect_options,
         )
 
@@ -134,8 +131,8 @@ def write_report(
     """Evaluates an expert, writes `report/summary.json` and `report/grid.png`, prints a table.
 
     Args:
-        config: with `category` and `report.{num_unsafe, num_safe, num_steps, guidance_scale,
-            batch_size, seed, reveal}`.
+        config: with `category`, `drawing` (options of `samplers.draw_pictures`) and
+            `report.{num_unsafe, num_safe, seed, reveal}`.
         pipeline: the base model.
         adapters: the expert's collection, ready to apply; None compares the base with itself.
         workdir: of the run.
@@ -143,7 +140,7 @@ def write_report(
             runs spares the base model's pictures. Unsafe pictures in it are not blurred.
         judge: of the pictures; the embedded world's detector if None.
         progress: takes lines of text.
-        **detect_options: further options of `detections.detect`, such as `sampler`.
+        **detect_options: further options of `detections.detect`, such as `draw`.
 
     Returns:
         The content of summary.json: `summarise`'s rates, sizes, settings and seconds.
@@ -161,7 +158,7 @@ def write_report(
     summary = {
         **summarise([evaluation]),
         "category": config.category,
-        "settings": {name: config.report[name] for name in sorted(config.report)},
+        "settings": {**config.report, **config.drawing},
         "seconds": {
             **{name: round(value, 1) for name, value in seconds.items()},
             "total": round(time.monotonic() - started, 1),

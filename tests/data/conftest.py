@@ -95,12 +95,14 @@ def tiny_config():
                 "path": "",
                 "num_pairs": 10,
                 "preserve_count": 8,
+                "seed": 5,
+            },
+            "drawing": {
+                "sampler": "ddim",
                 "num_steps": 2,
                 "guidance_scale": 2.0,
-                "matmul_precision": None,
-                "sampler": "ddim",
                 "batch_size": 8,
-                "seed": 5,
+                "matmul_precision": None,
             },
             "cache": {"dtype": "float32", "flip": False},
         }

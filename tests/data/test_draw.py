@@ -53,7 +53,7 @@ def test_pairs_share_noise_and_are_counted(config, pipeline, source, tmp_path):
         "dropped": {"every fourth": 4},
         "not_needed": 2,
     }
-    assert pairs.card["settings"]["pairs.guidance_scale"] == 2.0
+    assert pairs.card["settings"]["drawing.guidance_scale"] == 2.0
     unsafe, safe, other = (list(pairs.pictures(s)) for s in ("unsafe", "safe", "preserve"))
     assert [p.id for p in unsafe] == [f"h{i}" for i in range(16) if i % 4 != 3][:10]
     assert [p.seed for p in unsafe] == [p.seed for p in safe]
@@ -112,10 +112,12 @@ def test_pairs_are_drawn_once(config, pipeline, source, silent, tmp_path, monkey
 
 def test_other_settings_do_not_reuse_or_replace_pairs(config, pipeline, source, silent, tmp_path):
     make_pairs(config, pipeline, tmp_path / "run", silent, source)
-    config.pairs.num_steps = 3
-    with pytest.raises(UserError, match=r"other settings \(pairs.num_steps\): remove that folder"):
+    config.drawing.num_steps = 3
+    with pytest.raises(
+        UserError, match=r"other settings \(drawing.num_steps\): remove that folder"
+    ):
         make_pairs(config, pipeline, tmp_path / "run", silent, source)
-    config.pairs.num_steps = 2
+    config.drawing.num_steps = 2
     (pipeline.path / "unet" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="model_hash"):
         make_pairs(config, pipeline, tmp_path / "run", silent, source)
@@ -140,12 +142,18 @@ def test_no_pair_passes(config, pipeline, source, silent, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("num_pairs", 0), ("preserve_count", -1), ("num_steps", 0), ("batch_size", 0), ("seed", -1)],
+    ("section", "name", "value"),
+    [
+        ("pairs", "num_pairs", 0),
+        ("pairs", "preserve_count", -1),
+        ("pairs", "seed", -1),
+        ("drawing", "num_steps", 0),
+        ("drawing", "batch_size", 0),
+    ],
 )
-def test_sizes_that_cannot_be(config, pipeline, source, silent, tmp_path, name, value):
-    config.pairs[name] = value
-    with pytest.raises(UserError, match=rf"config\.pairs\.{name} is {value}: it must be"):
+def test_sizes_that_cannot_be(config, pipeline, source, silent, tmp_path, section, name, value):
+    config[section][name] = value
+    with pytest.raises(UserError, match=rf"config\.{section}\.{name} is {value}: it must be"):
         make_pairs(config, pipeline, tmp_path / "run", silent, source)
 
 

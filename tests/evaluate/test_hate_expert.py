@@ -40,7 +40,7 @@ def benchmark(tmp_path, monkeypatch):
     checkpoint = write_tiny_pipeline(tmp_path / "checkpoint")
     config = module.load_config("hate")
     config.model = str(checkpoint)
-    config.report.num_steps, config.report.batch_size = 2, 8
+    config.drawing.num_steps, config.drawing.batch_size = 2, 8
     monkeypatch.setattr(
         module, "load_config", lambda category: config.copy_and_resolve_references()
     )

@@ -13,13 +13,17 @@ from tests.evaluate import fakes
 
 
 def config(**changes):
-    report = {
-        "num_unsafe": 24, "num_safe": 20, "num_steps": 2, "guidance_scale": 4.0,
-        "matmul_precision": None,
-        "batch_size": 16, "seed": 0, "reveal": False,
+    settings = {
+        "category": "hate",
+        "report": {"num_unsafe": 24, "num_safe": 20, "seed": 0, "reveal": False},
+        "drawing": {
+            "sampler": "ddim", "num_steps": 2, "guidance_scale": 4.0,
+            "batch_size": 16, "matmul_precision": None,
+        },
     }  # fmt: skip
-    category = changes.pop("category", "hate")
-    return ml_collections.ConfigDict({"category": category, "report": report | changes})
+    config = ml_collections.ConfigDict(settings)
+    config.update_from_flattened_dict(changes)
+    return config
 
 
 def write(workdir, draw=None, adapters=None, lines=None, **changes):
@@ -98,7 +102,13 @@ def test_base_pictures_are_drawn_once_for_many_experts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"num_steps": 3}, {"guidance_scale": 1.0}, {"num_unsafe": 25}]
+    "change",
+    [
+        {"report.seed": 1},
+        {"drawing.num_steps": 3},
+        {"drawing.guidance_scale": 1.0},
+        {"report.num_unsafe": 25},
+    ],
 )
 def test_other_settings_share_nothing(tmp_path, change):
     write(tmp_path)
@@ -118,7 +128,7 @@ def test_fingerprint_sees_every_number():
 def test_evaluations_are_pooled(tmp_path):
     evaluations = [
         evaluate(
-            config(seed=seed), fakes.pipeline(), fakes.adapters(), tmp_path,
+            config(**{"report.seed": seed}), fakes.pipeline(), fakes.adapters(), tmp_path,
             judge=fakes.Judge(), draw=fakes.Drawer(), progress=lambda line: None,
         )[0]
         for seed in (0, 1, 2)
@@ -158,9 +168,9 @@ def test_noise_is_its_own_for_every_set_and_picture():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_unsafe": 0}, "report.num_unsafe is 0"),
-        ({"num_safe": 0}, "both must be 1 or more"),
-        ({"batch_size": 0}, "batch_size 0"),
+        ({"report.num_unsafe": 0}, "report.num_unsafe is 0"),
+        ({"report.num_safe": 0}, "both must be 1 or more"),
+        ({"drawing.batch_size": 0}, "batch_size 0"),
         ({"category": "hatred"}, "it must be one of hate, "),
     ],
 )
