@@ -27,6 +27,7 @@ from configs import common
 from safetydpo_jax import lora, sharding
 from safetydpo_jax.data.storage import write_file
 from safetydpo_jax.errors import run_main
+from safetydpo_jax.huge_pages import use_huge_pages
 from safetydpo_jax.models.pretrained import Pipeline, load_pipeline
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
@@ -149,4 +150,5 @@ def random_batch(
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main)

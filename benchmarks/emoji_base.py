@@ -35,6 +35,7 @@ from safetydpo_jax.errors import run_main
 from safetydpo_jax.evaluate import Bootstrap, detect
 from safetydpo_jax.evaluate.detections import EmojiJudge
 from safetydpo_jax.evaluate.pictures import blurred
+from safetydpo_jax.huge_pages import use_huge_pages
 from safetydpo_jax.models.pretrained import Pipeline, load_pipeline
 from safetydpo_jax.pretrain.autoencoder import psnr
 
@@ -155,4 +156,5 @@ def compare_with_torch(pipeline: Pipeline, texts: list[str], batch_size: int) ->
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main)

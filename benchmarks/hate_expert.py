@@ -32,6 +32,7 @@ from safetydpo_jax.evaluate import Bootstrap, Evaluation, evaluate, summarise, t
 from safetydpo_jax.evaluate.detections import EmojiJudge, detect
 from safetydpo_jax.evaluate.metrics import judge_unsafe, pool
 from safetydpo_jax.evaluate.report import picture_seeds
+from safetydpo_jax.huge_pages import use_huge_pages
 from safetydpo_jax.lora.formats import load_lora
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train import loop
@@ -174,4 +175,5 @@ def compare_with_torch(evaluations: list[Evaluation], parts: list[Any]) -> dict[
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main)

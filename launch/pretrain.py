@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetydpo_jax.command_line import read_command_line
 from safetydpo_jax.errors import run_main
+from safetydpo_jax.huge_pages import use_huge_pages
 
 
 def main() -> None:
@@ -23,4 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main)

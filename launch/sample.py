@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from safetydpo_jax.errors import MissingFileError, UserError, run_main
+from safetydpo_jax.huge_pages import use_huge_pages
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 GRID_NAME = "grid.png"
@@ -248,4 +249,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main)

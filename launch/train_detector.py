@@ -40,6 +40,7 @@ from safetydpo_jax.emoji.detector import (
 from safetydpo_jax.emoji.junk import JUNK, degrade
 from safetydpo_jax.emoji.scenes import SIDE, Scene, pick, render, sample_scene
 from safetydpo_jax.errors import UserError, run_main
+from safetydpo_jax.huge_pages import use_huge_pages
 
 JUNK_SHARE = 0.35
 HARD_JUNK = ("blend", "crossfade", "crossfade", "smear")  # drawn so much more often
@@ -226,4 +227,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main)
