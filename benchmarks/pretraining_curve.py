@@ -1,0 +1,76 @@
+"""The curve of a pretraining run, small enough for the repository.
+
+    python benchmarks/pretraining_curve.py --workdir runs/emoji_base
+
+Reads every stage's settings and metrics.jsonl and writes
+benchmarks/results/emoji_base_training.json: what each stage was made from, at most 60 points of its
+curve, every validation figure, and its training time.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from safetydpo_jax.data.storage import write_file
+from safetydpo_jax.errors import MissingFileError, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+POINTS = 60
+
+
+def main() -> None:
+    """Reads the run and writes the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, default=Path("runs/emoji_base"), metavar="DIR")
+    workdir = parser.parse_args().workdir
+    result = {
+        "machine": platform.machine(),
+        "stages": {name: read_stage(workdir / name) for name in ("autoencoder", "denoiser")},
+    }
+    path = ROOT / "benchmarks" / "results" / "emoji_base_training.json"
+    write_file(path, (json.dumps(result, indent=1) + "\n").encode())
+    for name, stage in result["stages"].items():
+        print(f"{name}: {stage['steps']} steps in {stage['minutes']} min")
+    print(f"written: {path}")
+
+
+def read_stage(folder: Path) -> dict[str, Any]:
+    """One stage's settings and curve; steps that a killed run made twice count once."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        raise MissingFileError(
+            f"{metrics}: missing; give the folder of a run of launch/pretrain.py"
+        )
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    curve = {line["step"]: line for line in lines if "seconds" in line}
+    validation = {line["step"]: line for line in lines if "seconds" not in line}
+    # Seconds count from where a process began: a smaller value starts the next one's count.
+    seconds, before = 0.0, 0.0
+    for line in curve.values():
+        now = line["seconds"]
+        seconds += now - before if now >= before else now
+        before = now
+    steps = sorted(curve)
+    kept = steps[:: max(1, -(-len(steps) // POINTS))] + steps[-1:]
+    return {
+        "settings": json.loads((folder / "settings.json").read_text()),
+        "steps": steps[-1],
+        "minutes": round(seconds / 60, 1),
+        "curve": [_rounded(curve[step]) for step in dict.fromkeys(kept)],
+        "validation": [_rounded(line) for _, line in sorted(validation.items()) if len(line) > 1],
+    }
+
+
+def _rounded(line: dict[str, float]) -> dict[str, float]:
+    return {key: float(f"{value:.4g}") if key != "step" else value for key, value in line.items()}
+
+
+if __name__ == "__main__":
+    run_main(main)
