@@ -1,6 +1,6 @@
 """The curve of a pretraining run, small enough for the repository.
 
-    python benchmarks/pretraining_curve.py --workdir runs/emoji_base
+    python benchmarks/pretraining_curve.py --workdir runs/emoji_base [--note "what was special"]
 
 Reads every stage's settings and metrics.jsonl and writes
 benchmarks/results/emoji_base_training.json: what each stage was made from, at most 60 points of its
@@ -29,8 +29,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/emoji_base"), metavar="DIR")
-    workdir = parser.parse_args().workdir
+    parser.add_argument("--note", action="append", default=[], help="kept with the result")
+    args = parser.parse_args()
+    workdir = args.workdir
     result = {
+        "notes": args.note,
         "machine": platform.machine(),
         "stages": {name: read_stage(workdir / name) for name in ("autoencoder", "denoiser")},
     }

@@ -13,6 +13,9 @@ def get_config() -> ml_collections.ConfigDict:
     """Sizes, training and data of the embedded base."""
     config = ml_collections.ConfigDict()
     config.seed = 0
+    # A checkpoint to begin with, and what to take from it instead of what is set below: "vae" is
+    # kept as it is, "text_encoder" (with the tokenizer) and "unet" are trained on.
+    config.init = {"path": "", "parts": ("vae", "text_encoder", "unet")}
     config.data = {"source": "emoji", "count": 60_000, "seed": 0, "resolution": 64}
     config.tokenizer = {"max_length": 24, "vocab_size": 2048}
     config.vae = {
@@ -55,7 +58,6 @@ def get_config() -> ml_collections.ConfigDict:
         "out_channels": 8,
         "layers_per_block": 1,
         "norm_num_groups": 8,
-        "sample_size": 16,
         "use_linear_projection": True,
     }
     config.scheduler = {
@@ -92,15 +94,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.denoiser_training = {
         **common,
         "optimizer": "muon",
-        "steps": 3_300,
+        "steps": 3_000,
         "batch_size": 64,
         "learning_rate": 2e-3,
         "warmup_steps": 100,
-        "decay_steps": 1_100,
+        "decay_steps": 1_700,
         "average_decay": 0.998,
         "save_every": 300,
         "caption_dropout": 0.1,
-        "timestep_mean": -0.3,
-        "timestep_spread": 1.2,
+        "timestep_mean": 0.4,
+        "timestep_spread": 1.4,
     }
     return config

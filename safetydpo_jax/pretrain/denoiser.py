@@ -1,7 +1,7 @@
 """Stage three: the text encoder and the UNet, trained together on the latents."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,9 +26,10 @@ def train_denoiser(
     workdir: pathlib.Path,
     *,
     seed: int,
+    start: Mapping[str, Any] | None = None,
     evaluate: Callable[[Any, int], dict[str, float]] | None = None,
 ) -> Any:
-    """Trains text encoder and UNet from scratch; returns {"unet": ..., "text_encoder": ...}.
+    """Trains text encoder and UNet; returns {"unet": ..., "text_encoder": ...}.
 
     Args:
       moments: mean and standard deviation of the latents, (n, h, w, c) each.
@@ -36,6 +37,7 @@ def train_denoiser(
       tokens: captions' ids (n, t).
       empty_tokens: ids (t,) of the empty caption, put in place of a share `caption_dropout` of the
         captions, so that classifier-free guidance works.
+      start: parameters of "unet", "text_encoder" or both, in place of random ones.
     """
     count, shape = len(tokens), moments[0].shape[1:]
     key = jax.random.key(seed)
@@ -46,7 +48,7 @@ def train_denoiser(
     unet_params: Any = jax.jit(unet.init)(key, *example)
     # As in diffusion models since DDPM: the last layer starts at zero, and so does each branch.
     unet_params = quiet_residuals(unet_params["params"], ("conv2", "proj_out", "conv_out"))
-    params = {"unet": unet_params, "text_encoder": text_params}
+    params = {"unet": unet_params, "text_encoder": text_params} | dict(start or {})
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> Any:
         keys = jax.random.split(key, 4)

@@ -10,7 +10,12 @@ import numpy as np
 from safetydpo_jax.data.storage import write_file
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from safetydpo_jax.models.pretrained import Pipeline, build_networks, save_pipeline
+from safetydpo_jax.models.pretrained import (
+    Pipeline,
+    build_networks,
+    load_pipeline,
+    save_pipeline,
+)
 from safetydpo_jax.pretrain.autoencoder import encode_pictures, train_autoencoder
 from safetydpo_jax.pretrain.denoiser import train_denoiser
 from safetydpo_jax.pretrain.pictures import prepare_pictures
@@ -42,26 +47,35 @@ def run(config: Any, workdir: str | pathlib.Path) -> pathlib.Path:
 
 def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     started = time.perf_counter()
+    parts = set(config.init.parts) if config.init.path else set()
+    if unknown := parts - {"vae", "text_encoder", "unet"}:
+        raise UserError(f"config.init.parts has {', '.join(sorted(unknown))}: no part of a model")
+    base = load_pipeline(config.init.path) if parts else None
     made_from = {"data": _plain(config.data)}
     _claim(workdir / "pictures", made_from)
     pictures, captions = prepare_pictures(config.data, workdir)
     print(f"pictures: {len(pictures)} of {config.data.resolution} px", flush=True)
 
-    words = sorted({word for text in captions for word in text.replace(",", " ").split()})
-    tokenizer = train_tokenizer(words, workdir / "tokenizer", **config.tokenizer)
+    if base is not None and "text_encoder" in parts:
+        tokenizer = base.tokenizer
+    else:
+        words = sorted({word for text in captions for word in text.replace(",", " ").split()})
+        tokenizer = train_tokenizer(words, workdir / "tokenizer", **config.tokenizer)
     tokens = np.asarray(_tokenize(tokenizer, captions), np.int32)
     empty = np.asarray(_tokenize(tokenizer, [""])[0], np.int32)
     print(f"tokenizer: {len(tokenizer)} tokens", flush=True)
 
-    vae_config = _plain(config.vae)
-    made_from |= {
-        "seed": config.seed,
-        "vae": vae_config,
-        "autoencoder_training": _plain(config.autoencoder_training),
-    }
-    _claim(workdir / "autoencoder", made_from)
-    vae = AutoencoderKL(AutoencoderConfig.from_dict(vae_config))
-    vae_params = train_autoencoder(config.autoencoder_training, vae, pictures, workdir, config.seed)
+    made_from |= {"seed": config.seed, "init": _plain(config.init)}
+    if base is not None and "vae" in parts:
+        vae, vae_config, vae_params = base.vae, base.configs["vae"], base.vae_params
+    else:
+        vae_config = _plain(config.vae)
+        training = config.autoencoder_training
+        made_from |= {"vae": vae_config, "autoencoder_training": _plain(training)}
+        _claim(workdir / "autoencoder", made_from)
+        vae = AutoencoderKL(AutoencoderConfig.from_dict(vae_config))
+        vae_params = train_autoencoder(training, vae, pictures, workdir, config.seed)
+    _claim(workdir / "latents", made_from)
     mean, std, factor = encode_pictures(
         config.autoencoder_training, vae, vae_params, pictures, workdir
     )
@@ -74,11 +88,17 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
         "pad_token_id": tokenizer.pad_token_id,
     }
     configs = {
-        "unet": _plain(config.unet),
+        "unet": _plain(config.unet)
+        | {"sample_size": config.data.resolution // vae.config.downscale},
         "vae": vae_config | {"scaling_factor": factor},
         "text_encoder": text_config,
         "scheduler": _plain(config.scheduler),
     }
+    start = {}
+    if base is not None:
+        configs |= {part: base.configs[part] for part in parts - {"vae"}}
+        given = {"unet": base.unet_params, "text_encoder": base.text_params}
+        start = {part: given[part] for part in parts - {"vae"}}
     made_from |= {**configs, "denoiser_training": _plain(config.denoiser_training)}
     _claim(workdir / "denoiser", made_from)
     unet, vae, text_encoder, schedule = build_networks(configs, str(workdir))
@@ -113,6 +133,7 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
         empty,
         workdir,
         seed=config.seed,
+        start=start,
         evaluate=save_preview,
     )
     folder = write(params, "pipeline")

@@ -2,6 +2,7 @@
 
 import csv
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -69,9 +70,20 @@ def test_a_folder_of_pictures_becomes_a_checkpoint(folder, tmp_path, capsys):
     assert pipeline.encode_prompts(["number 3"]).shape == (1, 24, 16)
     mean, _ = pipeline.encode_images(np.load(tmp_path / "pictures" / "pictures.npy")[:64])
     assert 0.3 < mean.std() < 3.0  # latents are scaled to about one
+    begun = tiny_config(folder)
+    begun.init.path = str(made)
+    begun.denoiser_training.update({"learning_rate": 0.0, "weight_decay": 0.0})
+    same = load_pipeline(run(begun, tmp_path / "begun"))
+    assert not (tmp_path / "begun" / "autoencoder").exists()
+    for ours, theirs in (
+        (same.vae_params, pipeline.vae_params),
+        (same.text_params, pipeline.text_params),
+        (same.unet_params, pipeline.unet_params),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     changed = tiny_config(folder)
     changed.denoiser_training.learning_rate = 5e-4
-    with pytest.raises(UserError, match="denoiser_training.learning_rate = 0.001, but now"):
+    with pytest.raises(UserError, match="denoiser_training.learning_rate = 0.002, but now"):
         run(changed, tmp_path)
 
 
