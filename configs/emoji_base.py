@@ -94,11 +94,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.denoiser_training = {
         **common,
         "optimizer": "muon",
-        "steps": 3_000,
+        "steps": 4_250,
         "batch_size": 64,
         "learning_rate": 2e-3,
         "warmup_steps": 100,
-        "decay_steps": 1_700,
+        "decay_steps": 2_950,
         "average_decay": 0.998,
         "save_every": 300,
         "caption_dropout": 0.1,
