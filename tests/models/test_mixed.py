@@ -36,7 +36,7 @@ def test_values_and_gradients_are_those_of_float32(fast, plain, x_shape, w_shape
 
 @pytest.mark.parametrize("layer", [Dense(48), Conv(48), Conv(48, 1, padding=0)])
 def test_layers_change_only_inside_the_context(layer):
-    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 64))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 128))
     params = layer.init(jax.random.key(1), x)
     exact = layer.apply(params, x)
     with jax.default_matmul_precision("bfloat16"):
@@ -44,3 +44,13 @@ def test_layers_change_only_inside_the_context(layer):
     error = float(jnp.abs(exact - rounded).max() / jnp.abs(exact).max())
     assert 0 < error < 1e-2
     np.testing.assert_array_equal(exact, layer.apply(params, x))
+
+
+def test_convolutions_that_would_not_gain_stay_exact():
+    for shape in ((1, 4, 4, 64), (1, 16, 16, 128)):
+        x, layer = jax.random.normal(jax.random.key(0), shape), Conv(8)
+        params = layer.init(jax.random.key(1), x)
+        exact = layer.apply(params, x)
+        with jax.default_matmul_precision("bfloat16"):
+            # On a CPU float32 products stay float32 unless the layer itself rounds.
+            np.testing.assert_array_equal(exact, layer.apply(params, x))
