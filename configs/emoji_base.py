@@ -2,8 +2,11 @@
 
     python launch/pretrain.py --config configs/emoji_base.py --workdir runs/emoji_base
 
+On two CPU cores: 21 minutes for the autoencoder (31.2 dB), 5 for the latents, 80 for the denoiser,
+which then draws 92 to 94 % of single pictograms as asked (benchmarks/results/emoji_base.json).
+
 To train a base of your own, set `config.data.source` to a folder with pictures and a metadata.csv
-(columns file_name,text) and `config.words` to the words its captions use.
+(columns file_name,text).
 """
 
 import ml_collections
