@@ -39,15 +39,14 @@ class Dense(nn.Module):
             y = mixed.matmul(rows, kernel).astype(self.dtype)
         else:
             y = rows @ kernel.astype(self.dtype)
-        y = y.reshape(*x.shape[:-1], self.features)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             # Adapters are applied in their own precision: a small delta must survive bfloat16.
-            y = y + ((x.astype(a.dtype) @ a) @ b).astype(self.dtype)
-        return y
+            y = y + ((rows.astype(a.dtype) @ a) @ b).astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class Conv(nn.Module):
