@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safetydpo_jax.diffusion import draw_pictures, initial_latents
+from benchmarks.torch_drawer import torch_drawer
+from safetydpo_jax.diffusion import draw_pictures
 from safetydpo_jax.emoji import scenes
 from safetydpo_jax.emoji.detector import Detector
 from safetydpo_jax.emoji.prompts import safe_prompts
@@ -53,24 +54,13 @@ def test_held_out_prompts_are_drawn(emoji):
 
 
 def test_pytorch_draws_the_same(emoji):
-    torch = pytest.importorskip("torch")
-    import diffusers
-
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(emoji.path)
-    theirs.to(torch.float32)
-    theirs.set_progress_bar_config(disable=True)
+    pytest.importorskip("torch")
     prompts, seeds = [record.text for record in safe_prompts(4, 31, "test")], np.arange(4)
-    noise = np.asarray(initial_latents(seeds, emoji.latent_shape)).transpose(0, 3, 1, 2)
-    wanted = theirs(
-        prompts,
-        latents=torch.from_numpy(noise.copy()),
-        num_inference_steps=8,
-        guidance_scale=4.0,
-        output_type="np",
-    ).images
-    pictures = draw_pictures(emoji, prompts, seeds, num_steps=8, guidance_scale=4.0)
+    options = {"num_steps": 8, "guidance_scale": 4.0}
+    wanted = torch_drawer(emoji)(emoji, prompts, seeds, **options)
+    pictures = draw_pictures(emoji, prompts, seeds, **options)
     assert pictures.std() > 20
-    assert np.abs(pictures - wanted * 255).mean() < 1
+    assert np.abs(pictures.astype(int) - wanted).mean() < 1
 
 
 def test_recorded_figures():
