@@ -30,6 +30,8 @@ RECIPES = {
             "winner_anchor": 0.0,
             "t_min": 0,
             "t_max": 1000,
+            "caption_dropout": 0.2,
+            "preservation_dropout": 0.0,
         },
         "optimizer": {"learning_rate": 1.6e-4},
     },
@@ -40,6 +42,10 @@ RECIPES = {
             "winner_anchor": 10.0,
             "t_min": 200,
             "t_max": 1000,
+            # The empty prompt is what guidance steers away from, whatever the prompt: it is
+            # preserved, not aligned.
+            "caption_dropout": 0.0,
+            "preservation_dropout": 0.2,
         },
         "optimizer": {"learning_rate": 2e-3},
     },
@@ -70,7 +76,6 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.batch_size = 16  # rows of pairs in one forward pass, over all devices
     config.accumulation = 1  # forward passes to one update
     config.preserve_batch_size = 16  # preserve rows in one forward pass, if loss.preservation > 0
-    config.caption_dropout = 0.2
     # Of products in the training step: "float32", or "bfloat16" operands with float32 sums.
     config.matmul_precision = "float32"
 
@@ -82,6 +87,9 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "winner_anchor": config_dict.placeholder(float),  # weight of the winner's own error
         "t_min": config_dict.placeholder(int),  # the pairs' timesteps: t_min <= t < t_max
         "t_max": config_dict.placeholder(int),
+        # Shares of rows whose prompt gives way to the empty one: of the pairs, of preserve rows.
+        "caption_dropout": config_dict.placeholder(float),
+        "preservation_dropout": config_dict.placeholder(float),
     }
     config.optimizer = {
         "name": "adamw",  # or "adafactor", which has no b1, b2 and weight_decay

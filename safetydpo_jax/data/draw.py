@@ -199,13 +199,13 @@ def _settings(
 def _made_before(folder: Path, settings: dict[str, Any], progress: Callable[[str], None]) -> Path:
     """`folder`, if the pair set there is the one that `settings` would draw."""
     pairs = PairSet(folder)
-    before = pairs.card.get("settings", {})
-    keys = sorted(before.keys() | settings.keys())
-    if changed := [key for key in keys if before.get(key) != settings.get(key)]:
-        raise UserError(
-            f"{folder} was drawn with other settings ({', '.join(changed)}): remove that folder, "
-            f"choose another --workdir, or set config.pairs.path to use these pairs as they are"
-        )
+    storage.check_same(
+        folder,
+        pairs.card.get("settings", {}),
+        settings,
+        "remove that folder, choose another --workdir, or set config.pairs.path to use these pairs "
+        "as they are",
+    )
     progress(f"pairs: {pairs.num_pairs} found in {folder}")
     return folder
 

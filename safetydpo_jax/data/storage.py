@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,28 @@ def hash_model(path: str | Path, parts: tuple[str, ...] = ("",)) -> str:
             )
         table |= {f.relative_to(root).as_posix(): hash_file(f) for f in files}
     return digest(table)
+
+
+def check_same(
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], otherwise: str
+) -> None:
+    """Compares the settings that made a folder with those of now, both as JSON has them.
+
+    Args:
+      folder: what was made.
+      before: its settings, by key.
+      now: those of the run that wants to use it.
+      otherwise: what the user can do besides setting the key back; ends the error's sentence.
+
+    Raises:
+      UserError: they differ; it names the first key that does.
+    """
+    for key in sorted(before.keys() | now.keys()):
+        if (old := before.get(key)) != (new := now.get(key)):
+            raise UserError(
+                f"{folder} was made with {key} = {old!r}, but now it is {new!r}: set it back, "
+                f"{otherwise}"
+            )
 
 
 @contextlib.contextmanager

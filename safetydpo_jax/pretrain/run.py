@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from safetydpo_jax.data.storage import write_file
+from safetydpo_jax.data.storage import check_same, write_file
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from safetydpo_jax.models.pretrained import (
@@ -160,14 +160,12 @@ def _claim(folder: pathlib.Path, settings: dict[str, dict[str, Any]]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(file, json.dumps(now, indent=1).encode())
         return
-    before = json.loads(file.read_text())
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{folder} was made with {key} = {before.get(key)!r}, but now it is"
-                f" {now.get(key)!r}: set it back, choose another --workdir, or delete that folder"
-                " and those of the stages after it"
-            )
+    check_same(
+        folder,
+        json.loads(file.read_text()),
+        now,
+        "choose another --workdir, or delete that folder and those of the stages after it",
+    )
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> Any:

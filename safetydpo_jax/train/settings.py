@@ -14,7 +14,6 @@ _DECIDING = (
     "batch_size",
     "accumulation",
     "preserve_batch_size",
-    "caption_dropout",
     "rows",
     "matmul_precision",
     "loss",
@@ -79,7 +78,8 @@ def _check(config: ConfigDict) -> None:
         "loss.winner_anchor": 0,
         "optimizer.warmup_steps": 0,
         "optimizer.weight_decay": 0,
-        "caption_dropout": 0,
+        "loss.caption_dropout": 0,
+        "loss.preservation_dropout": 0,
     }
     for key, low in at_least.items():
         if not _value(config, key) >= low:
@@ -98,8 +98,9 @@ def _check(config: ConfigDict) -> None:
             raise UserError(f"config.{key} is {value!r}: it must be one of {', '.join(known)}")
     if not all(isinstance(target, str) for target in config.lora.targets):
         raise UserError(f"config.lora.targets is {config.lora.targets}: it must be names of layers")
-    if config.caption_dropout > 1:
-        raise UserError(f"config.caption_dropout is {config.caption_dropout}: it must be 0 to 1")
+    for key in ("loss.caption_dropout", "loss.preservation_dropout"):
+        if _value(config, key) > 1:
+            raise UserError(f"config.{key} is {_value(config, key)}: it must be 0 to 1")
     if config.loss.preservation > 0 and config.preserve_batch_size == 0:
         raise UserError(
             "config.preserve_batch_size is 0, but config.loss.preservation is "

@@ -12,7 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.data import storage
 from safetydpo_jax.lora.adapters import Adapters
 
 SCHEDULES = ("constant", "cosine")
@@ -99,17 +99,13 @@ class Checkpoints:
             return None
         only = ocp.args.Composite(settings=ocp.args.JsonRestore())
         saved: Any = self._manager.restore(step, args=only)
-        self._check(saved.settings)
+        storage.check_same(
+            self.path,
+            saved.settings,
+            self._settings,
+            "choose another --workdir, or delete that folder to start anew",
+        )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         only = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         saved = self._manager.restore(step, args=only)
         return saved.state
-
-    def _check(self, saved: dict[str, Any]) -> None:
-        for key in sorted(self._settings.keys() | saved.keys()):
-            old, new = saved.get(key), self._settings.get(key)
-            if old != new:
-                raise UserError(
-                    f"{self.path} was trained with {key} = {old!r}, but now it is {new!r}: set it "
-                    "back, choose another --workdir, or delete that folder to start anew"
-                )

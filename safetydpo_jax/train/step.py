@@ -33,7 +33,6 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
     weights = config.loss
     # threefry is the one generator whose values do not depend on vmap or sharding.
     seed = jax.random.key(config.seed, impl="threefry2x32")
-    shared = {"schedule": schedule, "caption_dropout": config.caption_dropout}
 
     def loss(
         adapters: Adapters, base_params: Any, batch: Batch, null_embeds: Float[Array, "t d"]
@@ -43,9 +42,10 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
             [batch["winner"], batch["loser"]],
             batch["prompt_embeds"],
             null_embeds,
+            schedule=schedule,
             t_min=weights.t_min,
             t_max=weights.t_max,
-            **shared,
+            caption_dropout=weights.caption_dropout,
         )
         inputs = [(x, pairs.timesteps, pairs.prompt_embeds) for x in pairs.latents]
         if weights.preservation > 0:
@@ -56,9 +56,10 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
                 [rows],
                 rows["prompt_embeds"],
                 null_embeds,
+                schedule=schedule,
                 t_min=0,
                 t_max=schedule.num_train_timesteps,
-                **shared,
+                caption_dropout=weights.preservation_dropout,
             )
             inputs.append((preserve.latents[0], preserve.timesteps, preserve.prompt_embeds))
 

@@ -114,7 +114,8 @@ def test_other_settings_do_not_reuse_or_replace_pairs(config, pipeline, source, 
     make_pairs(config, pipeline, tmp_path / "run", silent, source)
     config.drawing.num_steps = 3
     with pytest.raises(
-        UserError, match=r"other settings \(drawing.num_steps\): remove that folder"
+        UserError,
+        match=r"made with drawing.num_steps = \d+, but now it is \d+: set it back, remove",
     ):
         make_pairs(config, pipeline, tmp_path / "run", silent, source)
     config.drawing.num_steps = 2

@@ -62,7 +62,7 @@ def test_loss_and_gradients(prediction_type, config, pipeline, model_folder):
     model, params = pipeline.unet, pipeline.unet_params
     torch_unet = diffusers.UNet2DConditionModel.from_pretrained(model_folder / "unet").eval()
     schedule = NoiseSchedule(beta_schedule="scaled_linear", prediction_type=prediction_type)
-    config.recipe, config.caption_dropout = "paper", 0.0
+    config.recipe, config.loss.caption_dropout = "paper", 0.0
     config.loss.beta = BETA
     config.lora.rank, config.lora.alpha = RANK, ALPHA
     config = resolve(config)
