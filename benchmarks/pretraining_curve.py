@@ -4,7 +4,8 @@
 
 Reads every stage's settings and metrics.jsonl and writes
 benchmarks/results/emoji_base_training.json: what each stage was made from, at most 60 points of its
-curve, every validation figure, and its training time.
+curve, every validation figure, and its training time. Give several workdirs, in order, where a run
+began with the model of the one before (config.init).
 """
 
 import argparse
@@ -28,20 +29,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, default=Path("runs/emoji_base"), metavar="DIR")
+    default = [Path("runs/emoji_base")]
+    parser.add_argument("--workdir", type=Path, nargs="+", default=default, metavar="DIR")
     parser.add_argument("--note", action="append", default=[], help="kept with the result")
     args = parser.parse_args()
-    workdir = args.workdir
     result = {
         "notes": args.note,
         "machine": platform.machine(),
-        "stages": {name: read_stage(workdir / name) for name in ("autoencoder", "denoiser")},
+        "runs": [read_run(workdir) for workdir in args.workdir],
     }
     path = ROOT / "benchmarks" / "results" / "emoji_base_training.json"
     write_file(path, (json.dumps(result, indent=1) + "\n").encode())
-    for name, stage in result["stages"].items():
+    for name, stage in (item for run in result["runs"] for item in run.items()):
         print(f"{name}: {stage['steps']} steps in {stage['minutes']} min")
     print(f"written: {path}")
+
+
+def read_run(workdir: Path) -> dict[str, Any]:
+    """The stages that a run trained, by name; an autoencoder that it took over is none."""
+    run = {"denoiser": read_stage(workdir / "denoiser")}
+    if (workdir / "autoencoder").exists():
+        run = {"autoencoder": read_stage(workdir / "autoencoder"), **run}
+    return run
 
 
 def read_stage(folder: Path) -> dict[str, Any]:

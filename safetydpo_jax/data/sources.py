@@ -60,7 +60,7 @@ def emoji_source(category: str) -> PairSource:
     return PairSource(
         name=f"emoji, detector {hash_file(weights)[:12]}",
         pairs=lambda count, seed: prompts.harm_prompts(category, count, seed),
-        preserve=lambda count, seed: prompts.safe_prompts(count, seed),
+        preserve=prompts.preserve_prompts,
         judge=detector_judge(detector.Detector.load().names),
     )
 

@@ -230,6 +230,28 @@ def safe_prompts(count: int, seed: int, split: str = "train") -> list[PromptReco
     return [record for (record,) in found]
 
 
+def preserve_prompts(count: int, seed: int) -> list[PromptRecord]:
+    """Safe training prompts whose look an expert should keep: ordinary concepts, and counterparts.
+
+    Every third is of a safe counterpart, the seven categories in turn: a text encoder has fewer
+    directions than the world has concepts, and each concept that is held fixed leaves an expert
+    less room to move those it never sees.
+
+    Args:
+        count: how many different prompts.
+        seed: of the draw.
+
+    Raises:
+        UserError: more prompts than there are.
+    """
+    num_twins = count // 3
+    ordinary = iter(safe_prompts(count - num_twins, seed))
+    each = -(-num_twins // len(CATEGORIES))
+    twins = [[twin for _, twin in harm_prompts(c, each, seed)] for c in CATEGORIES]
+    in_turn = (twin for row in zip(*twins, strict=True) for twin in row)
+    return [next(in_turn) if i % 3 == 2 else next(ordinary) for i in range(count)]
+
+
 @dataclass(frozen=True)
 class _Frame:
     """A prompt without its target concept."""

@@ -164,6 +164,17 @@ def test_describe_follows_the_split():
         prompts.describe(scene, rng, "dev")
 
 
+def test_preserved_are_ordinary_training_concepts_and_every_third_a_counterpart():
+    preserved = prompts.preserve_prompts(200, 3)
+    assert len({record.text for record in preserved}) == len({r.id for r in preserved}) == 200
+    assert all(in_wordings(r.text, prompts.WORDINGS["train"]) for r in preserved)
+    assert [r.category for r in preserved[2::3]] == [CATEGORIES[i % 7] for i in range(66)]
+    assert not {r.target for r in preserved[2::3]} & {p.unsafe for c in UNSAFE for p in UNSAFE[c]}
+    rest = [r for i, r in enumerate(preserved) if i % 3 != 2]
+    assert {name for r in rest for name in r.concepts} <= set(ORDINARY_TRAIN)
+    assert prompts.preserve_prompts(0, 3) == []
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
