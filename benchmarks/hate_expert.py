@@ -122,6 +122,10 @@ def train(args: argparse.Namespace, seed: int) -> Path:
         config = load_config(args.category)
         config.seed = seed
         config.report.enabled = False  # the larger one below takes its place
+        # As pairs.seed is the same, so are the pairs: they are drawn once.
+        first = args.runs / f"{args.category}-seed{args.seeds[0]}" / "pairs"
+        if seed != args.seeds[0] and first.is_dir():
+            config.pairs.path = str(first)
         loop.run(config, workdir)
     return workdir
 

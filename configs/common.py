@@ -1,7 +1,7 @@
 """What all categories share; a category's config starts from it and changes what differs.
 
 Each value can be changed on the command line: `--config.optimizer.learning_rate=1e-3`. A value of
-None in `loss` and `optimizer` means "as the recipe has it".
+None in `rows`, `loss` and `optimizer` means "as the recipe has it".
 """
 
 import ml_collections
@@ -20,10 +20,11 @@ CATEGORIES = (
     "illegal_activity",
 )
 
-# What a recipe decides: `loss.*` and `optimizer.*`, wherever these are None.
+# What a recipe decides: `rows`, `loss.*` and `optimizer.*`, wherever these are None.
 # "paper" is Diffusion-DPO alone; "anchored" adds what keeps the rest of the model where it was.
 RECIPES = {
     "paper": {
+        "rows": "both",
         "loss": {
             "beta": 5000.0,
             "preservation": 0.0,
@@ -32,13 +33,15 @@ RECIPES = {
             "t_max": 1000,
             "caption_dropout": 0.2,
             "preservation_dropout": 0.0,
+            "preservation_text_noise": 0.0,
         },
-        "optimizer": {"learning_rate": 1.6e-4},
+        "optimizer": {"learning_rate": 1.6e-4, "schedule": "constant"},
     },
     "anchored": {
+        "rows": "unsafe_prompt",
         "loss": {
             "beta": 50.0,
-            "preservation": 10.0,
+            "preservation": 200.0,
             "winner_anchor": 10.0,
             "t_min": 200,
             "t_max": 1000,
@@ -46,8 +49,9 @@ RECIPES = {
             # preserved, not aligned.
             "caption_dropout": 0.0,
             "preservation_dropout": 0.2,
+            "preservation_text_noise": 0.6,
         },
-        "optimizer": {"learning_rate": 2e-3},
+        "optimizer": {"learning_rate": 2e-3, "schedule": "cosine"},
     },
 }
 
@@ -72,10 +76,10 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.model = "emoji"  # "emoji", or the folder of a diffusers checkpoint
     config.seed = 0
 
-    config.steps = 300
-    config.batch_size = 16  # rows of pairs in one forward pass, over all devices
+    config.steps = 350
+    config.batch_size = 8  # rows of pairs in one forward pass, over all devices
     config.accumulation = 1  # forward passes to one update
-    config.preserve_batch_size = 16  # preserve rows in one forward pass, if loss.preservation > 0
+    config.preserve_batch_size = 24  # preserve rows in one forward pass, if loss.preservation > 0
     # Of products in the training step: "float32", or "bfloat16" operands with float32 sums.
     config.matmul_precision = "float32"
 
@@ -90,12 +94,16 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         # Shares of rows whose prompt gives way to the empty one: of the pairs, of preserve rows.
         "caption_dropout": config_dict.placeholder(float),
         "preservation_dropout": config_dict.placeholder(float),
+        # Standard deviation of noise on the preserve rows' text states (theirs is about 1): what is
+        # preserved is a neighbourhood of these prompts, so that it reaches concepts they lack.
+        "preservation_text_noise": config_dict.placeholder(float),
     }
     config.optimizer = {
         "name": "adamw",  # or "adafactor", which has no b1, b2 and weight_decay
         "learning_rate": config_dict.placeholder(float),
         "warmup_steps": 20,
-        "schedule": "constant",  # or "cosine", down to 0 at the last step
+        # "constant", or "cosine", down to 0 at the last step.
+        "schedule": config_dict.placeholder(str),
         "b1": 0.9,
         "b2": 0.999,
         "weight_decay": 1e-2,
@@ -104,7 +112,8 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.lora = {"rank": 4, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
     config.lora.alpha = config.lora.get_ref("rank").to_float()  # follows the rank unless set
 
-    config.rows = "both"  # a pair is learnt under its unsafe_prompt, its safe_prompt, or both
+    # A pair is learnt under its "unsafe_prompt", its "safe_prompt", or "both".
+    config.rows = config_dict.placeholder(str)
     # How the model draws, for pairs and for the report.
     config.drawing = {
         "sampler": "ddim",
@@ -116,7 +125,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.pairs = {
         "path": "",  # a folder of pairs made before; "" makes them
         "num_pairs": 192,
-        "preserve_count": 256,
+        "preserve_count": 384,
         "seed": 0,
     }
     config.cache = {"dtype": "float32", "flip": False}

@@ -52,6 +52,7 @@ def noisy_rows(
     t_min: int,
     t_max: int,
     caption_dropout: float,
+    text_noise: float = 0.0,
 ) -> NoisyRows:
     """Draws latents from the moments, noises them, and drops captions.
 
@@ -64,6 +65,7 @@ def noisy_rows(
       t_min: the first timestep that may be drawn.
       t_max: one past the last.
       caption_dropout: probability of dropping a caption.
+      text_noise: standard deviation of what is added to the captions that stay.
     """
     shape = pictures[0]["mean"].shape[1:]
 
@@ -78,6 +80,10 @@ def noisy_rows(
     drop = uniforms[:, 1] < caption_dropout
     noise, samples = normals[:, 0], normals[:, 1:]
     x0s = [m["mean"] + jnp.exp(0.5 * m["logvar"]) * samples[:, i] for i, m in enumerate(pictures)]
+    if text_noise > 0:
+        text_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+        noise_of = jax.vmap(lambda key: jax.random.normal(key, prompt_embeds.shape[1:]))
+        prompt_embeds = prompt_embeds + text_noise * noise_of(text_keys)
     return NoisyRows(
         [schedule.add_noise(x0, noise, t) for x0 in x0s],
         [schedule.target(x0, noise, t) for x0 in x0s],

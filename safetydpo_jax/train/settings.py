@@ -23,7 +23,7 @@ _DECIDING = (
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """A copy in which the recipe gives what `loss` and `optimizer` leave None, checked.
+    """A copy in which the recipe gives what `rows`, `loss` and `optimizer` leave None, checked.
 
     Raises:
       UserError: a value that cannot be, named with its key.
@@ -33,8 +33,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
         raise UserError(
             f"config.recipe is {config.recipe!r}: it must be one of {', '.join(config.recipes)}"
         )
-    for section, values in config.recipes[config.recipe].items():
-        for key, value in values.items():
+    given = config.recipes[config.recipe]
+    if config.rows is None:
+        config.rows = given.rows
+    for section in ("loss", "optimizer"):
+        for key, value in given[section].items():
             if config[section][key] is None:
                 config[section][key] = value
     if config.loss.preservation == 0:
@@ -80,6 +83,7 @@ def _check(config: ConfigDict) -> None:
         "optimizer.weight_decay": 0,
         "loss.caption_dropout": 0,
         "loss.preservation_dropout": 0,
+        "loss.preservation_text_noise": 0,
     }
     for key, low in at_least.items():
         if not _value(config, key) >= low:

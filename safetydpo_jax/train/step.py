@@ -60,6 +60,7 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
                 t_min=0,
                 t_max=schedule.num_train_timesteps,
                 caption_dropout=weights.preservation_dropout,
+                text_noise=weights.preservation_text_noise,
             )
             inputs.append((preserve.latents[0], preserve.timesteps, preserve.prompt_embeds))
 

@@ -108,6 +108,7 @@ def test_noise_belongs_to_the_row(small, batch, null_embeds):
             t_min=100,
             t_max=900,
             caption_dropout=0.5,
+            text_noise=0.25,
         )
 
     def rows_of(order, later=0):
@@ -124,6 +125,8 @@ def test_noise_belongs_to_the_row(small, batch, null_embeds):
     assert len(np.unique(t)) > 16
     dropped = (everything.prompt_embeds == 0).all((1, 2))
     assert 4 < dropped.sum() < 28
+    added = (everything.prompt_embeds - batch["prompt_embeds"])[~dropped]
+    np.testing.assert_allclose([added.std(), added.mean()], [0.25, 0.0], atol=0.03)
     # Winner and loser share the noise, so that only their latents tell them apart.
     noise = [
         small.schedule.to_x0_and_noise(target, x, t)[1]
