@@ -71,8 +71,11 @@ def read_stage(folder: Path) -> dict[str, Any]:
         before = now
     steps = sorted(curve)
     kept = steps[:: max(1, -(-len(steps) // POINTS))] + steps[-1:]
+    settings = json.loads((folder / "settings.json").read_text())
+    # Where it lay on this machine says nothing elsewhere.
+    settings["init.path"] = Path(settings.get("init.path", "")).name
     return {
-        "settings": json.loads((folder / "settings.json").read_text()),
+        "settings": settings,
         "steps": steps[-1],
         "minutes": round(seconds / 60, 1),
         "curve": [_rounded(curve[step]) for step in dict.fromkeys(kept)],
