@@ -42,6 +42,7 @@ def config(small, pairs_folder):
     config.lora.rank = 2
     config.pairs.path = str(pairs_folder)
     config.optimizer.warmup_steps = 2
+    config.optimizer.schedule = "constant"
     config.checkpoint.every = 3
     config.log_every = 5
     config.report.enabled = False
