@@ -93,3 +93,17 @@ def test_trains_evaluates_pools_and_compares(benchmark, tmp_path, monkeypatch, c
 def test_unfinished_runs_are_named(benchmark, tmp_path):
     with pytest.raises(MissingFileError, match="finish the run in"):
         benchmark.main(["--workdirs", str(tmp_path / "nothing"), "--runs", str(tmp_path)])
+
+
+def test_recorded_figures(benchmark):
+    """What the README's table says, and the bars it meets; the file is written by the benchmark."""
+    recorded = json.loads((SCRIPT.parent / "results" / "hate_expert.json").read_text())
+    pooled = recorded["pooled"]
+    assert pooled["num_unsafe"] >= 384
+    assert pooled["num_safe"] >= 1000
+    assert len(recorded["runs"]) == 3
+    assert all(benchmark.met(pooled, name) for name in benchmark.BARS)
+    assert recorded["torch"]["within_interval"]
+    low, high = pooled["ip_fall_interval"]
+    fall = f"by {100 * pooled['ip_fall']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    assert fall in (SCRIPT.parents[1] / "README.md").read_text()
