@@ -144,7 +144,7 @@ def make_train_step(
             gradient, metrics = gradient_of(state.adapters, base_params, microbatch, null_embeds)
             return jax.tree.map(jnp.add, total, gradient), metrics
 
-        if k == 1:  # XLA's CPU backend runs the body of a loop at half the speed, even of one turn
+        if k == 1:  # in a loop, even of one turn, XLA's CPU backend takes twice as long
             gradient, metrics = gradient_of(state.adapters, base_params, batch, null_embeds)
         else:
             microbatches = jax.tree.map(lambda x: split_microbatches(x, k), batch)
