@@ -4,8 +4,9 @@
 
 A step needs three forward passes' worth of products over its rows: the policy's, the reference's,
 and the gradient with respect to activations (the base is frozen, so no weight has a gradient but
-the adapters). The floor is their FLOPs over the rate of one large matrix product, measured in the
-same process just before. Writes benchmarks/results/dpo_step.json.
+the adapters). The anchor needs one more, of the reference over the pairs' rows. The floor is their
+FLOPs over the rate of one large matrix product, measured in the same process just before. Writes
+benchmarks/results/dpo_step.json.
 """
 
 import argparse
@@ -99,7 +100,8 @@ def measure(pipeline: Pipeline, recipe: str, precision: str, steps: int) -> dict
         jnp.zeros(count, jnp.int32),
         jnp.zeros((count, *text.shape)),
     )
-    flops = 3.0 * forward.cost_analysis()["flops"]
+    passes = 3.0 + (2 * config.batch_size / count if config.loss.winner_anchor > 0 else 0.0)
+    flops = passes * forward.cost_analysis()["flops"]
     step_seconds, floor = float(np.median(seconds)), flops / rate
     return {
         "recipe": recipe,
@@ -139,14 +141,18 @@ def random_batch(
 
     def rows(n: int, first: int) -> dict[str, np.ndarray]:
         return {
-            "prompt_embeds": rng.normal(size=(n, *text_shape)).astype(np.float32),
+            "prompt_embeds": texts(n),
             "row_id": np.arange(first, first + n, dtype=np.uint32),
             "draw": np.zeros(n, np.uint32),
         }
 
+    def texts(n: int) -> np.ndarray:
+        return rng.normal(size=(n, *text_shape)).astype(np.float32)
+
     n, m = config.batch_size, config.preserve_batch_size
-    batch = {"winner": moments(n), "loser": moments(n), **rows(n, 0)}
-    return batch | ({"preserve": moments(m) | rows(m, n)} if m else {})
+    pairs = {"winner": moments(n), "loser": moments(n), "winner_prompt_embeds": texts(n)}
+    preserve = moments(m) | {"harm_embeds": texts(m)} | rows(m, n) if m else None
+    return pairs | rows(n, 0) | ({"preserve": preserve} if preserve else {})
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ RECIPES = {
             "caption_dropout": 0.2,
             "preservation_dropout": 0.0,
             "preservation_text_noise": 0.0,
+            "preservation_lean": 0.0,
         },
         "optimizer": {"learning_rate": 1.6e-4, "schedule": "constant"},
     },
@@ -42,16 +43,17 @@ RECIPES = {
         "loss": {
             "beta": 50.0,
             "preservation": 200.0,
-            "winner_anchor": 10.0,
+            "winner_anchor": 18.0,
             "t_min": 200,
             "t_max": 1000,
             # The empty prompt is what guidance steers away from, whatever the prompt: it is
             # preserved, not aligned.
             "caption_dropout": 0.0,
             "preservation_dropout": 0.2,
-            "preservation_text_noise": 0.6,
+            "preservation_text_noise": 0.3,
+            "preservation_lean": 0.7,
         },
-        "optimizer": {"learning_rate": 2e-3, "schedule": "cosine"},
+        "optimizer": {"learning_rate": 1.6e-2, "schedule": "cosine"},
     },
 }
 
@@ -76,7 +78,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.model = "emoji"  # "emoji", or the folder of a diffusers checkpoint
     config.seed = 0
 
-    config.steps = 350
+    config.steps = 500
     config.batch_size = 8  # rows of pairs in one forward pass, over all devices
     config.accumulation = 1  # forward passes to one update
     config.preserve_batch_size = 24  # preserve rows in one forward pass, if loss.preservation > 0
@@ -88,7 +90,8 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.loss = {
         "beta": config_dict.placeholder(float),
         "preservation": config_dict.placeholder(float),  # weight of |policy - reference|^2
-        "winner_anchor": config_dict.placeholder(float),  # weight of the winner's own error
+        # Weight of |policy - reference under the winner's prompt|^2 on both pictures of the pair.
+        "winner_anchor": config_dict.placeholder(float),
         "t_min": config_dict.placeholder(int),  # the pairs' timesteps: t_min <= t < t_max
         "t_max": config_dict.placeholder(int),
         # Shares of rows whose prompt gives way to the empty one: of the pairs, of preserve rows.
@@ -97,6 +100,9 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         # Standard deviation of noise on the preserve rows' text states (theirs is about 1): what is
         # preserved is a neighbourhood of these prompts, so that it reaches concepts they lack.
         "preservation_text_noise": config_dict.placeholder(float),
+        # Up to this share of a pair's way from its safe to its unsafe prompt is added to them too,
+        # or taken away: prompts that lean towards the harm are no harm yet.
+        "preservation_lean": config_dict.placeholder(float),
     }
     config.optimizer = {
         "name": "adamw",  # or "adafactor", which has no b1, b2 and weight_decay
@@ -143,6 +149,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "num_unsafe": 128,
         "num_safe": 256,
         "seed": 1,
+        "split": "test",  # "tune": other held-out prompts, to choose settings on
     }
     if base != "emoji":
         _stable_diffusion(config)

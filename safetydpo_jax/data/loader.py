@@ -31,11 +31,13 @@ def batches(cache: Cache, config: Any, start_step: int = 0) -> Iterator[Batch]:
     Yields:
       winner, loser: {"mean", "logvar"} (B,h,w,c) float32, moments of the scaled latents.
       prompt_embeds: (B,t,d) float32; the null prompt's are `cache.null_embeds`.
+      winner_prompt_embeds: (B,t,d) float32, the safe prompt's, whichever the row's own is.
       row_id: (B,) uint32, 2 * pair + (1 under the safe prompt), whatever the strategy.
       draw: (B,) uint32, how many times this row came before.
-      preserve: if asked for, {"mean", "logvar" (P,h,w,c), "prompt_embeds" (P,t,d), "row_id" (P,),
-        "draw" (P,)}: safe pictures under their prompts, those of the pairs and the others, in an
-        order of their own. Their row_ids are no pair's.
+      preserve: if asked for, {"mean", "logvar" (P,h,w,c), "prompt_embeds" (P,t,d), "harm_embeds"
+        (P,t,d), "row_id" (P,), "draw" (P,)}: safe pictures under their prompts, those of the pairs
+        and the others, in an order of their own. Their row_ids are no pair's. "harm_embeds" is the
+        unsafe prompt minus the safe one of some pair, of the next pair with every draw.
 
     Raises:
       UserError: a value of the config that cannot be, or a damaged cache.
@@ -88,6 +90,7 @@ def _pair_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
         "winner": cache.moments(cache.num_pairs + pairs, orientation),
         "loser": cache.moments(pairs, orientation),
         "prompt_embeds": cache.prompt_embeds(which * cache.num_pairs + pairs),
+        "winner_prompt_embeds": cache.prompt_embeds(cache.num_pairs + pairs),
         "row_id": rows.astype(np.uint32),
         "draw": draws.astype(np.uint32),
     }
@@ -95,8 +98,11 @@ def _pair_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
 
 def _preserve_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
     records = rows - cache.num_pairs
+    pairs = (rows + draws) % cache.num_pairs
+    unsafe, safe = cache.prompt_embeds(pairs), cache.prompt_embeds(cache.num_pairs + pairs)
     return cache.moments(records, (records + draws) % cache.orientations) | {
         "prompt_embeds": cache.prompt_embeds(records),
+        "harm_embeds": unsafe - safe,
         "row_id": rows.astype(np.uint32),
         "draw": draws.astype(np.uint32),
     }

@@ -26,16 +26,26 @@ from safetydpo_jax.evaluate.pictures import Section, before_after_grid
 from safetydpo_jax.evaluate.summary import UNSAFE_SETS, Evaluation, summarise, table
 
 GRID_COLUMNS = 8
+SPLITS = ("test", "tune")
 
 
 def report_prompts(
-    category: str, num_unsafe: int, num_safe: int, seed: int
+    category: str, num_unsafe: int, num_safe: int, seed: int, split: str = "test"
 ) -> dict[str, list[PromptRecord]]:
     """The four sets; held-out concepts and counterparts get a quarter of the unsafe set's number.
 
+    Args:
+        category: of the unsafe prompts.
+        num_unsafe: number of unsafe prompts.
+        num_safe: number of safe ones.
+        seed: of the choice of prompts.
+        split: "test", or "tune" to choose settings on, so that the test prompts stay unseen.
+
     Raises:
-        UserError: unknown category, or a number below 1.
+        UserError: unknown category or split, or a number below 1.
     """
+    if split not in SPLITS:
+        raise UserError(f"report.split is {split!r}: it must be one of {', '.join(SPLITS)}")
     if category not in CATEGORIES:
         raise UserError(f"category is {category!r}: it must be one of {', '.join(CATEGORIES)}")
     if num_unsafe < 1 or num_safe < 1:
@@ -44,14 +54,22 @@ def report_prompts(
             "both must be 1 or more"
         )
     few = max(1, num_unsafe // 4)
-    pairs = harm_prompts(category, num_unsafe, seed, split="test")
+    pairs = harm_prompts(category, num_unsafe, seed, split=split)
     held_out = harm_prompts(category, few, seed, split="held_out_concepts")
     return {
         "unsafe": [unsafe for unsafe, _ in pairs],
         "held_out_concepts": [unsafe for unsafe, _ in held_out],
-        "safe": list(safe_prompts(num_safe, seed, split="test")),
+        "safe": list(safe_prompts(num_safe, seed, split=split)),
         "counterparts": [safe for _, safe in pairs[:few]],
     }
+
+
+def prompts_of(config: Any) -> dict[str, list[PromptRecord]]:
+    """`report_prompts` for `config.category` and `config.report`."""
+    settings = config.report
+    return report_prompts(
+        config.category, settings.num_unsafe, settings.num_safe, settings.seed, settings.split
+    )
 
 
 def picture_seeds(
@@ -81,7 +99,7 @@ def evaluate(
     """
     settings = config.report
     judge = judge or EmojiJudge()
-    prompts = report_prompts(config.category, settings.num_unsafe, settings.num_safe, settings.seed)
+    prompts = prompts_of(config)
     records = [record for name in prompts for record in prompts[name]]
     seeds = np.concatenate(list(picture_seeds(prompts, settings.seed).values()))
     ends = np.cumsum([len(prompts[name]) for name in prompts]).tolist()
@@ -132,7 +150,7 @@ def write_report(
 
     Args:
         config: with `category`, `drawing` (options of `samplers.draw_pictures`) and
-            `report.{num_unsafe, num_safe, seed, reveal}`.
+            `report.{num_unsafe, num_safe, seed, split, reveal}`.
         pipeline: the base model.
         adapters: the expert's collection, ready to apply; None compares the base with itself.
         workdir: of the run.

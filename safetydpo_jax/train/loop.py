@@ -61,6 +61,11 @@ def run(
         phases.begin("base model")
         # Everything that can be wrong with the config is found before hours of drawing.
         pipeline = load_pipeline(config.model)
+        if config.report.enabled:
+            # Here, so that a run without a report needs none of what the report needs.
+            from safetydpo_jax.evaluate.report import prompts_of
+
+            prompts_of(config)
         step_fn = make_train_step(pipeline.unet, pipeline.schedule, config, mesh)
         adapters = lora.init_adapters(
             jax.random.key(config.seed, impl="threefry2x32"),
@@ -119,7 +124,6 @@ def run(
         phases.begin("report")
         summary: dict[str, Any] = {}
         if config.report.enabled:
-            # Here, so that a run without a report needs none of what the report needs.
             from safetydpo_jax.evaluate import write_report
 
             exported, _ = lora.load_lora(path, pipeline.unet_params)

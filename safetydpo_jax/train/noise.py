@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 
@@ -25,12 +25,14 @@ class NoisyRows(NamedTuple):
       targets: the right answers to them.
       timesteps: of the rows.
       prompt_embeds: the captions, some dropped.
+      dropped: which.
     """
 
     latents: list[Float[Array, "b h w c"]]
     targets: list[Float[Array, "b h w c"]]
     timesteps: Int[Array, "b"]
     prompt_embeds: Float[Array, "b t d"]
+    dropped: Bool[Array, "b"]
 
 
 def row_keys(
@@ -53,6 +55,7 @@ def noisy_rows(
     t_max: int,
     caption_dropout: float,
     text_noise: float = 0.0,
+    lean: Float[Array | np.ndarray, "b t d"] | None = None,
 ) -> NoisyRows:
     """Draws latents from the moments, noises them, and drops captions.
 
@@ -66,27 +69,31 @@ def noisy_rows(
       t_max: one past the last.
       caption_dropout: probability of dropping a caption.
       text_noise: standard deviation of what is added to the captions that stay.
+      lean: what is added to them too, times a number drawn from -1 to 1.
     """
     shape = pictures[0]["mean"].shape[1:]
 
     def draw(key: Key[Array, ""]) -> tuple[Array, Array]:
         # Two calls for all: every call of the generator adds seconds to the compilation.
-        uniform_key, normal_key = jax.random.split(key)
-        uniforms = jax.random.uniform(uniform_key, (2,))
+        uniform_key, normal_key, _ = jax.random.split(key, 3)
+        uniforms = jax.random.uniform(uniform_key, (3,))
         return uniforms, jax.random.normal(normal_key, (1 + len(pictures), *shape))
 
     uniforms, normals = jax.vmap(draw)(keys)
     t = t_min + (uniforms[:, 0] * (t_max - t_min)).astype(jnp.int32)
-    drop = uniforms[:, 1] < caption_dropout
+    dropped = uniforms[:, 1] < caption_dropout
     noise, samples = normals[:, 0], normals[:, 1:]
     x0s = [m["mean"] + jnp.exp(0.5 * m["logvar"]) * samples[:, i] for i, m in enumerate(pictures)]
     if text_noise > 0:
-        text_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+        text_keys = jax.vmap(lambda key: jax.random.split(key, 3)[2])(keys)
         noise_of = jax.vmap(lambda key: jax.random.normal(key, prompt_embeds.shape[1:]))
         prompt_embeds = prompt_embeds + text_noise * noise_of(text_keys)
+    if lean is not None:
+        prompt_embeds = prompt_embeds + (2 * uniforms[:, 2] - 1)[:, None, None] * lean
     return NoisyRows(
         [schedule.add_noise(x0, noise, t) for x0 in x0s],
         [schedule.target(x0, noise, t) for x0 in x0s],
         t,
-        jnp.where(drop[:, None, None], null_embeds, prompt_embeds),
+        jnp.where(dropped[:, None, None], null_embeds, prompt_embeds),
+        dropped,
     )

@@ -84,6 +84,7 @@ def _check(config: ConfigDict) -> None:
         "loss.caption_dropout": 0,
         "loss.preservation_dropout": 0,
         "loss.preservation_text_noise": 0,
+        "loss.preservation_lean": 0,
     }
     for key, low in at_least.items():
         if not _value(config, key) >= low:

@@ -1,6 +1,6 @@
 """One update of the adapters, compiled for the whole mesh."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -47,6 +47,14 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
             t_max=weights.t_max,
             caption_dropout=weights.caption_dropout,
         )
+
+        def stack(inputs: Sequence[tuple[Array, Array, Array]]) -> list[Array]:
+            stacked = [jnp.concatenate(x) for x in zip(*inputs, strict=True)]
+            return jax.lax.with_sharding_constraint(stacked, sharding.batch_sharding(mesh))
+
+        def reference_of(inputs: Sequence[tuple[Array, Array, Array]]) -> Any:
+            return jax.lax.stop_gradient(unet.apply({"params": base_params}, *stack(inputs)))
+
         inputs = [(x, pairs.timesteps, pairs.prompt_embeds) for x in pairs.latents]
         if weights.preservation > 0:
             rows = batch["preserve"]
@@ -61,16 +69,15 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
                 t_max=schedule.num_train_timesteps,
                 caption_dropout=weights.preservation_dropout,
                 text_noise=weights.preservation_text_noise,
+                lean=weights.preservation_lean * rows["harm_embeds"],
             )
             inputs.append((preserve.latents[0], preserve.timesteps, preserve.prompt_embeds))
 
         # One forward pass for all, and the reference through the same code at the same shapes: what
         # their rounding has in common cancels in the margin.
-        stacked = [jnp.concatenate(x) for x in zip(*inputs, strict=True)]
-        stacked = jax.lax.with_sharding_constraint(stacked, sharding.batch_sharding(mesh))
         lora = scaled(adapters, config.lora.alpha, config.lora.rank)
-        policy: Any = unet.apply({"params": base_params, "lora": lora}, *stacked)
-        reference: Any = jax.lax.stop_gradient(unet.apply({"params": base_params}, *stacked))
+        policy: Any = unet.apply({"params": base_params, "lora": lora}, *stack(inputs))
+        reference = reference_of(inputs)
 
         ends = [len(pairs.timesteps), 2 * len(pairs.timesteps)]
         winner, loser, preserved = jnp.split(policy, ends)
@@ -82,8 +89,18 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
             )
         )
         dpo = dpo_loss(winner_error, loser_error, winner_error_ref, loser_error_ref, weights.beta)
-        terms = {"dpo_loss": dpo.loss.mean(), "winner_anchor": winner_error.mean()}
-        total = terms["dpo_loss"] + weights.winner_anchor * terms["winner_anchor"]
+        terms = {"dpo_loss": dpo.loss.mean()}
+        total = terms["dpo_loss"]
+        if weights.winner_anchor > 0:
+            # What is to be drawn instead of the loser: the base's own answers under the winner's
+            # prompt, on both pictures. The true noise is known for the winner only, and varies.
+            prompts = jnp.where(
+                pairs.dropped[:, None, None], null_embeds, batch["winner_prompt_embeds"]
+            )
+            wanted = reference_of([(x, pairs.timesteps, prompts) for x in pairs.latents])
+            drawn = jnp.concatenate([winner, loser])
+            terms["winner_anchor"] = squared_error(drawn, wanted).mean()
+            total += weights.winner_anchor * terms["winner_anchor"]
         if weights.preservation > 0:
             terms["preservation"] = squared_error(preserved, preserved_ref).mean()
             total += weights.preservation * terms["preservation"]

@@ -33,8 +33,9 @@ def test_shapes_and_types(stored, config):
     assert jax.tree.map(lambda x: (x.dtype.name, *x.shape[1:]), batch) == {
         "winner": moments,
         "loser": moments,
+        "winner_prompt_embeds": row["prompt_embeds"],
         **row,
-        "preserve": moments | row,
+        "preserve": moments | row | {"harm_embeds": row["prompt_embeds"]},
     }
     assert len(batch["row_id"]) == 8
     assert len(batch["preserve"]["row_id"]) == 6
@@ -81,12 +82,16 @@ def test_rows_hold_their_own_pictures_and_prompt(stored, config):
         assert jax.tree.all(
             jax.tree.map(
                 np.array_equal,
-                (batch["loser"], batch["winner"], batch["prompt_embeds"]),
-                (
+                [
+                    batch[key]
+                    for key in ("loser", "winner", "prompt_embeds", "winner_prompt_embeds")
+                ],
+                [
                     stored.moments(pairs, still),
                     stored.moments(5 + pairs, still),
                     stored.prompt_embeds(5 * which + pairs),
-                ),
+                    stored.prompt_embeds(5 + pairs),
+                ],
             )
         )
         rows = batch["preserve"]["row_id"].astype(int)
@@ -94,6 +99,9 @@ def test_rows_hold_their_own_pictures_and_prompt(stored, config):
         np.testing.assert_array_equal(batch["preserve"]["mean"], means)
         embeds = stored.prompt_embeds(rows - 5)
         np.testing.assert_array_equal(batch["preserve"]["prompt_embeds"], embeds)
+        pairs = (rows + batch["preserve"]["draw"].astype(int)) % 5
+        harm = stored.prompt_embeds(pairs) - stored.prompt_embeds(5 + pairs)
+        np.testing.assert_array_equal(batch["preserve"]["harm_embeds"], harm)
 
 
 def test_both_pictures_are_mirrored_every_other_visit(config, pipeline, write, silent, tmp_path):

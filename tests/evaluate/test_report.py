@@ -15,7 +15,7 @@ from tests.evaluate import fakes
 def config(**changes):
     settings = {
         "category": "hate",
-        "report": {"num_unsafe": 24, "num_safe": 20, "seed": 0, "reveal": False},
+        "report": {"num_unsafe": 24, "num_safe": 20, "seed": 0, "split": "test", "reveal": False},
         "drawing": {
             "sampler": "ddim", "num_steps": 2, "guidance_scale": 4.0,
             "batch_size": 16, "matmul_precision": None,
@@ -165,11 +165,18 @@ def test_noise_is_its_own_for_every_set_and_picture():
     assert not set(seeds) & set(np.concatenate(list(picture_seeds(prompts, 1).values())))
 
 
+def test_settings_are_chosen_on_other_prompts():
+    test, tune = (report_prompts("hate", 24, 20, 0, split) for split in ("test", "tune"))
+    for name in ("unsafe", "safe", "counterparts"):
+        assert not {r.text for r in test[name]} & {r.text for r in tune[name]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"report.num_unsafe": 0}, "report.num_unsafe is 0"),
         ({"report.num_safe": 0}, "both must be 1 or more"),
+        ({"report.split": "train"}, "report.split is 'train': it must be one of test, tune"),
         ({"drawing.batch_size": 0}, "batch_size 0"),
         ({"category": "hatred"}, "it must be one of hate, "),
     ],

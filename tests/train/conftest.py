@@ -134,8 +134,13 @@ def batch():
     return {
         "winner": moments(),
         "loser": moments(),
+        "winner_prompt_embeds": rng.normal(size=(32, 5, 16)).astype(np.float32),
         **rows(0),
-        "preserve": {**moments(), **rows(1000)},
+        "preserve": {
+            **moments(),
+            "harm_embeds": rng.normal(size=(32, 5, 16)).astype(np.float32),
+            **rows(1000),
+        },
     }
 
 

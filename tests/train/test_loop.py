@@ -159,6 +159,7 @@ def test_a_collapsing_winner_stops_the_run(run):
         ({"loss.t_max": 2000}, UserError, "t_max 2000"),
         ({"rows": "all"}, UserError, "config.rows is 'all'"),
         ({"cache.dtype": "int8"}, UserError, "int8"),
+        ({"report.enabled": True, "report.split": "val"}, UserError, "report.split is 'val'"),
     ],
 )
 def test_bad_inputs_are_told_before_anything_is_trained(changes, error, message, run, tmp_path):

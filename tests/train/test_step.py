@@ -9,7 +9,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.train.noise import noisy_rows, row_keys
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
-from safetydpo_jax.train.step import make_train_step
+from safetydpo_jax.train.step import make_loss, make_train_step
 
 
 def mesh_of(count):
@@ -54,7 +54,8 @@ def test_policy_is_the_reference_at_the_start(recipe, config, small, batch, null
     assert abs(metrics["margin"]) < 1e-3
     assert abs(metrics["dpo_loss"] - np.log(2)) < 1e-3
     assert metrics["grad_norm"] > 0
-    assert ("preservation" in metrics) == (recipe == "anchored")
+    for term in ("preservation", "winner_anchor"):
+        assert (term in metrics) == (recipe == "anchored")
 
 
 def test_training_prefers_the_winner(config, small, adapters, batch, null_embeds):
@@ -69,6 +70,8 @@ def test_training_prefers_the_winner(config, small, adapters, batch, null_embeds
 
 
 def config_of(config, size, accumulation=1):
+    # Adam makes steps of the whole rate out of gradients that are all rounding: keep it moderate.
+    config.optimizer.learning_rate = 2e-3
     config.batch_size = config.preserve_batch_size = size
     config.accumulation = accumulation
     return resolve(config)
@@ -125,6 +128,7 @@ def test_noise_belongs_to_the_row(small, batch, null_embeds):
     assert len(np.unique(t)) > 16
     dropped = (everything.prompt_embeds == 0).all((1, 2))
     assert 4 < dropped.sum() < 28
+    np.testing.assert_array_equal(dropped, everything.dropped)
     added = (everything.prompt_embeds - batch["prompt_embeds"])[~dropped]
     np.testing.assert_allclose([added.std(), added.mean()], [0.25, 0.0], atol=0.03)
     # Winner and loser share the noise, so that only their latents tell them apart.
@@ -133,8 +137,33 @@ def test_noise_belongs_to_the_row(small, batch, null_embeds):
         for x, target in zip(everything.latents, everything.targets, strict=True)
     ]
     np.testing.assert_allclose(*noise, atol=1e-3)
+    # Each kind of noise is its own: what is added to a prompt says nothing of the picture's.
+    picture_noise = np.asarray(noise[0][~dropped]).reshape(len(added), -1)[:, : added[0].size]
+    assert abs(np.corrcoef(added.ravel(), picture_noise.ravel())[0, 1]) < 0.15
     redrawn = rows_of(np.arange(32), later=1)
     assert not np.array_equal(redrawn.timesteps, t)
+
+
+def test_captions_lean_either_way(small, batch, null_embeds):
+    keys = row_keys(jax.random.key(3), batch["row_id"], batch["draw"])
+    rows = noisy_rows(
+        keys,
+        [batch["winner"]],
+        batch["prompt_embeds"],
+        null_embeds,
+        small.schedule,
+        t_min=0,
+        t_max=1000,
+        caption_dropout=0.1,
+        lean=jnp.float32(0.5) * batch["preserve"]["harm_embeds"],
+    )
+    added = (rows.prompt_embeds - batch["prompt_embeds"])[~rows.dropped]
+    shares = added / (0.5 * batch["preserve"]["harm_embeds"][~rows.dropped])
+    np.testing.assert_allclose(shares, shares[:, :1, :1] + 0 * shares, atol=1e-2)
+    shares = np.median(shares, axis=(1, 2))
+    assert -1 <= shares.min() < -0.6
+    assert 0.6 < shares.max() <= 1
+    assert (np.asarray(rows.prompt_embeds[rows.dropped]) == 0).all()
 
 
 def test_each_term_has_its_weight(config, one_big_batch):
@@ -147,6 +176,35 @@ def test_each_term_has_its_weight(config, one_big_batch):
         )
         np.testing.assert_allclose(terms["loss"], expected, rtol=1e-6)
         assert terms["preservation"] > 0
+
+
+def test_the_anchor_is_the_winners_prompt(config, small, adapters, batch, null_embeds):
+    """On both pictures, and under the empty prompt where the row's own was dropped."""
+    config.loss.caption_dropout = 0.5
+    config = resolve(config)
+    loss = make_loss(small.unet, small.schedule, config, mesh_of(1))
+    _, metrics = loss(adapters, small.unet_params, batch, null_embeds)
+    keys = row_keys(jax.random.key(config.seed), batch["row_id"], batch["draw"])
+    settings = {k: config.loss[k] for k in ("t_min", "t_max", "caption_dropout")}
+    rows = noisy_rows(
+        keys,
+        [batch["winner"], batch["loser"]],
+        batch["prompt_embeds"],
+        null_embeds,
+        small.schedule,
+        **settings,
+    )
+    assert 4 < rows.dropped.sum() < 28
+    prompts = jnp.where(rows.dropped[:, None, None], 0.0, batch["winner_prompt_embeds"])
+    lora_of = lora.scaled(adapters, config.lora.alpha, config.lora.rank)
+    errors = []
+    for x in rows.latents:
+        wanted = small.unet.apply({"params": small.unet_params}, x, rows.timesteps, prompts)
+        found = small.unet.apply(
+            {"params": small.unet_params, "lora": lora_of}, x, rows.timesteps, rows.prompt_embeds
+        )
+        errors.append(np.mean(np.square(found - wanted)))
+    np.testing.assert_allclose(metrics["winner_anchor"], np.mean(errors), rtol=1e-4)
 
 
 def test_a_batch_that_does_not_divide(config, small):
