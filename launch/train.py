@@ -1,7 +1,7 @@
 """Trains a safety expert: pairs, cache, DPO training, export, report.
 
     python launch/train.py --config configs/hate.py
-    python launch/train.py --config configs/hate.py --config.steps=400 --workdir runs/longer
+    python launch/train.py --config configs/hate.py --config.steps=800 --workdir runs/longer
 
 Every value of the config can be set as --config.KEY=VALUE. The same command goes on after a kill.
 """

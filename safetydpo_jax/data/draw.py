@@ -53,12 +53,12 @@ def make_pairs(
       UserError: a value of the config that cannot be, a pair set in `workdir` drawn with other
         settings, no pair that passed the judge, or a full disk.
     """
+    _check(config)  # of drawing too: the report draws, whoever made the pairs
     if config.pairs.path:
         pairs = PairSet(config.pairs.path)
         category = pairs.card.get("settings", {}).get("category", "category unknown")
         progress(f"pairs: {pairs.num_pairs} ({category}) from {pairs.folder}")
         return pairs.folder
-    _check(config)
     source = source or emoji_source(config.category)
     folder = Path(workdir) / "pairs"
     half = max(1, config.drawing.batch_size // 2)  # an unsafe and a safe picture each

@@ -39,19 +39,20 @@ def report_prompts(
         num_unsafe: number of unsafe prompts.
         num_safe: number of safe ones.
         seed: of the choice of prompts.
-        split: "test", or "tune" to choose settings on, so that the test prompts stay unseen.
+        split: "test", or "tune" to choose settings on: other prompts of the same concepts. The
+            concepts no expert is trained on are few, and the same in both.
 
     Raises:
-        UserError: unknown category or split, or a number below 1.
+        UserError: unknown category or split, a number below 1, a negative seed.
     """
     if split not in SPLITS:
         raise UserError(f"report.split is {split!r}: it must be one of {', '.join(SPLITS)}")
     if category not in CATEGORIES:
         raise UserError(f"category is {category!r}: it must be one of {', '.join(CATEGORIES)}")
-    if num_unsafe < 1 or num_safe < 1:
+    if num_unsafe < 1 or num_safe < 1 or seed < 0:
         raise UserError(
-            f"report.num_unsafe is {num_unsafe} and report.num_safe {num_safe}: "
-            "both must be 1 or more"
+            f"report.num_unsafe is {num_unsafe}, report.num_safe {num_safe} and report.seed {seed}:"
+            " the numbers must be 1 or more, the seed 0 or more"
         )
     few = max(1, num_unsafe // 4)
     pairs = harm_prompts(category, num_unsafe, seed, split=split)

@@ -73,19 +73,18 @@ def noisy_rows(
     """
     shape = pictures[0]["mean"].shape[1:]
 
-    def draw(key: Key[Array, ""]) -> tuple[Array, Array]:
-        # Two calls for all: every call of the generator adds seconds to the compilation.
-        uniform_key, normal_key, _ = jax.random.split(key, 3)
+    def draw(key: Key[Array, ""]) -> tuple[Array, Array, Array]:
+        # As few calls as can be: every call of the generator adds seconds to the compilation.
+        uniform_key, normal_key, text_key = jax.random.split(key, 3)
         uniforms = jax.random.uniform(uniform_key, (3,))
-        return uniforms, jax.random.normal(normal_key, (1 + len(pictures), *shape))
+        return uniforms, jax.random.normal(normal_key, (1 + len(pictures), *shape)), text_key
 
-    uniforms, normals = jax.vmap(draw)(keys)
+    uniforms, normals, text_keys = jax.vmap(draw)(keys)
     t = t_min + (uniforms[:, 0] * (t_max - t_min)).astype(jnp.int32)
     dropped = uniforms[:, 1] < caption_dropout
     noise, samples = normals[:, 0], normals[:, 1:]
     x0s = [m["mean"] + jnp.exp(0.5 * m["logvar"]) * samples[:, i] for i, m in enumerate(pictures)]
     if text_noise > 0:
-        text_keys = jax.vmap(lambda key: jax.random.split(key, 3)[2])(keys)
         noise_of = jax.vmap(lambda key: jax.random.normal(key, prompt_embeds.shape[1:]))
         prompt_embeds = prompt_embeds + text_noise * noise_of(text_keys)
     if lean is not None:

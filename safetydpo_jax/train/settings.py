@@ -103,7 +103,7 @@ def _check(config: ConfigDict) -> None:
             raise UserError(f"config.{key} is {value!r}: it must be one of {', '.join(known)}")
     if not all(isinstance(target, str) for target in config.lora.targets):
         raise UserError(f"config.lora.targets is {config.lora.targets}: it must be names of layers")
-    for key in ("loss.caption_dropout", "loss.preservation_dropout"):
+    for key in ("loss.caption_dropout", "loss.preservation_dropout", "loss.preservation_lean"):
         if _value(config, key) > 1:
             raise UserError(f"config.{key} is {_value(config, key)}: it must be 0 to 1")
     if config.loss.preservation > 0 and config.preserve_batch_size == 0:

@@ -60,6 +60,20 @@ def test_report_of_an_expert(tmp_path):
     assert "56/56 pictures" in "".join(lines)
 
 
+def test_erasing_counts_as_junk(tmp_path):
+    class Eraser(fakes.Drawer):
+        def __call__(self, pipeline, prompts, seeds, *, adapters, **settings):
+            pictures = super().__call__(pipeline, prompts, seeds, adapters=None, **settings)
+            if adapters is not None:
+                unsafe = [any(name in text for name in fakes.SAFE_FOR) for text in prompts]
+                pictures[np.array(unsafe), 0, 0] = fakes.BLANK
+            return pictures
+
+    summary = write(tmp_path, adapters=fakes.adapters(), draw=Eraser())
+    assert summary["ip_after"] == summary["unsafe_junk_before"] == 0.0
+    assert summary["unsafe_junk_after"] == summary["unsafe_junk_change"] == 1.0
+
+
 def test_prompts_are_never_told(tmp_path):
     lines = []
     write(tmp_path, adapters=fakes.adapters(), lines=lines)
@@ -175,7 +189,8 @@ def test_settings_are_chosen_on_other_prompts():
     ("changes", "message"),
     [
         ({"report.num_unsafe": 0}, "report.num_unsafe is 0"),
-        ({"report.num_safe": 0}, "both must be 1 or more"),
+        ({"report.num_safe": 0}, "the numbers must be 1 or more"),
+        ({"report.seed": -1}, "the seed 0 or more"),
         ({"report.split": "train"}, "report.split is 'train': it must be one of test, tune"),
         ({"drawing.batch_size": 0}, "batch_size 0"),
         ({"category": "hatred"}, "it must be one of hate, "),

@@ -51,6 +51,7 @@ def test_what_decides_the_numbers(config):
         ({"accumulation": -1}, "config.accumulation is -1"),
         ({"seed": -1}, "config.seed is -1"),
         ({"loss.caption_dropout": 1.5}, "config.loss.caption_dropout is 1.5"),
+        ({"loss.preservation_lean": 1.5}, "config.loss.preservation_lean is 1.5"),
         ({"loss.preservation_dropout": -0.1}, "config.loss.preservation_dropout is -0.1"),
         ({"loss.beta": -1.0}, "config.loss.beta is -1.0: it must be above 0"),
         ({"loss.beta": float("nan")}, "config.loss.beta is nan"),

@@ -163,7 +163,36 @@ def test_captions_lean_either_way(small, batch, null_embeds):
     shares = np.median(shares, axis=(1, 2))
     assert -1 <= shares.min() < -0.6
     assert 0.6 < shares.max() <= 1
+    assert abs(np.corrcoef(shares, rows.timesteps[~rows.dropped])[0, 1]) < 0.5
+    assert rows.dropped.any()
     assert (np.asarray(rows.prompt_embeds[rows.dropped]) == 0).all()
+
+
+def test_what_is_preserved(config, small, adapters, batch, null_embeds):
+    """The base's predictions at all timesteps, on prompts with noise that lean."""
+    config.loss.preservation_text_noise, config.loss.preservation_lean = 0.4, 0.8
+    config = resolve(config)
+    loss = make_loss(small.unet, small.schedule, config, mesh_of(1))
+    _, metrics = loss(adapters, small.unet_params, batch, null_embeds)
+    preserve = batch["preserve"]
+    rows = noisy_rows(
+        row_keys(jax.random.key(config.seed), preserve["row_id"], preserve["draw"]),
+        [preserve],
+        preserve["prompt_embeds"],
+        null_embeds,
+        small.schedule,
+        t_min=0,
+        t_max=1000,
+        caption_dropout=config.loss.preservation_dropout,
+        text_noise=0.4,
+        lean=jnp.float32(0.8) * preserve["harm_embeds"],
+    )
+    inputs = rows.latents[0], rows.timesteps, rows.prompt_embeds
+    lora_of = lora.scaled(adapters, config.lora.alpha, config.lora.rank)
+    base = small.unet.apply({"params": small.unet_params}, *inputs)
+    policy = small.unet.apply({"params": small.unet_params, "lora": lora_of}, *inputs)
+    expected = np.mean(np.square(policy - base))
+    np.testing.assert_allclose(metrics["preservation"], expected, rtol=1e-4)
 
 
 def test_each_term_has_its_weight(config, one_big_batch):
