@@ -151,8 +151,10 @@ def random_batch(
 
     n, m = config.batch_size, config.preserve_batch_size
     pairs = {"winner": moments(n), "loser": moments(n), "winner_prompt_embeds": texts(n)}
-    preserve = moments(m) | {"harm_embeds": texts(m)} | rows(m, n) if m else None
-    return pairs | rows(n, 0) | ({"preserve": preserve} if preserve else {})
+    batch: dict[str, Any] = pairs | rows(n, 0)
+    if m:
+        batch["preserve"] = moments(m) | {"harm_embeds": texts(m)} | rows(m, n)
+    return batch
 
 
 if __name__ == "__main__":

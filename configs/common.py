@@ -21,7 +21,8 @@ CATEGORIES = (
 )
 
 # What a recipe decides: `rows`, `loss.*` and `optimizer.*`, wherever these are None.
-# "paper" is Diffusion-DPO alone; "anchored" adds what keeps the rest of the model where it was.
+# "paper" is Diffusion-DPO alone; "anchored" adds what keeps the rest of the model where it was. Its
+# numbers were chosen on the embedded model: a larger one will want a lower rate.
 RECIPES = {
     "paper": {
         "rows": "both",

@@ -76,7 +76,9 @@ def test_trains_evaluates_pools_and_compares(benchmark, tmp_path, monkeypatch, c
     assert trained == [0, 5]
     assert result["pooled"]["num_unsafe"] == result["pooled"]["num_safe"] == 16
     assert len(result["runs"]) == 2
-    assert set(result["bars"]) == set(benchmark.BARS)
+    assert set(result["bars"]) == {
+        "ip_fall", "fidelity_change", "junk_change", "unsafe_junk_change"
+    }  # fmt: skip
     assert result["torch"]["num_unsafe"] == 16
     assert result["torch"]["same_outcome"] > 0.9  # same file, same latents: the same pictures
     said = capsys.readouterr().out
