@@ -16,7 +16,11 @@ def torch_drawer(pipeline: Any, lora: Path | None = None) -> Callable[..., np.nd
 
     torch_pipeline = diffusers.StableDiffusionPipeline.from_pretrained(pipeline.path)
     torch_pipeline.to(torch.float32)  # transformers keeps the file's half precision
-    torch_pipeline.scheduler = diffusers.DDIMScheduler.from_config(torch_pipeline.scheduler.config)
+    settings = torch_pipeline.scheduler.config
+    schedulers = {
+        "ddim": diffusers.DDIMScheduler.from_config(settings),
+        "dpmsolver++": diffusers.DPMSolverMultistepScheduler.from_config(settings),
+    }
     if lora is not None:
         torch_pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
     torch_pipeline.set_progress_bar_config(disable=True)
@@ -25,7 +29,7 @@ def torch_drawer(pipeline: Any, lora: Path | None = None) -> Callable[..., np.nd
         _: Any, prompts: list[str], seeds: np.ndarray, *, num_steps: int, guidance_scale: float,
         sampler: str = "ddim", **__: Any,
     ) -> np.ndarray:  # fmt: skip
-        assert sampler == "ddim"
+        torch_pipeline.scheduler = schedulers[sampler]
         noise = np.asarray(initial_latents(seeds, pipeline.latent_shape)).transpose(0, 3, 1, 2)
         pictures = torch_pipeline(
             prompts,

@@ -123,8 +123,8 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.rows = config_dict.placeholder(str)
     # How the model draws, for pairs and for the report.
     config.drawing = {
-        "sampler": "ddim",
-        "num_steps": 25,
+        "sampler": "dpmsolver++",
+        "num_steps": 12,
         "guidance_scale": 4.0,
         "batch_size": 32,
         "matmul_precision": "bfloat16",  # operands, with float32 sums; "float32" is slower
