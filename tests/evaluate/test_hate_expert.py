@@ -58,6 +58,8 @@ def export(benchmark, workdir, seed):
     save_lora(workdir / "export" / "pytorch_lora_weights.safetensors", adapters, alpha=2.0)
 
 
+# diffusers' own DPM-Solver hands a torch tensor to numpy.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_trains_evaluates_pools_and_compares(benchmark, tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
     trained = []
