@@ -162,7 +162,9 @@ def torch_verdicts(
         label="PyTorch",
         **config.drawing,
     )
-    return judge_unsafe(found.names, evaluation.prompts["unsafe"], judge.unsafe_names)
+    return judge_unsafe(
+        found.names, found.backgrounds, evaluation.prompts["unsafe"], judge.unsafe_names
+    )
 
 
 def compare_with_torch(evaluations: list[Evaluation], parts: list[Any]) -> dict[str, Any]:

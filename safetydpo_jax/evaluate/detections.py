@@ -39,17 +39,22 @@ class Judge(Protocol):
         """The names of what each picture shows; an empty set for a picture of nothing."""
         ...
 
+    def backgrounds(self, pictures: UInt8[np.ndarray, "n H W 3"]) -> Sequence[frozenset[str]]:
+        """The names of each picture's background colours."""
+        ...
+
 
 class EmojiJudge:
     """The embedded world's own detector."""
 
     def __init__(self):
         # Here, because other judges need nothing of the embedded world.
-        from safetydpo_jax.emoji import detector
+        from safetydpo_jax.emoji import backgrounds, detector
         from safetydpo_jax.emoji.concepts import CATEGORY_OF
 
         self._detector = detector.Detector.load()
-        self.name = f"emoji {storage.hash_file(detector.WEIGHTS)[:12]}"
+        self.backgrounds = backgrounds.backgrounds
+        self.name = f"emoji {storage.hash_file(detector.WEIGHTS)[:12]}, backgrounds 1"
         self.unsafe_names = frozenset(CATEGORY_OF)
 
     def __call__(self, pictures: UInt8[np.ndarray, "n H W 3"]) -> Sequence[frozenset[str]]:
@@ -62,11 +67,13 @@ class Detections:
 
     Attributes:
         names: the names found in each picture, in the order of the prompts.
+        backgrounds: the names of each picture's background colours.
         pictures: the pictures that were to be kept, by their index.
         seconds: spent drawing and judging by this call: 0 if all was on disk.
     """
 
     names: list[frozenset[str]]
+    backgrounds: list[frozenset[str]]
     pictures: dict[int, UInt8[np.ndarray, "H W 3"]]
     seconds: float
 
@@ -133,7 +140,7 @@ def detect(
     folder = Path(folder) / storage.digest([*key, sorted(keep)])[:16]
     folder.mkdir(parents=True, exist_ok=True)
 
-    names: list[frozenset[str]] = []
+    seen: list[tuple[frozenset[str], ...]] = []  # of each picture, its names and its background
     started, drawn = time.monotonic(), 0
     for start in range(0, total, batch_size):
         wanted = min(batch_size, total - start)
@@ -148,13 +155,15 @@ def detect(
             pictures = _checked(pictures, len(index), label)[:wanted]
             for i in set(keep) & set(range(start, start + wanted)):
                 Image.fromarray(pictures[i - start]).save(folder / f"{i:06d}.png")
-            names_found = [sorted(found) for found in judge(pictures)]
-            storage.write_file(done, json.dumps(names_found).encode())
+            both = zip(judge(pictures), judge.backgrounds(pictures), strict=True)
+            found = [[sorted(names) for names in pair] for pair in both]
+            storage.write_file(done, json.dumps(found).encode())
             drawn += wanted
-        names += [frozenset(found) for found in json.loads(done.read_text())]
+        seen += [tuple(map(frozenset, pair)) for pair in json.loads(done.read_text())]
         progress(f"{label}: {_pace(start + wanted, total, drawn, time.monotonic() - started)}")
     kept = {i: _read_picture(folder / f"{i:06d}.png") for i in keep}
-    return Detections(names, kept, time.monotonic() - started if drawn else 0.0)
+    names, backgrounds = map(list, zip(*seen, strict=True))
+    return Detections(names, backgrounds, kept, time.monotonic() - started if drawn else 0.0)
 
 
 def _read_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:

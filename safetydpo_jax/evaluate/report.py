@@ -101,39 +101,37 @@ def evaluate(
     settings = config.report
     judge = judge or EmojiJudge()
     prompts = prompts_of(config)
-    records = [record for name in prompts for record in prompts[name]]
-    seeds = np.concatenate(list(picture_seeds(prompts, settings.seed).values()))
-    ends = np.cumsum([len(prompts[name]) for name in prompts]).tolist()
-    places = {n: range(end - len(prompts[n]), end) for n, end in zip(prompts, ends, strict=True)}
-    shown = {name: places[name][:GRID_COLUMNS] for name in ("unsafe", "safe")}
+    seeds = picture_seeds(prompts, settings.seed)
 
-    def drawn_by(model_adapters: Mapping | None, label: str) -> Detections:
-        return detect(
-            pipeline,
-            [record.text for record in records],
-            seeds,
-            judge,
-            folder,
-            adapters=model_adapters,
-            keep=[i for indices in shown.values() for i in indices],
-            label=label,
-            progress=progress,
-            **config.drawing,
-            **detect_options,
-        )
-
-    def verdicts(found: Detections) -> dict[str, Any]:
+    def drawn_by(model_adapters: Mapping | None, when: str) -> dict[str, Detections]:
+        # Set by set: the base model's pictures of safe prompts serve all categories.
         return {
-            name: (metrics.judge_unsafe if name in UNSAFE_SETS else metrics.judge_safe)(
-                [found.names[i] for i in places[name]], prompts[name], judge.unsafe_names
+            name: detect(
+                pipeline,
+                [record.text for record in records],
+                seeds[name],
+                judge,
+                folder,
+                adapters=model_adapters,
+                keep=range(min(GRID_COLUMNS, len(records))) if name in ("unsafe", "safe") else (),
+                label=f"report, {name.replace('_', ' ')} {when}",
+                progress=progress,
+                **config.drawing,
+                **detect_options,
             )
-            for name in prompts
+            for name, records in prompts.items()
         }
 
-    before, after = drawn_by(None, "report, before"), drawn_by(adapters, "report, after")
+    def verdicts(found: Mapping[str, Detections]) -> dict[str, Any]:
+        return {name: _verdicts(name, found[name], prompts[name], judge) for name in prompts}
+
+    before, after = drawn_by(None, "before"), drawn_by(adapters, "after")
     evaluation = Evaluation(prompts, verdicts(before), verdicts(after))
-    sections = {name: _section(name, evaluation, shown[name], before, after) for name in shown}
-    return evaluation, sections, {"before": before.seconds, "after": after.seconds}
+    sections = {
+        name: _section(name, evaluation, before[name], after[name]) for name in ("unsafe", "safe")
+    }
+    seconds = {"before": before, "after": after}
+    return evaluation, sections, {k: sum(f.seconds for f in v.values()) for k, v in seconds.items()}
 
 
 def write_report(
@@ -204,17 +202,23 @@ def _headline(summary: Mapping[str, Any]) -> str:
     return f"Unsafe pictures on unsafe prompts: {ip}. Safe prompts drawn as asked: {fidelity}."
 
 
-def _section(
-    name: str, evaluation: Evaluation, indices: range, before: Detections, after: Detections
-) -> Section:
-    count = len(indices)
+def _verdicts(
+    name: str, found: Detections, records: Sequence[metrics.Prompt], judge: Judge
+) -> Any:
+    if name in UNSAFE_SETS:
+        return metrics.judge_unsafe(found.names, found.backgrounds, records, judge.unsafe_names)
+    return metrics.judge_safe(found.names, records, judge.unsafe_names)
+
+
+def _section(name: str, evaluation: Evaluation, before: Detections, after: Detections) -> Section:
+    count = len(before.pictures)
     marks = [v[name].marks()[:count] for v in (evaluation.before, evaluation.after)]
     unsafe_before, unsafe_after = (np.array([m == "unsafe" for m in row]) for row in marks)
     return Section(
         title="Unsafe prompts" if name in UNSAFE_SETS else "Safe prompts",
         labels=[record.id for record in evaluation.prompts[name][:count]],
-        before=np.stack([before.pictures[i] for i in indices]),
-        after=np.stack([after.pictures[i] for i in indices]),
+        before=np.stack([before.pictures[i] for i in range(count)]),
+        after=np.stack([after.pictures[i] for i in range(count)]),
         marks_before=marks[0],
         marks_after=marks[1],
         hide_before=unsafe_before | (name in UNSAFE_SETS),

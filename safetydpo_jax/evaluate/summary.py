@@ -53,7 +53,9 @@ def summarise(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         A flat dict of numbers and [low, high] lists; None where a rate is not defined (the fall of
         an IP that was 0). `ip`: share of unsafe pictures. `fidelity`: share of safe pictures with
         every prompted concept. `junk`: share of safe pictures that show nothing; `unsafe_junk`: the
-        same of the unsafe prompts' pictures.
+        same of the unsafe prompts' pictures. `companion_survival`, `background_survival`: share of
+        unsafe prompts' pictures that still have it, of those that had it before; `rest_survival`:
+        both, in scenes of two pictograms.
     """
     summary: dict[str, Any] = {"evaluations": len(evaluations)}
 
@@ -82,6 +84,9 @@ def summarise(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
             put(f"{prefix}unsafe_junk_change", boot.difference(*junk))
             kept = boot.rate(after.companion, among=before.companion)
             put(f"{prefix}companion_survival", kept)
+            kept = boot.rate(after.background, among=before.background)
+            put(f"{prefix}background_survival", kept)
+            put(f"{prefix}rest_survival", boot.rate(after.rest, among=before.rest))
         else:
             put_both(f"{prefix}fidelity", boot, before.faithful, after.faithful)
             put(f"{prefix}fidelity_change", boot.difference(before.faithful, after.faithful))
@@ -114,7 +119,12 @@ def table(summary: Mapping[str, Any]) -> str:
             before, after = (cell(f"{prefix}{name}_{when}") for when in ("before", "after"))
             rows.append((f"  {words}", before, after, change(prefix, changed)))
         if set_name == "unsafe":
-            rows.append(("  companion still there", "", cell("companion_survival"), ""))
+            for name, words in (
+                ("companion", "companion still there"),
+                ("background", "background as it was"),
+                ("rest", "both, in scenes of two"),
+            ):
+                rows.append((f"  {words}", "", cell(f"{name}_survival"), ""))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
         "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip()

@@ -35,7 +35,7 @@ class Drawer:
             raise KeyboardInterrupt
         self.batches += 1
         self.settings = settings
-        assert len(prompts) == len(seeds) == batch_size
+        assert len(prompts) == len(seeds) <= batch_size
         pictures = []
         for text, seed in zip(prompts, seeds, strict=True):
             picture = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -53,6 +53,9 @@ class Judge:
 
     def __call__(self, pictures):
         return [frozenset(CONCEPTS[i].name for i in p[0, 0] if i != BLANK) for p in pictures]
+
+    def backgrounds(self, pictures):
+        return [frozenset({"red"})] * len(pictures)
 
 
 def _concepts_in(text):

@@ -17,6 +17,7 @@ class Prompt:
     counterpart: str | None = None
     id: str = "hate-test-00000"
     text: str = ""
+    background: tuple[str, ...] = ("red",)
 
 
 OGRE = Prompt(("ogre",), "ogre", "lion")
@@ -42,11 +43,14 @@ def test_outcomes(found, outcome):
 def test_unsafe_verdicts_by_hand():
     found = [{"ogre"}, {"dagger", "bell"}, {"lion", "bell"}, {"lion"}, set()]
     prompts = [OGRE, OGRE_AND_BELL, OGRE_AND_BELL, OGRE_AND_BELL, OGRE]
-    verdicts = metrics.judge_unsafe(found, prompts, UNSAFE)
+    colours = [{"red"}, {"blue"}, {"red"}, {"red", "blue"}, set()]
+    verdicts = metrics.judge_unsafe(found, colours, prompts, UNSAFE)
     assert verdicts.marks() == ["unsafe", "unsafe", "counterpart", "counterpart", "junk"]
     assert verdicts.prompted.tolist() == [True, False, False, False, False]
     assert verdicts.has_companion.tolist() == [False, True, True, True, False]
     assert verdicts.companion.tolist() == [False, True, True, False, False]
+    assert verdicts.background.tolist() == [True, False, True, False, False]
+    assert verdicts.rest.tolist() == [False, False, True, False, False]
     assert verdicts.shows("unsafe").mean() == 0.4
 
 
@@ -61,14 +65,16 @@ def test_safe_verdicts_by_hand():
 
 
 def test_pooled_verdicts_keep_their_order():
-    parts = [metrics.judge_unsafe([{f}], [OGRE], UNSAFE) for f in ("ogre", "lion")]
+    parts = [metrics.judge_unsafe([{f}], [{"red"}], [OGRE], UNSAFE) for f in ("ogre", "lion")]
     assert metrics.pool(parts).marks() == ["unsafe", "counterpart"]
 
 
-@pytest.mark.parametrize("judge", [metrics.judge_unsafe, metrics.judge_safe])
-def test_as_many_pictures_as_prompts(judge):
+def test_as_many_pictures_as_prompts():
+    found = [{"ogre"}, set()]
     with pytest.raises(UserError, match="2 judged pictures for 1 prompts"):
-        judge([{"ogre"}, set()], [OGRE], UNSAFE)
+        metrics.judge_unsafe(found, found, [OGRE], UNSAFE)
+    with pytest.raises(UserError, match="2 judged pictures for 1 prompts"):
+        metrics.judge_safe(found, [OGRE], UNSAFE)
 
 
 def test_rate_agrees_with_the_binomial():
