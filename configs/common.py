@@ -144,6 +144,17 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     # Stop when the winner's error exceeds the reference's by this much for so many steps.
     config.guard = {"winner_error": 0.5, "patience": 10}
 
+    # Small evaluations while it trains, at every so many steps and at the last (0: none). Exported
+    # is the step with the lowest IP whose loss of fidelity is within the budget; training stops
+    # when `patience` evaluations in a row are worse than the one chosen (0: never).
+    config.health = {
+        "every": 125,
+        "num_unsafe": 48,
+        "num_safe": 48,
+        "seed": 2,
+        "fidelity_budget": 0.03,
+        "patience": 3,
+    }
     config.report = {
         "enabled": True,
         "reveal": False,  # show unsafe pictures unblurred
@@ -172,7 +183,9 @@ def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
     config.checkpoint.every = 250
     # Horizontal flips, as in the paper; half precision, as 20 GB of moments would be too many.
     config.cache = {"dtype": "float16", "flip": True}
-    config.report.enabled = False  # the report speaks of the embedded world only
+    # Both speak of the embedded world only.
+    config.report.enabled = False
+    config.health.every = 0
     if config.base == "sdxl":
         config.optimizer.name = "adafactor"
         config.optimizer.learning_rate = 1e-5

@@ -2,7 +2,7 @@
 
 from safetydpo_jax.evaluate.detections import Judge, detect
 from safetydpo_jax.evaluate.metrics import Bootstrap, judge_safe, judge_unsafe, outcome_of
-from safetydpo_jax.evaluate.pictures import Section, before_after_grid
+from safetydpo_jax.evaluate.pictures import Row, Section, picture_grid
 from safetydpo_jax.evaluate.report import evaluate, write_report
 from safetydpo_jax.evaluate.summary import Evaluation, summarise, table
 
@@ -13,8 +13,9 @@ __all__ = [
     "judge_safe",
     "judge_unsafe",
     "outcome_of",
+    "Row",
     "Section",
-    "before_after_grid",
+    "picture_grid",
     "evaluate",
     "write_report",
     "Evaluation",

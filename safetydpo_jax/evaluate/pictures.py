@@ -1,4 +1,4 @@
-"""The before/after grid: the same prompts and noise, drawn by the base model and by the expert."""
+"""Grids of pictures: the same prompts and noise, drawn by the base model and by an expert."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,32 +19,40 @@ MARKS = {
     "junk": (130, 130, 130),
 }
 CELL, FRAME, GAP, MARGIN, SIDE, CAPTION = 112, 4, 14, 36, 84, 18
+ROW = CELL + CAPTION + GAP // 2
 INK, FAINT, PAPER = (28, 32, 38), (110, 116, 124), (255, 255, 255)
 
 
 @dataclass(frozen=True)
+class Row:
+    """One model's pictures of a section's n prompts.
+
+    Attributes:
+        name: stands beside the row, on several lines if it has line breaks.
+        pictures: one a prompt.
+        marks: what each of them counts as, a key of `MARKS`.
+        hide: which of them are blurred unless the grid is revealed.
+    """
+
+    name: str
+    pictures: UInt8[np.ndarray, "n H W 3"]
+    marks: Sequence[str]
+    hide: Bool[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
 class Section:
-    """One block of the grid: n prompts as columns, the base model's row over the expert's.
+    """One block of the grid: n prompts as columns, and under each other who drew them.
 
     Attributes:
         title: heading of the block.
         labels: short ids of the prompts, never their text.
-        before: the base model's pictures.
-        after: the expert's, from the same noise.
-        marks_before: what each of them counts as, a key of `MARKS`.
-        marks_after: likewise.
-        hide_before: which of them are blurred unless the grid is revealed.
-        hide_after: likewise.
+        rows: from the top.
     """
 
     title: str
     labels: Sequence[str]
-    before: UInt8[np.ndarray, "n H W 3"]
-    after: UInt8[np.ndarray, "n H W 3"]
-    marks_before: Sequence[str]
-    marks_after: Sequence[str]
-    hide_before: Bool[np.ndarray, " n"]
-    hide_after: Bool[np.ndarray, " n"]
+    rows: Sequence[Row]
 
 
 def blurred(picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
@@ -55,7 +63,7 @@ def blurred(picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
     return np.asarray(smooth.filter(ImageFilter.GaussianBlur(width / 8)))
 
 
-def before_after_grid(
+def picture_grid(
     sections: Sequence[Section], *, title: str, subtitle: str = "", reveal: bool = False
 ) -> Image.Image:
     """Lays the sections out under each other, with title, legend, row names and verdicts.
@@ -72,20 +80,21 @@ def before_after_grid(
     if not sections:
         raise UserError("a picture grid needs at least one section")
     for section in sections:
-        counts = {name: len(value) for name, value in vars(section).items() if name != "title"}
-        if len(set(counts.values())) != 1 or not len(section.labels):
+        counts = {"labels": len(section.labels)}
+        for row in section.rows:
+            counts |= {f"{row.name} {k}": len(v) for k, v in vars(row).items() if k != "name"}
+        if len(set(counts.values())) != 1 or not (section.labels and section.rows):
             raise UserError(f"grid section {section.title!r} has lists of unequal length: {counts}")
     columns = max(len(section.labels) for section in sections)
-    row = CELL + CAPTION + GAP // 2
-    block = 64 + 2 * row
+    tops = np.cumsum([140, *(64 + len(section.rows) * ROW for section in sections)]).tolist()
     width = max(2 * MARGIN + SIDE + columns * (CELL + GAP) - GAP, 720)
-    canvas = Image.new("RGB", (width, 150 + len(sections) * block + MARGIN // 2), PAPER)
+    canvas = Image.new("RGB", (width, tops[-1] + 10 + MARGIN // 2), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, 28), title, INK, _font(26))
     draw.text((MARGIN, 66), subtitle, FAINT, _font(14))
     _legend(draw, 96, sections, reveal)
-    for i, section in enumerate(sections):
-        _draw_section(canvas, draw, section, 140 + i * block, reveal)
+    for section, top in zip(sections, tops[:-1], strict=True):
+        _draw_section(canvas, draw, section, top, reveal)
     return canvas
 
 
@@ -94,19 +103,16 @@ def _draw_section(
 ) -> None:
     draw.line((MARGIN, top, canvas.width - MARGIN, top), (224, 226, 230))
     draw.text((MARGIN, top + 12), section.title, INK, _font(17))
-    rows = (
-        ("base", section.before, section.marks_before, section.hide_before),
-        ("expert", section.after, section.marks_after, section.hide_after),
-    )
     for column, label in enumerate(section.labels):
         x = MARGIN + SIDE + column * (CELL + GAP)
         draw.text((x + CELL // 2, top + 50), _fit(label, 11, CELL), FAINT, _font(11), anchor="mm")
-    for i, (name, pictures, marks, hide) in enumerate(rows):
-        y = top + 60 + i * (CELL + CAPTION + GAP // 2)
-        draw.text((MARGIN, y + CELL // 2), name, INK, _font(15), anchor="lm")
-        for column, (picture, mark) in enumerate(zip(pictures, marks, strict=True)):
+    for i, row in enumerate(section.rows):
+        y = top + 60 + i * ROW
+        size = 13 if "\n" in row.name else 15
+        draw.text((MARGIN, y + CELL // 2), row.name, INK, _font(size), anchor="lm")
+        for column, (picture, mark) in enumerate(zip(row.pictures, row.marks, strict=True)):
             x = MARGIN + SIDE + column * (CELL + GAP)
-            hidden = bool(hide[column]) and not reveal
+            hidden = bool(row.hide[column]) and not reveal
             image = Image.fromarray(blurred(picture) if hidden else picture)
             inner = CELL - 2 * FRAME
             draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), MARKS[mark])
@@ -118,14 +124,15 @@ def _draw_section(
 
 
 def _legend(draw: ImageDraw.ImageDraw, top: int, sections: Sequence[Section], reveal: bool) -> None:
-    used = {mark for s in sections for mark in (*s.marks_before, *s.marks_after)}
+    rows = [row for section in sections for row in section.rows]
+    used = {mark for row in rows for mark in row.marks}
     x = MARGIN
     for mark, colour in MARKS.items():
         if mark in used:
             draw.rectangle((x, top + 4, x + 13, top + 17), outline=colour, width=FRAME)
             draw.text((x + 20, top + 11), mark, INK, _font(13), anchor="lm")
             x += int(20 + draw.textlength(mark, _font(13)) + 22)
-    if not reveal and any(s.hide_before.any() or s.hide_after.any() for s in sections):
+    if not reveal and any(row.hide.any() for row in rows):
         note = "unsafe pictures are blurred; set report.reveal=true to see them"
         draw.text((x, top + 11), note, FAINT, _font(13), anchor="lm")
 

@@ -22,11 +22,12 @@ from safetydpo_jax.emoji.prompts import PromptRecord, harm_prompts, safe_prompts
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.evaluate import metrics
 from safetydpo_jax.evaluate.detections import Detections, EmojiJudge, Judge, detect
-from safetydpo_jax.evaluate.pictures import Section, before_after_grid
+from safetydpo_jax.evaluate.pictures import Row, Section, picture_grid
 from safetydpo_jax.evaluate.summary import UNSAFE_SETS, Evaluation, summarise, table
 
 GRID_COLUMNS = 8
 SPLITS = ("test", "tune")
+SECTIONS = {"unsafe": "Unsafe prompts", "safe": "Safe prompts"}  # sets the grid shows
 
 
 def report_prompts(
@@ -113,7 +114,7 @@ def evaluate(
                 judge,
                 folder,
                 adapters=model_adapters,
-                keep=range(min(GRID_COLUMNS, len(records))) if name in ("unsafe", "safe") else (),
+                keep=range(min(GRID_COLUMNS, len(records))) if name in SECTIONS else (),
                 label=f"report, {name.replace('_', ' ')} {when}",
                 progress=progress,
                 **config.drawing,
@@ -127,9 +128,7 @@ def evaluate(
 
     before, after = drawn_by(None, "before"), drawn_by(adapters, "after")
     evaluation = Evaluation(prompts, verdicts(before), verdicts(after))
-    sections = {
-        name: _section(name, evaluation, before[name], after[name]) for name in ("unsafe", "safe")
-    }
+    sections = {n: _section(n, evaluation, before[n], after[n]) for n in SECTIONS}
     seconds = {"before": before, "after": after}
     return evaluation, sections, {k: sum(f.seconds for f in v.values()) for k, v in seconds.items()}
 
@@ -142,6 +141,7 @@ def write_report(
     *,
     cache: str | Path | None = None,
     judge: Judge | None = None,
+    training: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = print,
     **detect_options: Any,
 ) -> dict[str, Any]:
@@ -156,6 +156,7 @@ def write_report(
         cache: where drawn chunks are kept, `workdir/report/drawn` if None; a folder shared between
             runs spares the base model's pictures. Unsafe pictures in it are not blurred.
         judge: of the pictures; the embedded world's detector if None.
+        training: what the summary is to say of the way there, under this name.
         progress: takes lines of text.
         **detect_options: further options of `detections.detect`, such as `draw`.
 
@@ -175,13 +176,14 @@ def write_report(
     summary = {
         **summarise([evaluation]),
         "category": config.category,
+        **({"training": training} if training else {}),
         "settings": {**config.report, **config.drawing},
         "seconds": {
             **{name: round(value, 1) for name, value in seconds.items()},
             "total": round(time.monotonic() - started, 1),
         },
     }
-    grid = before_after_grid(
+    grid = picture_grid(
         list(sections.values()),
         title=f"{config.category.replace('_', ' ').capitalize()} expert: before and after",
         subtitle="Same prompts, same noise. " + _headline(summary),
@@ -202,9 +204,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
     return f"Unsafe pictures on unsafe prompts: {ip}. Safe prompts drawn as asked: {fidelity}."
 
 
-def _verdicts(
-    name: str, found: Detections, records: Sequence[metrics.Prompt], judge: Judge
-) -> Any:
+def _verdicts(name: str, found: Detections, records: Sequence[metrics.Prompt], judge: Judge) -> Any:
     if name in UNSAFE_SETS:
         return metrics.judge_unsafe(found.names, found.backgrounds, records, judge.unsafe_names)
     return metrics.judge_safe(found.names, records, judge.unsafe_names)
@@ -212,15 +212,18 @@ def _verdicts(
 
 def _section(name: str, evaluation: Evaluation, before: Detections, after: Detections) -> Section:
     count = len(before.pictures)
-    marks = [v[name].marks()[:count] for v in (evaluation.before, evaluation.after)]
-    unsafe_before, unsafe_after = (np.array([m == "unsafe" for m in row]) for row in marks)
+
+    def row(who: str, found: Detections, verdicts: Mapping[str, Any], hide_all: bool) -> Row:
+        marks = verdicts[name].marks()[:count]
+        hide = np.array([mark == "unsafe" for mark in marks]) | hide_all
+        return Row(who, np.stack([found.pictures[i] for i in range(count)]), marks, hide)
+
     return Section(
-        title="Unsafe prompts" if name in UNSAFE_SETS else "Safe prompts",
+        title=SECTIONS[name],
         labels=[record.id for record in evaluation.prompts[name][:count]],
-        before=np.stack([before.pictures[i] for i in range(count)]),
-        after=np.stack([after.pictures[i] for i in range(count)]),
-        marks_before=marks[0],
-        marks_after=marks[1],
-        hide_before=unsafe_before | (name in UNSAFE_SETS),
-        hide_after=unsafe_after,
+        rows=[
+            # The base draws what it is asked for, whatever the judge makes of it.
+            row("base", before, evaluation.before, hide_all=name in UNSAFE_SETS),
+            row("expert", after, evaluation.after, hide_all=False),
+        ],
     )

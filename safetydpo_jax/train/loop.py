@@ -3,13 +3,14 @@
 Every phase looks in the workdir first, so the same command goes on after a kill, and the adapters
 come out bit for bit as if nothing had happened:
 
-    pairs/  cache/  checkpoints/  metrics.jsonl  tensorboard/  export/  report/  config.json
+    pairs/  cache/  checkpoints/  health/  metrics.jsonl  tensorboard/  export/  report/
+    config.json
 """
 
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from ml_collections import ConfigDict
@@ -24,6 +25,9 @@ from safetydpo_jax.train.settings import deciding, resolve
 from safetydpo_jax.train.state import Checkpoints, TrainState, make_optimizer
 from safetydpo_jax.train.step import Batch, make_train_step
 from safetydpo_jax.train.workdir import Phases, lock_workdir, stop_signal
+
+if TYPE_CHECKING:
+    from safetydpo_jax.train.health import Health
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -66,6 +70,11 @@ def run(
             from safetydpo_jax.evaluate.report import prompts_of
 
             prompts_of(config)
+        health = None
+        if config.health.every:
+            from safetydpo_jax.train.health import Health
+
+            health = Health(config, pipeline, workdir, progress)
         step_fn = make_train_step(pipeline.unet, pipeline.schedule, config, mesh)
         adapters = lora.init_adapters(
             jax.random.key(config.seed, impl="threefry2x32"),
@@ -105,20 +114,22 @@ def run(
                 "config.steps, choose another --workdir, or delete that folder to start anew"
             )
 
-        if done < config.steps:
+        if health:
+            health.resume(done)
+        if (done < config.steps and not (health and health.hopeless)) or (
+            health and health.due(done)
+        ):
             state = _train(
-                config, workdir, phases, step_fn, pipeline, mesh, cache, checkpoints, state
+                config, workdir, phases, step_fn, pipeline, mesh, cache, checkpoints, health, state
             )
 
         phases.begin("export")
         path = workdir / "export" / LORA_FILE
-        header = {
-            "base": str(config.model),
-            "category": config.category,
-            "recipe": config.recipe,
-            "steps": str(config.steps),
-        }
-        lora.save_lora(path, jax.device_get(state.adapters), config.lora.alpha, header)
+        if health:
+            progress(health.export(path))
+        else:
+            adapters = jax.device_get(state.adapters)
+            lora.save_lora(path, adapters, config.lora.alpha, _header(config, config.steps))
         progress(f"{path}, {path.stat().st_size / 1e6:.2f} MB")
 
         phases.begin("report")
@@ -127,9 +138,16 @@ def run(
             from safetydpo_jax.evaluate import write_report
 
             exported, _ = lora.load_lora(path, pipeline.unet_params)
-            summary = write_report(config, pipeline, exported, workdir, progress=progress)
+            summary = write_report(
+                config,
+                pipeline,
+                exported,
+                workdir,
+                training=health.history() if health else None,
+                progress=progress,
+            )
         phases.end()
-        progress(_made(workdir, summary))
+        progress(_made(workdir, health is not None, summary))
         progress(phases.table())
     return summary
 
@@ -143,9 +161,10 @@ def _train(
     mesh: jax.sharding.Mesh,
     cache: data.Cache,
     checkpoints: Checkpoints,
+    health: "Health | None",
     state: TrainState,
 ) -> TrainState:
-    """Compiles the step and makes the updates that are left."""
+    """Compiles the step and makes the updates that are left, as long as health has hope."""
     progress, start = phases.progress, int(state.step)
 
     phases.begin("compile")
@@ -172,6 +191,14 @@ def _train(
     with MetricsLog(workdir, config, start, rows, flops, progress) as log, stop_signal() as stop:
         if start == 0:
             checkpoints.save(state)
+
+        def evaluate(step: int) -> None:
+            if health and health.due(step):
+                adapters = jax.device_get(state.adapters)
+                record = health.measure(step, adapters, _header(config, step))
+                log.write_health(step, record, health.sheet([record]))
+
+        evaluate(start)
         pending = None
         for step in range(start + 1, config.steps + 1):
             state, metrics = compiled(state, base_params, batch, null_embeds)
@@ -183,7 +210,8 @@ def _train(
             last = step == config.steps or stopped_by is not None
             if not last:
                 batch = on_mesh(next(batches))
-            if last or step % config.checkpoint.every == 0:
+            evaluated = health is not None and health.due(step)
+            if last or evaluated or step % config.checkpoint.every == 0:
                 guard.check(*log.write(*pending))
                 pending = None
                 # A run that is going wrong must not push out the last good checkpoint.
@@ -195,14 +223,30 @@ def _train(
                     "the same command goes on from there"
                 )
                 raise SystemExit(128 + stopped_by)
+            evaluate(step)
+            if health and health.hopeless and step < config.steps:
+                progress(f"stopped early at step {step}: the last evaluations were all worse")
+                break
     return state
 
 
-def _made(workdir: pathlib.Path, summary: dict[str, Any]) -> str:
+def _header(config: ConfigDict, step: int) -> dict[str, str]:
+    """What the adapters' file says of itself."""
+    return {
+        "base": str(config.model),
+        "category": config.category,
+        "recipe": config.recipe,
+        "steps": str(step),
+    }
+
+
+def _made(workdir: pathlib.Path, health: bool, summary: dict[str, Any]) -> str:
     lines = [
         f"adapter       {workdir / 'export' / LORA_FILE}",
         f"metrics       {workdir / 'metrics.jsonl'}, tensorboard --logdir {workdir}",
     ]
+    if health:
+        lines.append(f"health        {workdir / 'health' / 'samples.png'}, and adapters on the way")
     if summary:
         lines.append(f"report        {workdir / 'report'}: grid.png, summary.json")
     return "\n".join(lines)

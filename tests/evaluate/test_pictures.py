@@ -2,25 +2,22 @@ import numpy as np
 import pytest
 
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.evaluate.pictures import CELL, Section, before_after_grid, blurred
+from safetydpo_jax.evaluate.pictures import CELL, Row, Section, blurred, picture_grid
 
 
 def detailed(n, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, 64, 64, 3), dtype=np.uint8)
 
 
-def section(n=3, hide_before=True, hide_after=False, **changes):
-    values = {
-        "title": "Unsafe prompts",
-        "labels": [f"hate-test-{i:05d}" for i in range(n)],
-        "before": detailed(n),
-        "after": detailed(n, 1),
-        "marks_before": ["unsafe"] * n,
-        "marks_after": ["counterpart"] * n,
-        "hide_before": np.full(n, hide_before),
-        "hide_after": np.full(n, hide_after),
-    }
-    return Section(**(values | changes))
+def section(n=3, labels=None):
+    return Section(
+        "Unsafe prompts",
+        labels or [f"hate-test-{i:05d}" for i in range(n)],
+        [
+            Row("base", detailed(n), ["unsafe"] * n, np.full(n, True)),
+            Row("step 125\nIP 2 %", detailed(n, 1), ["counterpart"] * n, np.full(n, False)),
+        ],
+    )
 
 
 def edges(picture):
@@ -65,19 +62,19 @@ def test_blur_keeps_no_more_than_sixteen_colours_of_a_drawing():
 
 
 def test_only_what_is_hidden_is_blurred():
-    (before, after) = cells(before_after_grid([section()], title="t"), 3)
+    (before, after) = cells(picture_grid([section()], title="t"), 3)
     assert max(map(edges, before)) < 10 < 40 < min(map(edges, after))
 
 
 def test_reveal_shows_all():
-    hidden = before_after_grid([section()], title="t")
-    shown = before_after_grid([section()], title="t", reveal=True)
+    hidden = picture_grid([section()], title="t")
+    shown = picture_grid([section()], title="t", reveal=True)
     assert min(edges(c) for row in cells(shown, 3) for c in row) > 40
     assert np.array_equal(cells(hidden, 3)[1], cells(shown, 3)[1])
 
 
 def test_long_labels_and_one_column_fit():
-    grid = before_after_grid([section(1, labels=["illegal_activity-held_out_concepts-00012"])] * 2,
+    grid = picture_grid([section(1, labels=["illegal_activity-held_out_concepts-00012"])] * 2,
                              title="t")  # fmt: skip
     assert grid.mode == "RGB"
     border = np.asarray(grid)[:, -20:]
@@ -86,8 +83,10 @@ def test_long_labels_and_one_column_fit():
 
 def test_wrong_sections():
     with pytest.raises(UserError, match="at least one section"):
-        before_after_grid([], title="t")
+        picture_grid([], title="t")
     with pytest.raises(UserError, match="unequal length"):
-        before_after_grid([section(labels=["a", "b"])], title="t")
+        picture_grid([section(labels=["a", "b"])], title="t")
     with pytest.raises(UserError, match="unequal length"):
-        before_after_grid([section(0)], title="t")
+        picture_grid([section(0)], title="t")
+    with pytest.raises(UserError, match="unequal length"):
+        picture_grid([Section("no rows", ["a"], [])], title="t")

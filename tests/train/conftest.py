@@ -46,6 +46,7 @@ def config(small, pairs_folder):
     config.checkpoint.every = 3
     config.log_every = 5
     config.report.enabled = False
+    config.health.every = 0
     return config
 
 

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import pathlib
@@ -11,8 +12,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from safetydpo_jax import lora
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.evaluate import detect
 from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train import health as health_module
 from safetydpo_jax.train import loop
+from tests.evaluate import fakes
 
 EXPORT = pathlib.Path("export") / "pytorch_lora_weights.safetensors"
 TERMS = {"loss", "dpo_loss", "preservation", "winner_anchor"}
@@ -107,6 +111,53 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(step, run, tmp_path):
         assert {k: ours[k] for k in ours.keys() - timing} == {
             k: theirs[k] for k in theirs.keys() - timing
         }
+
+
+@pytest.fixture
+def healthy(run, monkeypatch):
+    """`run` with small evaluations at steps 4, 8 and 10, drawn by a fake."""
+    monkeypatch.setattr(health_module, "EmojiJudge", fakes.Judge)
+    monkeypatch.setattr(
+        health_module, "detect", functools.partial(detect, draw=fakes.Drawer(), label="fake")
+    )
+    changes = {"health.every": 4, "health.num_unsafe": 4, "health.num_safe": 4, "log_every": 1}
+    return functools.partial(run, **changes)
+
+
+def test_evaluations_on_the_way(healthy, run, tmp_path):
+    said = healthy("whole")
+    assert [int(n) for n in re.findall(r"health at step (\d+)", said)] == [0, 4, 8, 10]
+    assert "step 10 is exported" in said
+    assert "health at step" not in healthy("whole")
+    run("without")  # the same numbers; only the header may differ
+    whole, without = (tmp_path / name / EXPORT for name in ("whole", "without"))
+    assert whole.read_bytes() == without.read_bytes()
+
+    def kill(line):
+        if line.startswith("health at step 8"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        healthy("killed", react=kill)
+    assert "health at step 10" in healthy("killed")
+    assert (tmp_path / "killed" / EXPORT).read_bytes() == whole.read_bytes()
+    records = [(tmp_path / n / "health" / "step_000008.json") for n in ("whole", "killed")]
+    assert records[0].read_bytes() == records[1].read_bytes()
+
+
+def test_early_stop(healthy, tmp_path, monkeypatch):
+    def choose(records, budget):  # the first trained one, whatever comes after it
+        return next((record for record in records if record["step"]), None)
+
+    monkeypatch.setattr(health_module, "choose", choose)
+    said = healthy("run", **{"health.patience": 1})
+    assert "stopped early at step 8" in said
+    assert logged_steps(tmp_path / "run")[-1]["step"] == 8
+    assert "step 4 is exported" in said
+    export = (tmp_path / "run" / EXPORT).read_bytes()
+    again = healthy("run", **{"health.patience": 1})
+    assert "compile" not in again
+    assert (tmp_path / "run" / EXPORT).read_bytes() == export
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
