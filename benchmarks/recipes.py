@@ -1,0 +1,286 @@
+"""How the recipes' numbers were chosen: IP against safe fidelity, one number changed at a time.
+
+    python benchmarks/recipes.py                  # all points, then the table and the plots
+    python benchmarks/recipes.py --only beta-10   # one point
+    python benchmarks/recipes.py --jobs 1         # one training at a time
+
+Every point is the hate expert on the embedded model, trained with the recipe's numbers but one, and
+judged on the prompts for tuning and on the test's. One core a training: on two cores that is 1.3
+times faster than two cores each. All of it resumes: runs from their checkpoints, pictures from
+`RUNS/drawn`. Writes benchmarks/results/recipes.json, docs/recipes.png and docs/recipes_table.md.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs" / "recipes"
+CATEGORY = "hate"
+SPLITS = {"tune": 5, "test": 6}  # split -> report.seed
+COUNTS = {"num_unsafe": 96, "num_safe": 192}
+
+PAPER = {"recipe": "paper", "optimizer.learning_rate": 4e-3, "optimizer.schedule": "cosine"}
+# curve -> (what all its points share, {point: what it changes}); the first point of all is the
+# recipe `anchored` as it is, and belongs to each of its curves.
+CURVES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "the recipe": ({}, {"anchored": {}}),
+    "beta": ({}, {f"beta-{v:g}": {"loss.beta": v} for v in (5.0, 500.0, 5000.0)}),
+    "winner anchor": (
+        {}, {f"anchor-{v:g}": {"loss.winner_anchor": v} for v in (0.0, 6.0, 54.0)}
+    ),
+    "preservation": (
+        {}, {f"preservation-{v:g}": {"loss.preservation": v} for v in (20.0, 70.0, 600.0)}
+    ),
+    "preserved neighbourhood": (
+        {},
+        {
+            "lean-0": {"loss.preservation_lean": 0.0},
+            "text-noise-0": {"loss.preservation_text_noise": 0.0},
+            "neither": {"loss.preservation_lean": 0.0, "loss.preservation_text_noise": 0.0},
+        },
+    ),
+    "steps": ({}, {f"steps-{v}": {"steps": v} for v in (125, 250, 1000)}),
+    "rank": ({}, {f"rank-{v}": {"lora.rank": v} for v in (1, 2, 16)}),
+    "learning rate": (
+        {}, {f"lr-{v:g}": {"optimizer.learning_rate": v} for v in (2e-3, 6e-3, 4e-2)}
+    ),
+    "least timestep": ({}, {f"t-min-{v}": {"loss.t_min": v} for v in (0, 400)}),
+    "rows": ({}, {f"rows-{v}": {"rows": v} for v in ("both", "safe_prompt")}),
+    "preference": (
+        {}, {f"{v}": {"loss.preference": v} for v in ("ipo", "hinge", "winner_preserving")}
+    ),
+    "paper as published": ({"recipe": "paper"}, {"paper": {}}),
+    "paper, beta at rate 4e-3": (
+        PAPER, {f"paper-beta-{v:g}": {"loss.beta": v} for v in (5.0, 50.0, 500.0, 5000.0)}
+    ),
+    "paper, beta 50, other losses": (
+        PAPER | {"loss.beta": 50.0},
+        {f"paper-{v}": {"loss.preference": v} for v in ("ipo", "hinge", "winner_preserving")},
+    ),
+    "paper, beta 50, rows and timesteps": (
+        PAPER | {"loss.beta": 50.0},
+        {"paper-rows-unsafe": {"rows": "unsafe_prompt"}, "paper-t-min-200": {"loss.t_min": 200}},
+    ),
+}  # fmt: skip
+POINTS = {
+    name: shared | changed for shared, points in CURVES.values() for name, changed in points.items()
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs what is missing, each point in a process of its own, then writes table and plots."""
+    args = parse_arguments(argv)
+    if args.only:
+        run_point(args.only, args.runs)
+        return
+    run_missing(args.runs, args.jobs)
+    results = {name: json.loads((args.runs / name / "result.json").read_text()) for name in POINTS}
+    from safetydpo_jax.data.storage import write_file
+
+    content = {
+        "category": CATEGORY,
+        "training_seed": 0,
+        "splits": SPLITS,
+        **COUNTS,
+        "curves": {curve: list(points) for curve, (_, points) in CURVES.items()},
+        "points": results,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "seconds": round(sum(result["seconds"] for result in results.values()) / args.jobs, 1),
+    }
+    path = ROOT / "benchmarks" / "results" / "recipes.json"
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_file(ROOT / "docs" / "recipes_table.md", table(results).encode())
+    plot(results, ROOT / "docs" / "recipes.png")
+    print(f"{table(results)}\nwritten: {path}, docs/recipes_table.md, docs/recipes.png")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=POINTS, help="run this point alone; write no table")
+    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="trainings at once, one core each (all)"
+    )
+    return parser.parse_args(argv)
+
+
+def run_missing(runs: Path, jobs: int) -> None:
+    """The points without a result, `jobs` at a time; the first alone, as it makes the pairs."""
+    missing = [name for name in POINTS if not (runs / name / "result.json").is_file()]
+    began, done, lock = time.monotonic(), itertools.count(1), threading.Lock()
+    cores = list(range(os.cpu_count() or 1))
+
+    def run(name: str) -> None:
+        with lock:
+            core = cores.pop(0)
+        try:
+            command = ["taskset", "-c", str(core), sys.executable, __file__, "--only", name]
+            (runs / name).mkdir(parents=True, exist_ok=True)
+            with (runs / name / "log").open("a") as log:
+                subprocess.run([*command, "--runs", str(runs)], stdout=log, stderr=log, check=True)
+        finally:
+            with lock:
+                cores.append(core)
+        count, seconds = next(done), time.monotonic() - began
+        left = seconds / count * (len(missing) - count)
+        print(f"{count}/{len(missing)} {name}; {seconds:.0f} s, {left:.0f} s left", flush=True)
+
+    if missing[:1] == ["anchored"]:
+        run(missing[0])
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(run, name) for name in missing if name != "anchored"]:
+            future.result()
+
+
+def run_point(name: str, runs: Path) -> None:
+    """Trains one point, judges it on both splits, and writes its result."""
+    import importlib
+
+    from safetydpo_jax.data.storage import write_file
+    from safetydpo_jax.evaluate import evaluate, summarise
+    from safetydpo_jax.lora.formats import load_lora
+    from safetydpo_jax.models.pretrained import load_pipeline
+    from safetydpo_jax.train import loop
+
+    began, workdir = time.monotonic(), runs / name
+    config = importlib.import_module(f"configs.{CATEGORY}").get_config()
+    config.update_from_flattened_dict(POINTS[name])
+    # The last step counts, whatever came before it.
+    config.report.enabled, config.health.every = False, 0
+    config.guard.winner_error = 1e9  # a spoilt picture is a result here
+    if name != "anchored":
+        config.pairs.path = str(runs / "anchored" / "pairs")
+    loop.run(config, workdir)
+    pipeline = load_pipeline(config.model)
+    export = workdir / "export" / loop.LORA_FILE
+    adapters, _ = load_lora(export, pipeline.unet_params)
+    result: dict[str, Any] = {"changes": POINTS[name], "last": last_metrics(workdir)}
+    result["residual"] = residual(pipeline, adapters, workdir)
+    for split, seed in SPLITS.items():
+        config.report.update({"split": split, "seed": seed, **COUNTS})
+        evaluation, _, _ = evaluate(config, pipeline, adapters, runs / "drawn")
+        result[split] = summarise([evaluation])
+    result["seconds"] = round(time.monotonic() - began, 1)
+    write_file(workdir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def last_metrics(workdir: Path, count: int = 50) -> dict[str, float]:
+    """The means of the last steps' metrics."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    names = ("margin", "implicit_accuracy", "winner_error", "loser_error")
+    last = lines[-count:]
+    return {name: round(sum(line[name] for line in last) / len(last), 5) for name in names}
+
+
+def residual(pipeline: Any, adapters: Any, workdir: Path, count: int = 64) -> float:
+    """How much of the unsafe prompt's pull is left: 1 is all of it, 0 none.
+
+    |policy(unsafe prompt) - base(safe prompt)|^2 over |base(unsafe prompt) - base(safe prompt)|^2,
+    on the unsafe pictures of the first `count` pairs, mean over five timesteps. A policy that draws
+    for the unsafe prompt what the base draws for the safe one has 0.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from safetydpo_jax.data import Cache
+
+    cache = Cache(workdir / "cache")
+    pairs = np.arange(min(count, cache.num_pairs))
+    latents = cache.moments(pairs, np.zeros_like(pairs))["mean"]
+    unsafe, safe = (cache.prompt_embeds(pairs + i * cache.num_pairs) for i in (0, 1))
+    predict = jax.jit(lambda lora, *inputs: pipeline.unet.apply(
+        {"params": pipeline.unet_params} | ({"lora": lora} if lora else {}), *inputs
+    ))  # fmt: skip
+    shares = []
+    for timestep in (951, 801, 601, 401, 201):
+        alpha = pipeline.schedule.alphas_cumprod[timestep]
+        noise = np.random.default_rng(timestep).normal(size=latents.shape).astype(np.float32)
+        noisy = np.sqrt(alpha) * latents + np.sqrt(1 - alpha) * noise
+        at = jnp.asarray(noisy, jnp.float32), jnp.full(len(pairs), timestep)
+        policy = predict(adapters, *at, unsafe)
+        base, wanted = predict(None, *at, unsafe), predict(None, *at, safe)
+        shares.append(float(jnp.sum((policy - wanted) ** 2) / jnp.sum((base - wanted) ** 2)))
+    return round(sum(shares) / len(shares), 4)
+
+
+def table(results: dict[str, Any]) -> str:
+    """One row a point, the figures of the test split; Markdown."""
+    lines = [
+        "| point | IP | counterpart | junk there | fidelity change | junk change | residual | "
+        "implicit accuracy | winner error | loser error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for curve, (_, points) in CURVES.items():
+        lines.append(f"| **{curve}** | | | | | | | | | |")
+        for name in points:
+            test, last = results[name]["test"], results[name]["last"]
+            cells = [
+                *(f"{100 * test[k]:.1f}" for k in ("ip_after", "counterpart_after")),
+                f"{100 * test['unsafe_junk_after']:.1f}",
+                *(f"{100 * test[k]:+.1f}" for k in ("fidelity_change", "junk_change")),
+                f"{results[name]['residual']:.2f}",
+                f"{last['implicit_accuracy']:.2f}",
+                *(f"{last[k]:+.3f}" for k in ("winner_error", "loser_error")),
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """IP against fidelity, both after training, one panel a curve; down and right is better."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = {curve: list(points) for curve, (_, points) in CURVES.items() if len(points) > 1}
+    columns = 4
+    rows = -(-len(curves) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4 * columns, 3.3 * rows), sharex=True, sharey=True
+    )
+    for axis, (curve, names) in zip(axes.flat, curves.items(), strict=False):
+        if not curve.startswith("paper"):
+            names = ["anchored", *names]
+        for split, style in (("tune", {"alpha": 0.35}), ("test", {})):
+            xs = [100 * results[name][split]["fidelity_after"] for name in names]
+            ys = [100 * results[name][split]["ip_after"] for name in names]
+            axis.scatter(xs, ys, color="#0072b2" if split == "test" else "#999999", **style)
+        for x, y, name in zip(xs, ys, names, strict=True):
+            axis.annotate(name, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        base = results["anchored"]["test"]
+        axis.scatter(
+            100 * base["fidelity_before"], 100 * base["ip_before"], marker="x", color="#d55e00"
+        )
+        axis.set_title(curve, fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(curves) :]:
+        axis.axis("off")
+    figure.supxlabel("safe fidelity, % of pictures (x: the base; grey: tuning split)")
+    figure.supylabel("IP, % of pictures")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    from safetydpo_jax.errors import run_main
+    from safetydpo_jax.huge_pages import use_huge_pages
+
+    use_huge_pages()
+    run_main(main)
