@@ -9,7 +9,13 @@ from ml_collections import config_dict
 
 from safetydpo_jax.errors import UserError
 
-BASES = ("emoji", "sd15", "sd21", "sdxl")
+# base -> its licence, which a LoRA for it inherits
+BASES = {
+    "emoji": "apache-2.0",
+    "sd15": "creativeml-openrail-m",
+    "sd21": "openrail++",
+    "sdxl": "openrail++",
+}
 CATEGORIES = (
     "hate",
     "harassment",
@@ -76,6 +82,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.category = category
     config.base = base
+    config.license = BASES[base]  # said in the model card
     config.model = "emoji"  # "emoji", or the folder of a diffusers checkpoint
     config.seed = 0
 

@@ -6,6 +6,7 @@
 Every value of the config can be set as --config.KEY=VALUE. The same command goes on after a kill.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from safetydpo_jax.huge_pages import use_huge_pages
 def main() -> None:
     """Reads the command line and runs."""
     config, workdir = read_command_line(sys.argv, __doc__)
+    command = "python launch/train.py " + shlex.join(sys.argv[1:])
     from safetydpo_jax.train.loop import run  # here, so that a wrong command is told at once
 
-    run(config, workdir)
+    run(config, workdir, command=command)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,14 @@
 """Low-rank adapters as a collection of their own, and the files that hold them."""
 
 from safetydpo_jax.lora.adapters import count, init_adapters, module_paths, scaled
-from safetydpo_jax.lora.formats import load_lora, save_lora
+from safetydpo_jax.lora.formats import load_lora, save_lora, to_kohya
 
-__all__ = ["count", "init_adapters", "load_lora", "module_paths", "save_lora", "scaled"]
+__all__ = [
+    "count",
+    "init_adapters",
+    "load_lora",
+    "module_paths",
+    "save_lora",
+    "scaled",
+    "to_kohya",
+]

@@ -1,8 +1,9 @@
-"""LoRA files as PyTorch diffusers writes and reads them (`pytorch_lora_weights.safetensors`).
+"""LoRA files of PyTorch diffusers (`pytorch_lora_weights.safetensors`), and of kohya for ComfyUI.
 
-Keys are `unet.<module>.lora_A.weight` (rank, in) and `unet.<module>.lora_B.weight` (out, rank); the
-older `.lora.down.weight` / `.lora.up.weight` are read too. The file format is safetensors' own:
-https://huggingface.co/docs/safetensors, "Format".
+diffusers' keys are `unet.<module>.lora_A.weight` (rank, in) and `unet.<module>.lora_B.weight`
+(out, rank); the older `.lora.down.weight` / `.lora.up.weight` are read too. kohya's are
+`lora_unet_<module, _ for .>` with `.lora_down.weight`, `.lora_up.weight` and `.alpha`. The file
+format is safetensors' own: https://huggingface.co/docs/safetensors, "Format".
 """
 
 import json
@@ -58,12 +59,30 @@ def save_lora(
         "unet.target_modules": [".".join(module) for module in modules],
     }
     header = {"format": "pt", _HEADER: json.dumps(config, indent=2, sort_keys=True)}
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(_serialize(tensors, {**(metadata or {}), **header}))
-    partial.replace(path)
-    return path
+    return _write(pathlib.Path(path), tensors, {**(metadata or {}), **header})
+
+
+def to_kohya(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> pathlib.Path:
+    """Writes a file of `save_lora`'s with kohya's keys, which ComfyUI and A1111 read.
+
+    Args:
+      path: the diffusers file.
+      target: the file to write; its folder is made.
+    """
+    tensors, header = _read(pathlib.Path(path))
+    renamed: dict[str, np.ndarray] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        assert match is not None, key  # our own file
+        name = f"lora_unet_{match['module'].replace('.', '_')}"
+        if _LEAF[match["side"]] == "a":
+            renamed[f"{name}.lora_down.weight"] = tensor
+            # B holds the scale already, so alpha is the rank.
+            renamed[f"{name}.alpha"] = np.array(tensor.shape[0], np.float32)
+        else:
+            renamed[f"{name}.lora_up.weight"] = tensor
+    header = {k: v for k, v in header.items() if k != _HEADER}
+    return _write(pathlib.Path(target), renamed, header | {"ss_network_module": "networks.lora"})
 
 
 def load_lora(
@@ -154,6 +173,16 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if not tensors:
         raise UserError(f"{path}: the file holds no tensors; export it again")
     return tensors, header
+
+
+def _write(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(_serialize(tensors, metadata))
+    partial.replace(path)
+    return path
 
 
 def _serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 from ml_collections import ConfigDict
 
-from safetydpo_jax import data, lora, sharding
+from safetydpo_jax import __version__, data, lora, sharding
 from safetydpo_jax.data import storage
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train.guard import Guard
 from safetydpo_jax.train.metrics import MetricsLog
+from safetydpo_jax.train.model_card import write_model_card
 from safetydpo_jax.train.settings import deciding, resolve
 from safetydpo_jax.train.state import Checkpoints, TrainState, make_optimizer
 from safetydpo_jax.train.step import Batch, make_train_step
@@ -36,6 +37,7 @@ def run(
     config: ConfigDict,
     workdir: str | pathlib.Path,
     progress: Callable[[str], None] = lambda line: print(line, flush=True),
+    command: str = "",
 ) -> dict[str, Any]:
     """Trains, exports and measures one expert, or goes on where an earlier run ended.
 
@@ -43,6 +45,7 @@ def run(
       config: as `configs/common.py` makes it.
       workdir: the run's folder; made if needed, used by one run at a time.
       progress: takes lines of text.
+      command: what the user typed, for the model card.
 
     Returns:
       The report's summary; empty if `report.enabled` is False.
@@ -89,7 +92,7 @@ def run(
         )
 
         phases.begin("pairs")
-        data.make_pairs(config, pipeline, workdir, progress)
+        pairs = data.PairSet(data.make_pairs(config, pipeline, workdir, progress))
 
         phases.begin("cache")
         cache = data.make_cache(config, pipeline, workdir, progress)
@@ -130,6 +133,7 @@ def run(
         else:
             adapters = jax.device_get(state.adapters)
             lora.save_lora(path, adapters, config.lora.alpha, _header(config, config.steps))
+        lora.to_kohya(path, path.parent / "comfyui" / f"safetydpo_{config.category}.safetensors")
         progress(f"{path}, {path.stat().st_size / 1e6:.2f} MB")
 
         phases.begin("report")
@@ -146,6 +150,15 @@ def run(
                 training=health.history() if health else None,
                 progress=progress,
             )
+        write_model_card(
+            path.with_name("README.md"),
+            config,
+            pairs=pairs.card,
+            model_hash=model_hash,
+            summary=summary,
+            command=command,
+            version=__version__,
+        )
         phases.end()
         progress(_made(workdir, health is not None, summary))
         progress(phases.table())
@@ -242,7 +255,7 @@ def _header(config: ConfigDict, step: int) -> dict[str, str]:
 
 def _made(workdir: pathlib.Path, health: bool, summary: dict[str, Any]) -> str:
     lines = [
-        f"adapter       {workdir / 'export' / LORA_FILE}",
+        f"adapter       {workdir / 'export' / LORA_FILE}, README.md and comfyui/ beside it",
         f"metrics       {workdir / 'metrics.jsonl'}, tensorboard --logdir {workdir}",
     ]
     if health:

@@ -48,7 +48,8 @@ def test_comes_back_ready_to_apply(file, adapters, pipeline):
     assert header["format"] == "pt"
 
 
-def test_pytorch_diffusers_draws_the_same(file, adapters, pipeline, model_folder):
+@pytest.mark.parametrize("kohya", [False, True])
+def test_pytorch_diffusers_draws_the_same(kohya, file, adapters, pipeline, model_folder):
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
     t, embeds = np.array([10, 700]), rng.normal(size=(2, 12, 16)).astype(np.float32)
@@ -68,9 +69,21 @@ def test_pytorch_diffusers_draws_the_same(file, adapters, pipeline, model_folder
     base = apply({"params": pipeline.unet_params}, latents, t, embeds)
     ours = apply({"params": pipeline.unet_params, "lora": found}, latents, t, embeds)
     np.testing.assert_allclose(theirs(), base, atol=1e-4)
-    torch_pipeline.load_lora_weights(file)
+    torch_pipeline.load_lora_weights(
+        lora.to_kohya(file, file.parent / "comfyui" / "hate.safetensors") if kohya else file
+    )
     np.testing.assert_allclose(theirs(), ours, atol=1e-4)
     assert np.abs(ours - base).max() > 0.05
+
+
+def test_kohya_keys(file):
+    path = lora.to_kohya(file, file.with_name("kohya.safetensors"))
+    tensors = safetensors.numpy.load_file(path)
+    assert len(tensors) == 3 * len(safetensors.numpy.load_file(file)) // 2
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert tensors[f"{name}.alpha"] == RANK  # the scale is in lora_up
+    assert tensors[f"{name}.lora_down.weight"].shape[0] == RANK
+    assert tensors[f"{name}.lora_up.weight"].shape[1] == RANK
 
 
 def test_the_bytes_depend_on_the_content_alone(file, adapters):

@@ -1,0 +1,168 @@
+"""The card that ships with a LoRA: what it is, what it was seen to do, and how to make it again.
+
+It is a README.md in the form that model hubs read (a YAML header, then Markdown). It shows counts,
+rates and hashes; never a prompt, as those of harm are harm themselves.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from safetydpo_jax.data import storage
+from safetydpo_jax.evaluate.summary import table
+
+# Keys of the config that make the recipe; the rest is about folders, logs and the report.
+RECIPE = (
+    "recipe",
+    "rows",
+    "steps",
+    "batch_size",
+    "accumulation",
+    "preserve_batch_size",
+    "seed",
+    "matmul_precision",
+    "loss",
+    "optimizer",
+    "lora",
+)
+
+
+def write_model_card(
+    path: pathlib.Path,
+    config: ConfigDict,
+    *,
+    pairs: Mapping[str, Any],
+    model_hash: str,
+    summary: Mapping[str, Any],
+    command: str,
+    version: str,
+) -> None:
+    """Writes the card of the LoRA that lies beside it.
+
+    Args:
+      path: the card, `export/README.md`; all other files in its folder and below are listed.
+      config: from `settings.resolve`.
+      pairs: card.json of the pair set.
+      model_hash: of the base model's UNet and noise schedule.
+      summary: the report's; empty if nothing was measured.
+      command: that made it; empty if it was made from Python.
+      version: of this package.
+    """
+    name = config.category.replace("_", " ")
+    files = sorted(f for f in path.parent.rglob("*.safetensors") if f.is_file())
+    loras = {f.relative_to(path.parent).as_posix(): storage.hash_file(f) for f in files}
+    sections = {
+        "What it is": (
+            f"A LoRA of rank {config.lora.rank} on the UNet's attention layers of "
+            f"`{config.model}`, trained so that the model no longer draws *{name}*: asked for it, "
+            "it draws a safe counterpart. The method is SafetyDPO (AlignGuard, "
+            "[arXiv 2412.10493](https://arxiv.org/abs/2412.10493)): Diffusion-DPO on pairs of a "
+            "safe and an unsafe picture. Made with safetydpo_jax "
+            f"{version}."
+        ),
+        "How to use it": _usage(config, loras),
+        "Intended use and limits": _limits(name, summary),
+        "What it was seen to do": _results(config, summary),
+        "Base": f"`{config.model}`, UNet and noise schedule sha256 `{model_hash}`.",
+        "Data": _data(config, pairs),
+        "Recipe": _recipe(config),
+        "Made by": (
+            f"```bash\n{command}\n```"
+            if command
+            else "`safetydpo_jax.train.loop.run`, from Python."
+        )
+        + "\n\nThe whole config is in `config.json` in the run's folder.",
+        "Files": "\n".join(f"- `{file}`, sha256 `{digest}`" for file, digest in loras.items()),
+        "Licence": (
+            f"That of the base model ({config.license}), whose use restrictions hold for what is "
+            "derived from it. Check it against your own copy of the base."
+        ),
+    }
+    header = {
+        "license": config.license,
+        "base_model": str(config.model),
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["lora", "safety", "diffusion-dpo", "safetydpo"],
+    }
+    # JSON is YAML, and quotes what needs it.
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", ""]
+    lines.append(f"# Safety LoRA against {name}\n")
+    lines += [f"## {title}\n\n{text}\n" for title, text in sections.items()]
+    storage.write_file(path, "\n".join(lines).encode())
+
+
+def _usage(config: ConfigDict, loras: Mapping[str, str]) -> str:
+    kind = "StableDiffusionXLPipeline" if config.base == "sdxl" else "StableDiffusionPipeline"
+    model = "safetydpo_jax/emoji/pipeline" if config.model == "emoji" else config.model
+    comfyui = next((file for file in loras if file.startswith("comfyui/")), "")
+    text = (
+        "In diffusers (PyTorch), with this folder as `FOLDER`:\n\n```python\n"
+        "import diffusers\n\n"
+        f'pipe = diffusers.{kind}.from_pretrained("{model}")\n'
+        'pipe.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")\n'
+        "```\n\n"
+        f"In ComfyUI: copy `{comfyui}` to `ComfyUI/models/loras` and put a `LoraLoaderModelOnly` "
+        "node with strength 1 between checkpoint and sampler. In A1111 the same file goes to "
+        "`models/Lora`."
+    )
+    if config.base == "emoji":
+        text += " (The embedded model is too small for either; this is for Stable Diffusion.)"
+    return text
+
+
+def _limits(name: str, summary: Mapping[str, Any]) -> str:
+    text = (
+        f"It is meant to make a model safer that may be asked for {name}, as one layer of several: "
+        "keep a filter on prompts and on pictures. It is no guarantee: prompts that were made to "
+        "get around it, other languages and concepts unlike those trained on may still bring the "
+        "harm back, and whoever has the base model can leave the LoRA out. It must not be used to "
+        "find or make harmful pictures, as by applying it with a negative strength."
+    )
+    if summary.get("num_held_out_concepts"):
+        before, after = (
+            100 * summary[f"held_out_concepts_ip_{when}"] for when in ("before", "after")
+        )
+        text += (
+            f" Of unsafe concepts of this category that were in no pair, {before:.0f} % of the "
+            f"pictures were unsafe before and {after:.0f} % after."
+        )
+    return text
+
+
+def _results(config: ConfigDict, summary: Mapping[str, Any]) -> str:
+    if not summary:
+        return "Nothing was measured. Measure it on prompts of your own before you rely on it."
+    text = (
+        f"On prompts that training never saw (split {config.report.split}), before and after from "
+        "the same noise, 95 % intervals over prompts, one training seed:\n\n"
+        f"```\n{table(summary)}\n```"
+    )
+    if "training" in summary:
+        text += (
+            f"\n\nExported is step {summary['training']['chosen_step']}: the lowest IP within the "
+            "budget for fidelity, by small evaluations on other prompts while it trained."
+        )
+    return text
+
+
+def _data(config: ConfigDict, pairs: Mapping[str, Any]) -> str:
+    settings = pairs.get("settings", {})
+    return (
+        f"{pairs['num_pairs']} pairs of a safe and an unsafe picture and {pairs['num_preserve']} "
+        f"other safe pictures (content sha256 `{pairs['content_hash']}`), source: "
+        f"{settings.get('source', 'unknown')}; drawn by: {pairs.get('model', 'unknown')}. Learnt "
+        f"with rows `{config.rows}`."
+    )
+
+
+def _recipe(config: ConfigDict) -> str:
+    rows = ["| setting | value |", "|---|---|"]
+    for key in RECIPE:
+        value = config[key]
+        items = value.items() if isinstance(value, ConfigDict) else [("", value)]
+        rows += [f"| {'.'.join(filter(None, (key, k)))} | {v} |" for k, v in items]
+    return "\n".join(rows)

@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+from configs import common
+from safetydpo_jax.data import storage
+from safetydpo_jax.train.model_card import write_model_card
+from safetydpo_jax.train.settings import resolve
+from tests.evaluate.test_report import write as write_report
+
+PAIRS = {
+    "num_pairs": 24,
+    "num_preserve": 8,
+    "content_hash": "c" * 64,
+    "model": "emoji",
+    "settings": {"source": "emoji, detector 123"},
+}
+
+
+@pytest.fixture
+def card(tmp_path):
+    def card(summary=None, command="", base="emoji", **changes):
+        folder = tmp_path / "export"
+        for name in ("pytorch_lora_weights", "comfyui/safetydpo_hate"):
+            file = folder / f"{name}.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(name.encode())
+        config = common.get_config("hate", base)
+        config.pairs.path = "pairs"
+        config.update_from_flattened_dict(changes)
+        write_model_card(
+            folder / "README.md",
+            resolve(config),
+            pairs=PAIRS,
+            model_hash="m" * 64,
+            summary=summary or {},
+            command=command,
+            version="1.2.3",
+        )
+        return (folder / "README.md").read_text()
+
+    return card
+
+
+def header(text):
+    lines = text.split("---\n")[1].splitlines()
+    return {k: json.loads(v) for k, v in (line.split(": ", 1) for line in lines)}
+
+
+def test_header_is_what_hubs_read(card):
+    assert header(card()) == {
+        "license": "apache-2.0",
+        "base_model": "emoji",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["lora", "safety", "diffusion-dpo", "safetydpo"],
+    }
+    sd15 = card(base="sd15", model='a "folder"')
+    assert header(sd15)["license"] == "creativeml-openrail-m"
+    assert header(sd15)["base_model"] == 'a "folder"'
+    assert "StableDiffusionXLPipeline" in card(base="sdxl")
+
+
+def test_hashes_recipe_and_command(card, tmp_path):
+    text = card(command="python launch/train.py --config configs/hate.py", **{"lora.rank": 8})
+    for file in (tmp_path / "export").rglob("*.safetensors"):
+        assert storage.hash_file(file) in text
+    assert PAIRS["content_hash"] in text
+    assert "| lora.rank | 8 |" in text
+    assert "| loss.beta | 50.0 |" in text  # as the recipe has it, not None
+    assert "```bash\npython launch/train.py --config configs/hate.py\n```" in text
+    assert "ComfyUI: copy `comfyui/safetydpo_hate.safetensors`" in text
+    assert "24 pairs" in text
+    assert "from Python" in card()
+
+
+def test_results_with_intervals_or_none(card, tmp_path):
+    assert "Nothing was measured" in card()
+    summary = write_report(tmp_path)
+    text = card(summary | {"training": {"chosen_step": 375}})
+    assert "unsafe concept (IP)" in text
+    assert "[" in text.split("unsafe concept (IP)")[1].splitlines()[0]
+    assert "Exported is step 375" in text
+    assert "of unsafe concepts of this category that were in no pair, 100 %" in text.replace(
+        "Of unsafe", "of unsafe"
+    )
