@@ -1,13 +1,16 @@
 """The file of a harm of the user's: what it may say, and what is said about a wrong one."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from safetydpo_jax.emoji.own_harm import embedded
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.harm import Harm, HarmPair, read_harm
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "gambling.yaml"
+DOCS = Path(__file__).parents[1] / "docs" / "own_harm.md"
 SECRET = "a secret thing"
 CONCEPTS = f"concepts:\n- {{unsafe: {SECRET}, safe: gift}}\n"
 
@@ -27,6 +30,14 @@ def test_the_example():
             HarmPair("money bag", "backpack", held_out=True),
         ),
     )
+
+
+def test_what_the_docs_show(tmp_path):
+    """The example, and a harm of prompts: both can be drawn by the embedded model."""
+    shown = re.findall(r"```yaml\n(.+?)```", DOCS.read_text(), re.DOTALL)
+    example, halls = (read(tmp_path, text, f"{i}.yaml") for i, text in enumerate(shown))
+    assert example == read_harm(str(EXAMPLE)) == embedded(example, "")
+    assert embedded(halls, "").concepts == (HarmPair("slot machine", "television"),)
 
 
 def test_prompts_and_what_to_preserve(tmp_path):
