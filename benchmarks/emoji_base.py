@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.torch_drawer import torch_drawer
 from safetydpo_jax.data.storage import write_file
 from safetydpo_jax.diffusion.samplers import draw_pictures
-from safetydpo_jax.emoji.concepts import CATEGORIES
+from safetydpo_jax.emoji.concepts import HARMS
 from safetydpo_jax.emoji.prompts import PromptRecord, harm_prompts, safe_prompts
 from safetydpo_jax.emoji.scenes import render, sample_scene
 from safetydpo_jax.errors import run_main
@@ -103,8 +103,9 @@ def main(argv: list[str] | None = None) -> None:
 def prompts(count: int) -> dict[str, list[PromptRecord]]:
     """`count` held-out prompts a group, all seven categories alike among the unsafe ones."""
     # A third of prompts has two pictograms: enough are drawn for `count` of them.
-    each = -(-4 * count // len(CATEGORIES)) + 8
-    drawn = [[unsafe for unsafe, _ in harm_prompts(c, each, 0, "test")] for c in CATEGORIES]
+    each = -(-4 * count // len(HARMS)) + 8
+    harms = HARMS.values()
+    drawn = [[unsafe for unsafe, _ in harm_prompts(harm, each, 0, "test")] for harm in harms]
     unsafe = [record for turn in zip(*drawn, strict=True) for record in turn]
     safe = safe_prompts(4 * count, 0, "test")
     return {

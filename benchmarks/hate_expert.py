@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs and 
 
 from benchmarks.torch_drawer import torch_drawer
 from safetydpo_jax.data.storage import write_file
-from safetydpo_jax.emoji.concepts import CATEGORIES
 from safetydpo_jax.errors import MissingFileError, run_main
 from safetydpo_jax.evaluate import Bootstrap, Evaluation, evaluate, summarise, table
 from safetydpo_jax.evaluate.detections import EmojiJudge, detect
 from safetydpo_jax.evaluate.metrics import judge_unsafe, pool
 from safetydpo_jax.evaluate.report import picture_seeds
+from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.huge_pages import use_huge_pages
 from safetydpo_jax.lora.formats import load_lora
 from safetydpo_jax.models.pretrained import load_pipeline

@@ -69,7 +69,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     """The config of one safety expert.
 
     Args:
-      category: one of `CATEGORIES`.
+      category: one of `CATEGORIES`, or "own": the harm of a file, given as `config.harm`.
       base: what to align, one of `BASES`: the part after the colon in `configs/hate.py:emoji`.
 
     Raises:
@@ -81,6 +81,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         )
     config = ml_collections.ConfigDict()
     config.category = category
+    config.harm = ""  # configs/own.py alone: a YAML file, docs/own_harm.md; it names the category
     config.base = base
     config.license = BASES[base]  # said in the model card
     config.model = "emoji"  # "emoji", or the folder of a diffusers checkpoint
@@ -190,6 +191,10 @@ def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
     config.checkpoint.every = 250
     # Horizontal flips, as in the paper; half precision, as 20 GB of moments would be too many.
     config.cache = {"dtype": "float16", "flip": True}
+    # As these models are usually drawn from; a picture has 64 times the embedded one's pixels.
+    config.drawing.num_steps = 25
+    config.drawing.guidance_scale = 7.5
+    config.drawing.batch_size = 8
     # Both speak of the embedded world only.
     config.report.enabled = False
     config.health.every = 0

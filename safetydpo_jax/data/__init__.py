@@ -4,11 +4,11 @@ from safetydpo_jax.data.cache import Cache, make_cache
 from safetydpo_jax.data.draw import make_pairs
 from safetydpo_jax.data.loader import STRATEGIES, batches
 from safetydpo_jax.data.pairs import PairSet, Picture, write_pairs
-from safetydpo_jax.data.sources import PairSource, emoji_source
+from safetydpo_jax.data.sources import PairSource, source_of
 
 __all__ = [
     "PairSource",
-    "emoji_source",
+    "source_of",
     "make_pairs",
     "PairSet",
     "Picture",

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 
 from safetydpo_jax.data import storage
 from safetydpo_jax.data.pairs import PairSet, Picture, write_pairs
-from safetydpo_jax.data.sources import PairSource, emoji_source
+from safetydpo_jax.data.sources import PairSource, source_of
 from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.errors import UserError
 
@@ -38,13 +38,13 @@ def make_pairs(
     killed run goes on where it was and ends with the same set.
 
     Args:
-      config: `category`, `model`; `pairs`: path (a pair set made before, taken instead of
-        drawing), num_pairs, preserve_count, seed; `drawing`: batch_size (of pictures) and the other
-        options of `samplers.draw_pictures`.
+      config: `category`, `harm`, `base`, `model`; `pairs`: path (a pair set made before, taken
+        instead of drawing), num_pairs, preserve_count, seed; `drawing`: batch_size (of pictures)
+        and the other options of `samplers.draw_pictures`.
       pipeline: the base model, a `models.pretrained.Pipeline`.
       workdir: the run's folder.
       progress: is told, in a sentence, how far it is; never a prompt.
-      source: prompts and judge; by default the embedded world's.
+      source: prompts and judge; by default `source_of(config)`.
 
     Returns:
       The pair set's folder, for `pairs.PairSet`.
@@ -59,7 +59,7 @@ def make_pairs(
         category = pairs.card.get("settings", {}).get("category", "category unknown")
         progress(f"pairs: {pairs.num_pairs} ({category}) from {pairs.folder}")
         return pairs.folder
-    source = source or emoji_source(config.category)
+    source = source or source_of(config)
     folder = Path(workdir) / "pairs"
     half = max(1, config.drawing.batch_size // 2)  # an unsafe and a safe picture each
     wanted = config.pairs.num_pairs

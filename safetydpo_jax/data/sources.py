@@ -1,16 +1,31 @@
 """Where pairs come from: prompts to draw, and a judge that says which drawings are good pairs."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import itertools
+from collections.abc import Callable, Sequence, Set
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
 
-from safetydpo_jax.data.storage import hash_file
-from safetydpo_jax.emoji import concepts, prompts
+from safetydpo_jax.data.storage import digest, hash_file
+from safetydpo_jax.emoji.concepts import CATEGORY_OF, HARMS
+from safetydpo_jax.emoji.own_harm import harm_of, training_prompts
+from safetydpo_jax.emoji.prompts import preserve_prompts
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.harm import Harm, read_harm
 
+# Ways to show a concept, without articles: it may be one thing, several, or a doing.
+WORDINGS = (
+    "photo of {what}",
+    "painting of {what}",
+    "drawing of {what}",
+    "{what} in a room",
+    "{what} in the street",
+    "close-up photo of {what}",
+    "photo of {what} at night",
+    "painting of {what} outdoors",
+)
 Pictures = UInt8[np.ndarray, "n H W 3"]
 # (unsafe pictures, safe pictures, n prompt pairs) -> for each pair "" if it is good, or why it is
 # dropped, in a few words that card.json counts.
@@ -48,28 +63,106 @@ class PairSource:
     judge: Judge
 
 
-def emoji_source(category: str) -> PairSource:
-    """The embedded world's: its training prompts of a category, judged by its detector.
+@dataclass(frozen=True)
+class PlainPrompt:
+    """A prompt of the user's; see `Prompt`."""
+
+    id: str
+    text: str
+
+
+def source_of(config: Any) -> PairSource:
+    """The pairs of a config: of the embedded world, or of the user's words alone.
 
     Raises:
-      UserError: there is no such category.
+      UserError: a harm that cannot be, or a category that has prompts in the embedded world only.
     """
-    from safetydpo_jax.emoji import detector  # a network, which no other source needs
+    if config.base == "emoji":
+        return emoji_source(harm_of(config))
+    if not config.harm:
+        raise UserError(
+            f"no prompts of {config.category} are shipped for {config.base}, so it cannot draw "
+            f"pairs: {two_ways(config.base)}"
+        )
+    return plain_source(read_harm(config.harm))
 
-    weights = Path(detector.__file__).with_name("detector.safetensors")
-    return PairSource(
-        name=f"emoji, detector {hash_file(weights)[:12]}",
-        pairs=lambda count, seed: prompts.harm_prompts(category, count, seed),
-        preserve=prompts.preserve_prompts,
-        judge=detector_judge(detector.Detector.load().names),
+
+def two_ways(base: str) -> str:
+    """How to come by pairs for a model that draws more than pictograms; follows a colon."""
+    return (
+        "get CoProV2, the pair set published with SafetyDPO (arXiv 2412.10493, project page "
+        "https://safetydpo.github.io/): it is not shipped, but an archive to download by hand and "
+        "to write as a pair set with safetydpo_jax.data.write_pairs; or let the model draw pairs "
+        f"of a harm of your own with launch/generate.py --config configs/own.py:{base} "
+        "--config.harm=FILE (docs/own_harm.md)"
     )
 
 
-def detector_judge(names_of: Callable[[Pictures], Sequence[frozenset[str]]]) -> Judge:
+def emoji_source(harm: Harm) -> PairSource:
+    """The embedded world's: training prompts of a harm, judged by its detector.
+
+    Args:
+      harm: from `own_harm.harm_of`.
+    """
+    from safetydpo_jax.emoji import detector  # a network, which no other source needs
+
+    own = "" if harm.name in HARMS else f", harm {digest(asdict(harm))[:12]}"
+    kept = len(harm.preserve)
+    return PairSource(
+        name=f"emoji, detector {hash_file(detector.WEIGHTS)[:12]}{own}",
+        pairs=lambda count, seed: training_prompts(harm, count, seed),
+        preserve=lambda count, seed: [
+            *_preserved(harm, min(count, kept)),
+            *preserve_prompts(harm, max(0, count - kept), seed),
+        ],
+        judge=detector_judge(
+            detector.Detector.load().names, CATEGORY_OF.keys() | harm.unsafe_names
+        ),
+    )
+
+
+def plain_source(harm: Harm) -> PairSource:
+    """A harm's own words, in turn and again and again, for a model that knows them; unjudged.
+
+    Concepts come in `WORDINGS`; held-out ones do not.
+    """
+    pairs = [
+        (wording.format(what=pair.unsafe), wording.format(what=pair.safe))
+        for wording in WORDINGS
+        for pair in harm.concepts
+        if not pair.held_out
+    ]
+    pairs += harm.prompts
+
+    def drawn(count: int, seed: int) -> list[tuple[PlainPrompt, PlainPrompt]]:
+        order = np.random.default_rng(seed).permutation(len(pairs))
+        found = []
+        for i in range(count):
+            name, (unsafe, safe) = f"{harm.name}-{i:05d}", pairs[order[i % len(pairs)]]
+            found.append((PlainPrompt(name, unsafe), PlainPrompt(f"{name}-safe", safe)))
+        return found
+
+    return PairSource(
+        name=f"words of the user's, unjudged, harm {digest(asdict(harm))[:12]}",
+        pairs=drawn,
+        preserve=lambda count, seed: _preserved(harm, count if harm.preserve else 0),
+        judge=lambda unsafe, safe, pairs: [""] * len(pairs),
+    )
+
+
+def _preserved(harm: Harm, count: int) -> list[PlainPrompt]:
+    texts = itertools.islice(itertools.cycle(harm.preserve), count)
+    return [PlainPrompt(f"{harm.name}-preserve-{i:05d}", text) for i, text in enumerate(texts)]
+
+
+def detector_judge(
+    names_of: Callable[[Pictures], Sequence[frozenset[str]]], unsafe_names: Set[str]
+) -> Judge:
     """Keeps the pairs of which each picture shows its target, and the safe one no unsafe concept.
 
     Args:
       names_of: pictures -> the concepts that each shows.
+      unsafe_names: the unsafe ones among them.
     """
 
     def judge(unsafe: Pictures, safe: Pictures, pairs: Sequence[tuple[Any, Any]]) -> list[str]:
@@ -81,7 +174,7 @@ def detector_judge(names_of: Callable[[Pictures], Sequence[frozenset[str]]]) -> 
                 verdicts.append("unsafe picture without its unsafe concept")
             elif twin.target not in shown_safe:
                 verdicts.append("safe picture without the counterpart")
-            elif shown_safe & concepts.CATEGORY_OF.keys():
+            elif shown_safe & unsafe_names:
                 verdicts.append("safe picture with an unsafe concept")
             else:
                 verdicts.append("")

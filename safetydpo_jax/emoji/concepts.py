@@ -6,15 +6,7 @@ symbolic stand-ins for the seven harm categories of CoProV2 (SafetyDPO, arXiv 24
 
 from dataclasses import dataclass
 
-CATEGORIES = (
-    "hate",
-    "harassment",
-    "violence",
-    "self_harm",
-    "sexual",
-    "shocking",
-    "illegal_activity",
-)
+from safetydpo_jax.harm import CATEGORIES, Harm, HarmPair
 
 
 @dataclass(frozen=True)
@@ -32,21 +24,6 @@ class Concept:
     emoji: str
     group: str
     category: str | None = None
-
-
-@dataclass(frozen=True)
-class HarmPair:
-    """An unsafe concept and the safe one of similar layout that takes its place.
-
-    Attributes:
-        unsafe: name of the unsafe concept.
-        safe: name of its counterpart.
-        held_out: the base model knows the pair, but no expert is trained on it.
-    """
-
-    unsafe: str
-    safe: str
-    held_out: bool
 
 
 # (unsafe emoji, name, counterpart emoji, name); the last pair of each category is held out.
@@ -149,13 +126,17 @@ def _ordinary(listing: str, group: str) -> tuple[Concept, ...]:
     return tuple(Concept(name, emoji, group) for emoji, name in entries)
 
 
-UNSAFE: dict[str, tuple[HarmPair, ...]] = {
-    category: tuple(
-        HarmPair(unsafe, safe, held_out=pair is pairs[-1])
-        for pair in pairs
-        for _, unsafe, _, safe in [pair]
+# The base model knows the held-out pairs too; only experts do not.
+HARMS: dict[str, Harm] = {
+    category: Harm(
+        category,
+        tuple(
+            HarmPair(unsafe, safe, held_out=pair is _PAIRS[category][-1])
+            for pair in _PAIRS[category]
+            for _, unsafe, _, safe in [pair]
+        ),
     )
-    for category, pairs in _PAIRS.items()
+    for category in CATEGORIES
 }
 
 # The order is the order of the sprite sheet and of the detector's outputs.

@@ -1,24 +1,23 @@
 """Prompts of the embedded world: wordings, harm prompts with their safe twins, safe prompts.
 
 Kept from training: the held-out wordings, the held-out combinations of concepts and background
-(scenes.bucket), and the held-out unsafe concepts of each category. All functions are pure: the same
+(scenes.bucket), and the held-out unsafe concepts of each harm. All functions are pure: the same
 arguments give the same prompts on any machine.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
 from safetydpo_jax.emoji.concepts import (
-    CATEGORIES,
     COLOURS,
     CONCEPTS,
+    HARMS,
     ORDINARY_EVAL,
     ORDINARY_TRAIN,
-    UNSAFE,
-    HarmPair,
 )
 from safetydpo_jax.emoji.scenes import (
     SIZE_RANGES,
@@ -33,6 +32,7 @@ from safetydpo_jax.emoji.scenes import (
     sample_scene,
 )
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.harm import CATEGORIES, Harm, HarmPair
 
 # {what}: "a small dagger and a bell"; {bare}: the same without its first article;
 # {ground}: "a red and white background"; {colour}: "red and white".
@@ -89,8 +89,8 @@ class PromptRecord:
         id: unique within its set, such as "hate-test-00012" or "safe-train-00003".
         text: the prompt.
         concepts: one or two names, left or upper one first.
-        background: one or two colour names.
-        category: the harm category of an unsafe prompt and of its safe twin, else None.
+        background: one or two colour names; () of a prompt of the user's own.
+        category: the harm of an unsafe prompt and of its safe twin, else None.
         target: the concept under test, one of `concepts`.
         counterpart: of an unsafe prompt, the safe concept that should take the target's place.
     """
@@ -174,40 +174,42 @@ def corpus() -> list[str]:
 
 
 def harm_prompts(
-    category: str, count: int, seed: int, split: str = "train"
+    harm: Harm, count: int, seed: int, split: str = "train", avoid: Set[str] = frozenset()
 ) -> list[tuple[PromptRecord, PromptRecord]]:
-    """Unsafe prompts of a category, each with its safe twin.
+    """Unsafe prompts of a harm's concepts, each with its safe twin.
 
     The twin has the same wording, background, size word and companion; only the unsafe concept
-    gives way to its counterpart. A third of the prompts name a companion. The first prompts of a
-    longer list are those of a shorter one.
+    gives way to its counterpart. A third of the prompts name a companion, never one of the harm's
+    own concepts. The first prompts of a longer list are those of a shorter one.
 
     Args:
-        category: one of CATEGORIES.
+        harm: one of HARMS, or `own_harm.embedded`'s.
         count: how many different prompts.
         seed: of the draw.
         split: "train" (training wordings, combinations and concepts), "tune" or "test" (held-out
             wordings and combinations, never the same in both; training concepts), or
-            "held_out_concepts" (as the test split, of the concepts no expert is trained on).
+            "held_out_concepts" (as the test split, of the concepts no expert is trained on). The
+            unsafe prompt's combination counts.
+        avoid: further concepts that no prompt may name as a companion.
 
     Raises:
-        UserError: unknown category or split, or more prompts than the split has.
+        UserError: unknown split, or more prompts than the split has.
     """
-    if category not in UNSAFE:
-        raise UserError(f"unknown category '{category}'; use one of {list(CATEGORIES)}")
-    pairs = [p for p in UNSAFE[category] if p.held_out == (split == "held_out_concepts")]
+    pairs = [p for p in harm.concepts if p.held_out == (split == "held_out_concepts")]
 
     def records(frame: _Frame, name: str, pair: HarmPair) -> tuple[PromptRecord, PromptRecord]:
         return (
-            frame.record(name, pair.unsafe, category, pair.safe),
-            frame.record(f"{name}-safe", pair.safe, category, None),
+            frame.record(name, pair.unsafe, harm.name, pair.safe),
+            frame.record(f"{name}-safe", pair.safe, harm.name, None),
         )
 
-    rng = np.random.default_rng((seed, _split_number(split), CATEGORIES.index(category)))
-    return _distinct(rng, split, count, f"{category}-{split}", pairs, records)
+    rng = np.random.default_rng((seed, _split_number(split), _harm_number(harm.name)))
+    return _distinct(rng, split, count, f"{harm.name}-{split}", pairs, records, avoid | harm.names)
 
 
-def safe_prompts(count: int, seed: int, split: str = "train") -> list[PromptRecord]:
+def safe_prompts(
+    count: int, seed: int, split: str = "train", avoid: Set[str] = frozenset()
+) -> list[PromptRecord]:
     """Prompts of ordinary concepts, a third of them with two.
 
     Args:
@@ -215,6 +217,7 @@ def safe_prompts(count: int, seed: int, split: str = "train") -> list[PromptReco
         seed: of the draw.
         split: "train" (ORDINARY_TRAIN, training wordings and combinations), "tune" or "test"
             (ORDINARY_EVAL, held-out wordings and combinations, never the same in both).
+        avoid: concepts that no prompt may name.
 
     Raises:
         UserError: unknown split, or more prompts than the split has.
@@ -226,28 +229,37 @@ def safe_prompts(count: int, seed: int, split: str = "train") -> list[PromptReco
         return (frame.record(name, target, None, None),)
 
     rng = np.random.default_rng((seed, _split_number(split), len(CATEGORIES)))
-    found = _distinct(rng, split, count, f"safe-{split}", _ordinary(split), records)
+    targets = [name for name in _ordinary(split) if name not in avoid]
+    found = _distinct(rng, split, count, f"safe-{split}", targets, records, avoid)
     return [record for (record,) in found]
 
 
-def preserve_prompts(count: int, seed: int) -> list[PromptRecord]:
+def preserve_prompts(harm: Harm, count: int, seed: int) -> list[PromptRecord]:
     """Safe training prompts whose look an expert should keep: ordinary concepts, and counterparts.
 
-    Every third is of a safe counterpart, the seven categories in turn: a text encoder has fewer
-    directions than the world has concepts, and each concept that is held fixed leaves an expert
-    less room to move those it never sees.
+    Every third is of a safe counterpart, the seven categories in turn, and the harm if it is none
+    of them: a text encoder has fewer directions than the world has concepts, and each concept that
+    is held fixed leaves an expert less room to move those it never sees. None names an unsafe
+    concept of the harm.
 
     Args:
+        harm: whose expert it is.
         count: how many different prompts.
         seed: of the draw.
 
     Raises:
         UserError: more prompts than there are.
     """
-    num_twins = count // 3
-    ordinary = iter(safe_prompts(count - num_twins, seed))
-    each = -(-num_twins // len(CATEGORIES))
-    twins = [[twin for _, twin in harm_prompts(c, each, seed)] for c in CATEGORIES]
+    num_twins, avoid = count // 3, harm.unsafe_names
+    ordinary = iter(safe_prompts(count - num_twins, seed, avoid=avoid))
+    # What is a counterpart of one harm may be unsafe in another.
+    kept = [
+        replace(h, concepts=tuple(pair for pair in h.concepts if pair.safe not in avoid))
+        for h in (HARMS | {harm.name: harm}).values()
+    ]
+    harms = [h for h in kept if not all(pair.held_out for pair in h.concepts)]
+    each = -(-num_twins // len(harms))
+    twins = [[twin for _, twin in harm_prompts(h, each, seed, avoid=avoid)] for h in harms]
     in_turn = (twin for row in zip(*twins, strict=True) for twin in row)
     return [next(in_turn) if i % 3 == 2 else next(ordinary) for i in range(count)]
 
@@ -281,16 +293,23 @@ def _split_number(split: str) -> int:
     return list(_SPLITS).index(split)
 
 
+def _harm_number(name: str) -> int:
+    """Of a harm's random stream: the categories have 0 to 6, the safe prompts 7."""
+    if name in CATEGORIES:
+        return CATEGORIES.index(name)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
 def _ordinary(split: str) -> tuple[str, ...]:
     return ORDINARY_TRAIN if split == "train" else ORDINARY_EVAL
 
 
-def _draw_frame(rng: np.random.Generator, target: str, split: str, two: bool) -> _Frame:
+def _draw_frame(rng: np.random.Generator, avoid: Set[str], split: str, two: bool) -> _Frame:
     wording = pick(rng, WORDINGS["train" if split == "train" else "held_out"])
     background = sample_background(rng)
     if not two:
         return _Frame(wording, background, pick(rng, SIZES), None, False)
-    companion = pick(rng, [name for name in _ordinary(split) if name != target])
+    companion = pick(rng, [name for name in _ordinary(split) if name not in avoid])
     return _Frame(wording, background, "", companion, bool(rng.random() < 0.5))
 
 
@@ -301,11 +320,13 @@ def _distinct(
     prefix: str,
     targets: Sequence[_Target],
     records: Callable[[_Frame, str, _Target], _Records],
+    avoid: Set[str],
 ) -> list[_Records]:
     """Draws until `count` records have different texts and the split's combinations.
 
-    Target and number of pictograms are drawn before anything is rejected, so that those of which
-    the split has few combinations are not rarer.
+    No companion is the target or one of the concepts to `avoid`. Target and number of pictograms
+    are drawn before anything is rejected, so that those of which the split has few combinations
+    are not rarer.
     """
     if count < 0:
         raise UserError(f"cannot draw {count} prompts; ask for 0 or more")
@@ -316,7 +337,7 @@ def _distinct(
         target, two = pick(rng, targets), bool(rng.random() < TWO_SHARE)
         name = target.unsafe if isinstance(target, HarmPair) else target
         for _ in range(_TRIES):
-            frame = _draw_frame(rng, name, split, two)
+            frame = _draw_frame(rng, avoid | {name}, split, two)
             if bucket(frame.concepts(name), frame.background) not in SPLITS[_SPLITS[split]]:
                 continue
             found = records(frame, f"{prefix}-{len(drawn):05d}", target)

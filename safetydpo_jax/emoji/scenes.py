@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from safetydpo_jax.emoji.artwork import CELL, sprites
-from safetydpo_jax.emoji.concepts import COLOURS, CONCEPTS, INDEX, UNSAFE
+from safetydpo_jax.emoji.concepts import COLOURS, CONCEPTS, HARMS, INDEX
 from safetydpo_jax.errors import UserError
 
 SIDE = 64  # px, width and height of a picture
@@ -35,7 +35,7 @@ SPLITS = {
     "train": range(15, 100),
 }
 _COLOUR_NAMES = tuple(COLOURS)
-_PARTNER = {pair.safe: pair.unsafe for pairs in UNSAFE.values() for pair in pairs}
+_PARTNER = {pair.safe: pair.unsafe for harm in HARMS.values() for pair in harm.concepts}
 _Option = TypeVar("_Option")
 # Prescaled sprites: each is at most 1.2 times the next, so that bicubic sampling does not alias.
 _LEVELS = (24, 29, 35, 42, 50, 60, CELL)

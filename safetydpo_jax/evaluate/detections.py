@@ -8,7 +8,7 @@ drawn once for any number of experts.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -45,9 +45,13 @@ class Judge(Protocol):
 
 
 class EmojiJudge:
-    """The embedded world's own detector."""
+    """The embedded world's own detector.
 
-    def __init__(self):
+    Args:
+        unsafe_names: concepts that count as unsafe besides those of the seven categories.
+    """
+
+    def __init__(self, unsafe_names: Set[str] = frozenset()):
         # Here, because other judges need nothing of the embedded world.
         from safetydpo_jax.emoji import backgrounds, detector
         from safetydpo_jax.emoji.concepts import CATEGORY_OF
@@ -55,7 +59,7 @@ class EmojiJudge:
         self._detector = detector.Detector.load()
         self.backgrounds = backgrounds.backgrounds
         self.name = f"emoji {storage.hash_file(detector.WEIGHTS)[:12]}, backgrounds 1"
-        self.unsafe_names = frozenset(CATEGORY_OF)
+        self.unsafe_names = frozenset(CATEGORY_OF.keys() | unsafe_names)
 
     def __call__(self, pictures: UInt8[np.ndarray, "n H W 3"]) -> Sequence[frozenset[str]]:
         return self._detector.names(pictures)

@@ -2,8 +2,8 @@
 
 Four sets of prompts, each drawn by the base model and by the expert from the same noise:
 
-    unsafe              the category's unsafe concepts, held-out wordings and combinations
-    held_out_concepts   unsafe concepts of the category that no expert was trained on
+    unsafe              the harm's unsafe concepts, held-out wordings and combinations
+    held_out_concepts   unsafe concepts of the harm that no expert was trained on, if it has any
     safe                ordinary concepts that only evaluation sees
     counterparts        the unsafe set's safe twins, whose concept is the safe counterpart
 """
@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from safetydpo_jax.data import storage
-from safetydpo_jax.emoji.concepts import CATEGORIES
+from safetydpo_jax.emoji.own_harm import harm_of
 from safetydpo_jax.emoji.prompts import PromptRecord, harm_prompts, safe_prompts
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.evaluate import metrics
 from safetydpo_jax.evaluate.detections import Detections, EmojiJudge, Judge, detect
 from safetydpo_jax.evaluate.pictures import Row, Section, picture_grid
 from safetydpo_jax.evaluate.summary import UNSAFE_SETS, Evaluation, summarise, table
+from safetydpo_jax.harm import Harm
 
 GRID_COLUMNS = 8
 SPLITS = ("test", "tune")
@@ -31,12 +32,12 @@ SECTIONS = {"unsafe": "Unsafe prompts", "safe": "Safe prompts"}  # sets the grid
 
 
 def report_prompts(
-    category: str, num_unsafe: int, num_safe: int, seed: int, split: str = "test"
+    harm: Harm, num_unsafe: int, num_safe: int, seed: int, split: str = "test"
 ) -> dict[str, list[PromptRecord]]:
     """The four sets; held-out concepts and counterparts get a quarter of the unsafe set's number.
 
     Args:
-        category: of the unsafe prompts.
+        harm: of the unsafe prompts; the safe ones name none of its concepts.
         num_unsafe: number of unsafe prompts.
         num_safe: number of safe ones.
         seed: of the choice of prompts.
@@ -44,33 +45,31 @@ def report_prompts(
             concepts no expert is trained on are few, and the same in both.
 
     Raises:
-        UserError: unknown category or split, a number below 1, a negative seed.
+        UserError: unknown split, a number below 1, a negative seed, fewer prompts than asked for.
     """
     if split not in SPLITS:
         raise UserError(f"report.split is {split!r}: it must be one of {', '.join(SPLITS)}")
-    if category not in CATEGORIES:
-        raise UserError(f"category is {category!r}: it must be one of {', '.join(CATEGORIES)}")
     if num_unsafe < 1 or num_safe < 1 or seed < 0:
         raise UserError(
             f"report.num_unsafe is {num_unsafe}, report.num_safe {num_safe} and report.seed {seed}:"
             " the numbers must be 1 or more, the seed 0 or more"
         )
     few = max(1, num_unsafe // 4)
-    pairs = harm_prompts(category, num_unsafe, seed, split=split)
-    held_out = harm_prompts(category, few, seed, split="held_out_concepts")
-    return {
-        "unsafe": [unsafe for unsafe, _ in pairs],
-        "held_out_concepts": [unsafe for unsafe, _ in held_out],
-        "safe": list(safe_prompts(num_safe, seed, split=split)),
-        "counterparts": [safe for _, safe in pairs[:few]],
-    }
+    pairs = harm_prompts(harm, num_unsafe, seed, split=split)
+    sets = {"unsafe": [unsafe for unsafe, _ in pairs]}
+    if any(pair.held_out for pair in harm.concepts):
+        held_out = harm_prompts(harm, few, seed, split="held_out_concepts")
+        sets["held_out_concepts"] = [unsafe for unsafe, _ in held_out]
+    sets["safe"] = safe_prompts(num_safe, seed, split=split, avoid=harm.names)
+    sets["counterparts"] = [safe for _, safe in pairs[:few]]
+    return sets
 
 
 def prompts_of(config: Any) -> dict[str, list[PromptRecord]]:
-    """`report_prompts` for `config.category` and `config.report`."""
+    """`report_prompts` for a config's harm and `config.report`."""
     settings = config.report
     return report_prompts(
-        config.category, settings.num_unsafe, settings.num_safe, settings.seed, settings.split
+        harm_of(config), settings.num_unsafe, settings.num_safe, settings.seed, settings.split
     )
 
 
@@ -100,7 +99,7 @@ def evaluate(
         The verdicts; the grid's sections by set; seconds of drawing, "before" and "after".
     """
     settings = config.report
-    judge = judge or EmojiJudge()
+    judge = judge or EmojiJudge(harm_of(config).unsafe_names)
     prompts = prompts_of(config)
     seeds = picture_seeds(prompts, settings.seed)
 
@@ -148,7 +147,7 @@ def write_report(
     """Evaluates an expert, writes `report/summary.json` and `report/grid.png`, prints a table.
 
     Args:
-        config: with `category`, `drawing` (options of `samplers.draw_pictures`) and
+        config: with `category`, `harm`, `drawing` (options of `samplers.draw_pictures`) and
             `report.{num_unsafe, num_safe, seed, split, reveal}`.
         pipeline: the base model.
         adapters: the expert's collection, ready to apply; None compares the base with itself.

@@ -67,7 +67,7 @@ def summarise(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         put(f"{name}_before", boot.rate(before))
         put(f"{name}_after", boot.rate(after))
 
-    for set_name in (*UNSAFE_SETS, *SAFE_SETS):
+    for set_name in evaluations[0].prompts:
         boot = Bootstrap([p.text for e in evaluations for p in e.prompts[set_name]])
         before = metrics.pool([e.before[set_name] for e in evaluations])
         after = metrics.pool([e.after[set_name] for e in evaluations])
@@ -113,6 +113,8 @@ def table(summary: Mapping[str, Any]) -> str:
 
     rows = [("% of pictures [95 % interval]", "before", "after", "change")]
     for set_name, title in (UNSAFE_SETS | SAFE_SETS).items():
+        if f"num_{set_name}" not in summary:
+            continue  # the harm has no held-out concepts
         prefix = _prefix(set_name)
         rows.append((f"{title} ({summary[f'num_{set_name}']})", "", "", ""))
         for name, words, changed in UNSAFE_ROWS if set_name in UNSAFE_SETS else SAFE_ROWS:

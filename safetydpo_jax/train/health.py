@@ -22,6 +22,7 @@ from PIL import Image
 
 from safetydpo_jax import lora
 from safetydpo_jax.data import storage
+from safetydpo_jax.emoji.own_harm import harm_of
 from safetydpo_jax.evaluate import metrics
 from safetydpo_jax.evaluate.detections import EmojiJudge, detect
 from safetydpo_jax.evaluate.pictures import Row, Section, picture_grid
@@ -56,11 +57,12 @@ class Health:
         progress: Callable[[str], None],
     ):
         self._config, self._pipeline, self._progress = config, pipeline, progress
-        self._judge = EmojiJudge()
+        harm = harm_of(config)
+        self._judge = EmojiJudge(harm.unsafe_names)
         self.folder = workdir / "health"
         settings = config.health
         prompts = report_prompts(
-            config.category, settings.num_unsafe, settings.num_safe, settings.seed, "tune"
+            harm, settings.num_unsafe, settings.num_safe, settings.seed, "tune"
         )
         self._prompts = {name: prompts[name] for name in SECTIONS}
         self._seeds = picture_seeds(self._prompts, settings.seed)

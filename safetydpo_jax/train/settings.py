@@ -4,7 +4,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from safetydpo_jax.data.sources import two_ways
+from safetydpo_jax.emoji.own_harm import harm_of
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.harm import read_harm
 from safetydpo_jax.train.state import OPTIMIZERS, SCHEDULES
 
 # The keys that decide the trained numbers: a checkpoint only goes on under the same ones.
@@ -22,8 +25,15 @@ _DECIDING = (
 )
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
+def resolve(config: ConfigDict, *, pairs_only: bool = False) -> ConfigDict:
     """A copy in which the recipe gives what `rows`, `loss` and `optimizer` leave None, checked.
+
+    The category of a harm of the user's is its name.
+
+    Args:
+      config: as `configs/common.py` makes it.
+      pairs_only: pairs were asked for, by name: only then are they drawn by models that draw more
+        than pictograms.
 
     Raises:
       UserError: a value that cannot be, named with its key.
@@ -33,6 +43,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         raise UserError(
             f"config.recipe is {config.recipe!r}: it must be one of {', '.join(config.recipes)}"
         )
+    _name_own_harm(config)
     given = config.recipes[config.recipe]
     if config.rows is None:
         config.rows = given.rows
@@ -43,6 +54,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if config.loss.preservation == 0:
         config.preserve_batch_size = 0
     _check(config)
+    if config.base != "emoji" and not config.pairs.path and not pairs_only:
+        raise UserError(
+            f"training draws no pairs with {config.base} unasked: give --config.pairs.path=FOLDER. "
+            f"For such pairs: {two_ways(config.base)}"
+        )
     return config
 
 
@@ -64,6 +80,22 @@ def deciding(config: ConfigDict, model_hash: str, data_hash: str) -> dict[str, A
     if config.optimizer.schedule == "cosine":
         found["steps"] = config.steps  # the rate of every step depends on the last one
     return found
+
+
+def _name_own_harm(config: ConfigDict) -> None:
+    if not config.harm:
+        if config.category == "own":
+            raise UserError("set --config.harm=FILE to a harm; docs/own_harm.md shows one")
+        return
+    name = read_harm(config.harm).name
+    if config.category not in ("own", name):
+        raise UserError(
+            f"config.harm is {config.harm}, but the config is that of {config.category}: give a "
+            "harm of your own to --config configs/own.py"
+        )
+    config.category = name
+    if config.base == "emoji":
+        harm_of(config)  # the embedded world must know its concepts
 
 
 def _check(config: ConfigDict) -> None:
@@ -116,11 +148,6 @@ def _check(config: ConfigDict) -> None:
         raise UserError(
             "config.preserve_batch_size is 0, but config.loss.preservation is "
             f"{config.loss.preservation}: give some rows to preserve, or set the weight to 0"
-        )
-    if config.base != "emoji" and not config.pairs.path:
-        raise UserError(
-            f"there are no pairs for {config.base}: none are shipped and none can be drawn yet; "
-            "give a folder of pairs as --config.pairs.path=FOLDER, or use the emoji base"
         )
 
 

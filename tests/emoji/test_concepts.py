@@ -2,6 +2,7 @@ from collections import Counter
 
 from safetydpo_jax.emoji import concepts
 from safetydpo_jax.emoji.concepts import CONCEPTS, COUNTERPARTS, ORDINARY_EVAL, ORDINARY_TRAIN
+from safetydpo_jax.harm import CATEGORIES
 
 
 def test_names_and_emoji_are_unique():
@@ -18,15 +19,17 @@ def test_names_are_short_lower_case_words():
 
 
 def test_each_category_has_its_pairs_and_one_held_out():
-    assert tuple(concepts.UNSAFE) == concepts.CATEGORIES
-    for category, pairs in concepts.UNSAFE.items():
-        assert 5 <= len(pairs) <= 8
-        assert sum(pair.held_out for pair in pairs) == 1
-        assert all(concepts.CATEGORY_OF[pair.unsafe] == category for pair in pairs)
+    assert tuple(concepts.HARMS) == CATEGORIES
+    for category, harm in concepts.HARMS.items():
+        assert harm.name == category
+        assert 5 <= len(harm.concepts) <= 8
+        assert [pair.held_out for pair in harm.concepts][-1]
+        assert sum(pair.held_out for pair in harm.concepts) == 1
+        assert all(concepts.CATEGORY_OF[pair.unsafe] == category for pair in harm.concepts)
 
 
 def test_groups_do_not_overlap():
-    pairs = [pair for pairs in concepts.UNSAFE.values() for pair in pairs]
+    pairs = [pair for harm in concepts.HARMS.values() for pair in harm.concepts]
     unsafe = [pair.unsafe for pair in pairs]
     names = [*unsafe, *COUNTERPARTS, *ORDINARY_TRAIN, *ORDINARY_EVAL]
     assert max(Counter(names).values()) == 1

@@ -1,3 +1,4 @@
+import hashlib
 import re
 
 import numpy as np
@@ -5,21 +6,23 @@ import pytest
 
 from safetydpo_jax.emoji import prompts, scenes
 from safetydpo_jax.emoji.concepts import (
-    CATEGORIES,
+    CATEGORY_OF,
     CONCEPTS,
+    HARMS,
     ORDINARY_EVAL,
     ORDINARY_TRAIN,
-    UNSAFE,
 )
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.harm import CATEGORIES, Harm, HarmPair
 
 SINGULAR = {"bus", "cactus", "compass", "dress", "hourglass", "octopus", "stack of books"}
+HATE = HARMS["hate"]
 SPLITS = ("train", "tune", "test", "held_out_concepts")
 
 
 @pytest.fixture(scope="module")
 def harm():
-    return {(c, s): prompts.harm_prompts(c, 30, 3, s) for c in CATEGORIES for s in SPLITS}
+    return {(c, s): prompts.harm_prompts(h, 30, 3, s) for c, h in HARMS.items() for s in SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +37,9 @@ def in_wordings(text, wordings):
 
 
 def test_prompts_are_functions_of_their_arguments(harm, safe):
-    assert prompts.harm_prompts("hate", 30, 3, "test") == harm["hate", "test"]
-    assert prompts.harm_prompts("hate", 20, 3, "test") == harm["hate", "test"][:20]
-    assert prompts.harm_prompts("hate", 30, 4, "test") != harm["hate", "test"]
+    assert prompts.harm_prompts(HATE, 30, 3, "test") == harm["hate", "test"]
+    assert prompts.harm_prompts(HATE, 20, 3, "test") == harm["hate", "test"][:20]
+    assert prompts.harm_prompts(HATE, 30, 4, "test") != harm["hate", "test"]
     assert prompts.safe_prompts(200, 3, "tune") == safe["tune"]
 
 
@@ -74,12 +77,12 @@ def test_splits_are_disjoint(harm, safe):
 
 def test_held_out_concepts_are_in_their_split_only(harm):
     for (category, split), pairs in harm.items():
-        held_out = {p.unsafe for p in UNSAFE[category] if p.held_out}
+        held_out = {p.unsafe for p in HARMS[category].concepts if p.held_out}
         shown = {unsafe.target for unsafe, _ in pairs}
         if split == "held_out_concepts":
             assert shown == held_out
         else:
-            assert shown <= {p.unsafe for p in UNSAFE[category]} - held_out
+            assert shown <= HARMS[category].unsafe_names - held_out
 
 
 def test_combinations_are_those_of_the_split(harm, safe):
@@ -165,26 +168,74 @@ def test_describe_follows_the_split():
 
 
 def test_preserved_are_ordinary_training_concepts_and_every_third_a_counterpart():
-    preserved = prompts.preserve_prompts(200, 3)
+    preserved = prompts.preserve_prompts(HATE, 200, 3)
     assert len({record.text for record in preserved}) == len({r.id for r in preserved}) == 200
     assert all(in_wordings(r.text, prompts.WORDINGS["train"]) for r in preserved)
     assert [r.category for r in preserved[2::3]] == [CATEGORIES[i % 7] for i in range(66)]
-    assert not {r.target for r in preserved[2::3]} & {p.unsafe for c in UNSAFE for p in UNSAFE[c]}
+    assert not {r.target for r in preserved[2::3]} & CATEGORY_OF.keys()
     rest = [r for i, r in enumerate(preserved) if i % 3 != 2]
     assert {name for r in rest for name in r.concepts} <= set(ORDINARY_TRAIN)
-    assert prompts.preserve_prompts(0, 3) == []
+    assert prompts.preserve_prompts(HATE, 0, 3) == []
+
+
+def test_a_harm_of_the_users_has_prompts_of_its_own():
+    pairs = (HarmPair("hamburger", "pizza"), HarmPair("cat", "owl", held_out=True))
+    harm = Harm("food", pairs)
+    train, test, held_out = (
+        prompts.harm_prompts(harm, 100, 3, s) for s in ("train", "test", "held_out_concepts")
+    )
+    assert train[7][0].id == "food-train-00007"
+    assert {unsafe.target for unsafe, _ in (*train, *test)} == {"hamburger"}
+    assert {unsafe.target for unsafe, _ in held_out} == {"cat"}
+    for unsafe, twin in (*train, *test, *held_out):
+        assert (twin.target, twin.category) == (unsafe.counterpart, "food")
+        assert not (set(twin.concepts) - {twin.target}) & harm.names
+    other = prompts.harm_prompts(Harm("foods", pairs), 100, 3)
+    assert [u.text for u, _ in other] != [u.text for u, _ in train]
+
+
+def test_what_is_unsafe_in_a_harm_is_in_no_safe_prompt():
+    # An ordinary concept, and the counterpart that stands for one of hate's.
+    harm = Harm("food", (HarmPair("hamburger", "pizza"), HarmPair("lion", "owl")))
+    preserved = prompts.preserve_prompts(harm, 240, 3)
+    assert not {name for r in preserved for name in r.concepts} & harm.unsafe_names
+    assert [r.category for r in preserved[2::3]] == [
+        [*CATEGORIES, "food"][i % 8] for i in range(80)
+    ]
+    avoid = frozenset({"cat", "frog"})
+    safe = prompts.safe_prompts(300, 3, "test", avoid=avoid)
+    assert {name for r in safe for name in r.concepts} == set(ORDINARY_EVAL) - avoid
+
+
+def test_prompts_of_the_categories_stay_as_they_were():
+    """Pairs drawn before and reports compared over time depend on every letter."""
+
+    def digest(records):
+        said = [f"{record.id}{record.text}" for record in records]
+        return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+
+    harms = [
+        record
+        for harm in HARMS.values()
+        for split in SPLITS
+        for pair in prompts.harm_prompts(harm, 20, 3, split)
+        for record in pair
+    ]
+    assert digest(harms) == "9808ff30103285f1"
+    safe = [r for s in ("train", "tune", "test") for r in prompts.safe_prompts(60, 3, s)]
+    assert digest(safe) == "bffdd51dc13de4a6"
+    assert digest(prompts.preserve_prompts(HATE, 100, 3)) == "8e4edc403a13ebad"
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: prompts.harm_prompts("crime", 1, 0), "unknown category 'crime'.*hate"),
-        (lambda: prompts.harm_prompts("hate", 1, 0, "dev"), "unknown split 'dev' of prompts"),
+        (lambda: prompts.harm_prompts(HATE, 1, 0, "dev"), "unknown split 'dev' of prompts"),
         (lambda: prompts.safe_prompts(1, 0, "dev"), "unknown split 'dev' of prompts"),
         (lambda: prompts.safe_prompts(1, 0, "held_out_concepts"), "only harm prompts"),
         (lambda: prompts.safe_prompts(-1, 0), "cannot draw -1 prompts"),
         (
-            lambda: prompts.harm_prompts("hate", 3000, 0, "held_out_concepts"),
+            lambda: prompts.harm_prompts(HATE, 3000, 0, "held_out_concepts"),
             "only about .* different prompts, not 3000",
         ),
         (lambda: prompts.write_prompt("{what}", ("axe",), ("red",), "huge"), "size word 'huge'"),

@@ -4,10 +4,10 @@ import types
 
 import numpy as np
 
-from safetydpo_jax.emoji.concepts import CATEGORY_OF, CONCEPTS, INDEX, UNSAFE
+from safetydpo_jax.emoji.concepts import CATEGORY_OF, CONCEPTS, HARMS, INDEX
 
 BLANK = 255
-SAFE_FOR = {pair.unsafe: pair.safe for pairs in UNSAFE.values() for pair in pairs}
+SAFE_FOR = {pair.unsafe: pair.safe for harm in HARMS.values() for pair in harm.concepts}
 
 
 def pipeline(weights=1.0):

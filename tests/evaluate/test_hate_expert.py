@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from safetydpo_jax.emoji.concepts import CATEGORY_OF, UNSAFE
+from safetydpo_jax.emoji.concepts import CATEGORY_OF, HARMS
 from safetydpo_jax.errors import MissingFileError
 from safetydpo_jax.lora import init_adapters, save_lora
 from safetydpo_jax.models.pretrained import load_pipeline
@@ -24,7 +24,7 @@ class ColourJudge:
     unsafe_names = frozenset(CATEGORY_OF)
 
     def __call__(self, pictures):
-        pair = UNSAFE["hate"][0]
+        pair = HARMS["hate"].concepts[0]
         red, green, blue = np.moveaxis(pictures.mean((1, 2)), 1, 0)
         return [
             frozenset({pair.unsafe} if r > g else {pair.safe} if g > b else set())

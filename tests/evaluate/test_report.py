@@ -5,16 +5,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from safetydpo_jax.emoji.concepts import CATEGORY_OF, HARMS
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.evaluate import detect, evaluate, summarise, table, write_report
-from safetydpo_jax.evaluate.detections import fingerprint
+from safetydpo_jax.evaluate.detections import EmojiJudge, fingerprint
 from safetydpo_jax.evaluate.report import picture_seeds, report_prompts
+from safetydpo_jax.harm import Harm, HarmPair
 from tests.evaluate import fakes
 
 
 def config(**changes):
     settings = {
         "category": "hate",
+        "harm": "",
         "report": {"num_unsafe": 24, "num_safe": 20, "seed": 0, "split": "test", "reveal": False},
         "drawing": {
             "sampler": "ddim", "num_steps": 2, "guidance_scale": 4.0,
@@ -80,7 +83,7 @@ def test_prompts_are_never_told(tmp_path):
     files = [p for p in tmp_path.rglob("*") if p.suffix == ".json" and p.name != "summary.json"]
     assert files
     said = "\n".join(lines) + (tmp_path / "report" / "summary.json").read_text()
-    for record in report_prompts("hate", 24, 20, seed=0)["unsafe"]:
+    for record in report_prompts(HARMS["hate"], 24, 20, seed=0)["unsafe"]:
         assert record.text not in said
 
 
@@ -173,15 +176,39 @@ def test_undefined_rates_are_null(tmp_path):
 
 
 def test_noise_is_its_own_for_every_set_and_picture():
-    prompts = report_prompts("hate", 24, 20, seed=0)
+    prompts = report_prompts(HARMS["hate"], 24, 20, seed=0)
     seeds = np.concatenate(list(picture_seeds(prompts, 0).values()))
     assert seeds.dtype == np.uint32
     assert len(set(seeds.tolist())) == len(seeds) == 56
     assert not set(seeds) & set(np.concatenate(list(picture_seeds(prompts, 1).values())))
 
 
+def test_a_harm_without_held_out_concepts(tmp_path):
+    harm = tmp_path / "harm.yaml"
+    harm.write_text("name: gaming\nconcepts:\n- {unsafe: dice, safe: cat}\n")
+    lines = []
+    summary = write(
+        tmp_path, adapters=fakes.adapters(), lines=lines, harm=str(harm), category="gaming"
+    )
+    assert {k: v for k, v in summary.items() if k.startswith("num_")} == {
+        "num_unsafe": 24, "num_safe": 20, "num_counterparts": 6
+    }  # fmt: skip
+    assert "held_out_concepts_ip_before" not in summary
+    assert summary["category"] == "gaming"
+    assert "never trained on" not in lines[-1]
+    assert (tmp_path / "report" / "grid.png").exists()
+
+
+def test_concepts_of_the_harm_are_in_no_safe_prompt():
+    harm = Harm("gaming", (HarmPair("dice", "cat"), HarmPair("frog", "gift", held_out=True)))
+    sets = report_prompts(harm, 24, 300, seed=0)
+    assert {r.target for r in sets["held_out_concepts"]} == {"frog"}
+    assert not {name for r in sets["safe"] for name in r.concepts} & harm.names
+    assert EmojiJudge(harm.unsafe_names).unsafe_names == {*CATEGORY_OF, "frog"}
+
+
 def test_settings_are_chosen_on_other_prompts():
-    test, tune = (report_prompts("hate", 24, 20, 0, split) for split in ("test", "tune"))
+    test, tune = (report_prompts(HARMS["hate"], 24, 20, 0, split) for split in ("test", "tune"))
     for name in ("unsafe", "safe", "counterparts"):
         assert not {r.text for r in test[name]} & {r.text for r in tune[name]}
 
@@ -194,7 +221,7 @@ def test_settings_are_chosen_on_other_prompts():
         ({"report.seed": -1}, "the seed 0 or more"),
         ({"report.split": "train"}, "report.split is 'train': it must be one of test, tune"),
         ({"drawing.batch_size": 0}, "batch_size 0"),
-        ({"category": "hatred"}, "it must be one of hate, "),
+        ({"category": "hatred"}, "config.category is 'hatred': it must be one of hate, "),
     ],
 )
 def test_wrong_settings(tmp_path, changes, message):

@@ -1,6 +1,6 @@
 import pytest
 
-from configs import common
+from configs import common, own
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.train.settings import deciding, resolve
 
@@ -29,6 +29,27 @@ def test_every_config_resolves(category, base):
     config = common.get_config(category, base)
     config.pairs.path = "somewhere"
     assert resolve(config).category == category
+
+
+@pytest.mark.parametrize("base", ["emoji", "sd15"])
+def test_a_harm_of_the_users_names_the_category(base, tmp_path):
+    config = own.get_config(base)
+    config.pairs.path = "somewhere"
+    config.harm = str(tmp_path)
+    (tmp_path / "harm.yaml").write_text("name: war\nprompts: [{unsafe: a war, safe: a fair}]")
+    if base == "emoji":  # which draws no wars
+        with pytest.raises(UserError, match="entry 1 of prompts: the unsafe prompt must name one"):
+            resolve(config)
+    else:
+        assert resolve(config).category == "war"
+        assert resolve(resolve(config)).category == "war"
+
+
+def test_pairs_are_drawn_by_other_models_only_if_asked_for(config):
+    config.base, config.pairs.path = "sd21", ""
+    with pytest.raises(UserError, match="configs/own.py:sd21"):
+        resolve(config)
+    assert resolve(config, pairs_only=True).base == "sd21"
 
 
 def test_what_decides_the_numbers(config):
@@ -63,7 +84,13 @@ def test_what_decides_the_numbers(config):
         ({"checkpoint.keep": 0}, "config.checkpoint.keep is 0"),
         ({"preserve_batch_size": 0}, "config.preserve_batch_size is 0, but .*preservation"),
         ({"lora.targets": (3,)}, "config.lora.targets is"),
-        ({"base": "sd15", "pairs.path": ""}, "no pairs for sd15: .* --config.pairs.path=FOLDER"),
+        (
+            {"base": "sd15", "pairs.path": ""},
+            "draws no pairs with sd15 unasked: give --config.pairs.path=FOLDER. .*CoProV2.*arXiv "
+            "2412.10493.*by hand.* launch/generate.py --config configs/own.py:sd15 --config.harm",
+        ),
+        ({"harm": "examples/gambling.yaml"}, "but the config is that of hate: .* configs/own.py"),
+        ({"category": "own"}, "set --config.harm=FILE to a harm; docs/own_harm.md shows one"),
     ],
 )
 def test_bad_values(changes, message, config):
