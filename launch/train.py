@@ -2,6 +2,7 @@
 
     python launch/train.py --config configs/hate.py
     python launch/train.py --config configs/hate.py --config.steps=800 --workdir runs/longer
+    safetydpo train --config hate  # the first, from the installed package
 
 Every value of the config can be set as --config.KEY=VALUE. The same command goes on after a kill.
 """
