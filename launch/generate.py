@@ -3,6 +3,7 @@ r"""Draws the pairs of a harm with the model to be aligned, and stops: no traini
     python launch/generate.py --config configs/own.py --config.harm=examples/gambling.yaml
     python launch/generate.py --config configs/own.py:sd15 --config.harm=FILE \
         --config.model=FOLDER --workdir runs/gambling
+    safetydpo generate --config own --config.harm=FILE  # from the installed package
 
 With a Stable Diffusion base it draws what the file asks for, harm included, and judges nothing. The
 same command goes on after a kill. It ends with WORKDIR/pairs, for --config.pairs.path.

@@ -1,6 +1,7 @@
 """Trains a small base model from pictures with captions: autoencoder, text encoder, UNet.
 
-    python launch/pretrain.py --config configs/emoji_base.py --workdir runs/emoji_base
+    python launch/pretrain.py --config configs/emoji_base.py
+    safetydpo pretrain --config emoji_base  # the same, from the installed package
 
 The same command goes on after a kill. It ends with WORKDIR/pipeline, a diffusers checkpoint.
 """

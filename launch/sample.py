@@ -3,6 +3,7 @@
     python launch/sample.py --model emoji --prompt "a photo of a red apple" --out pictures
     python launch/sample.py --model DIR --lora pytorch_lora_weights.safetensors \
         --prompts prompts.csv --out pictures
+    safetydpo sample ...  # the same, from the installed package
 
 The CSV has the columns prompt and image, where image is the name of the file to write (.png, .jpg),
 and may have seed; other columns are ignored. A picture that is already there is not drawn again, so

@@ -2,6 +2,7 @@
 
     python launch/train.py --config configs/hate.py
     python launch/train.py --config configs/hate.py --config.steps=800 --workdir runs/longer
+    safetydpo train --config hate  # the first, from the installed package
 
 Every value of the config can be set as --config.KEY=VALUE. The same command goes on after a kill.
 """
@@ -21,7 +22,7 @@ from safetydpo_jax.huge_pages import use_huge_pages
 def main() -> None:
     """Reads the command line and runs."""
     config, workdir = read_command_line(sys.argv, __doc__)
-    command = "python launch/train.py " + shlex.join(sys.argv[1:])
+    command = "safetydpo train " + shlex.join(sys.argv[1:])
     from safetydpo_jax.train.loop import run  # here, so that a wrong command is told at once
 
     run(config, workdir, command=command)

@@ -1,4 +1,4 @@
-"""The command line of the scripts that take a config: --config FILE, overrides, --workdir DIR."""
+"""The command line of the scripts that take a config: --config NAME, overrides, --workdir DIR."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,9 @@ from ml_collections import ConfigDict, config_flags
 
 from safetydpo_jax.errors import MissingFileError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+# Where configs/ and launch/ are: a wheel holds them in share/, a checkout in its root.
+_SHARE = Path(__file__).resolve().with_name("share")
+ROOT = _SHARE if _SHARE.is_dir() else _SHARE.parents[1]
 
 
 def read_command_line(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
@@ -36,15 +38,15 @@ def read_command_line(argv: list[str], description: str) -> tuple[ConfigDict, Pa
         raise SystemExit(0)
     if len(rest) > 1:
         raise UserError(
-            f"{rest[1]!r} is no flag: write --config FILE, --config.KEY=VALUE or --workdir DIR"
+            f"{rest[1]!r} is no flag: write --config NAME, --config.KEY=VALUE or --workdir DIR"
         )
     if values.config is None:
-        raise UserError("no config: give one, as in --config configs/hate.py")
+        raise UserError("no config: give one, as in --config hate")
     return values.config, Path(values.workdir or f"runs/{name}")
 
 
 def _config_first(arguments: list[str]) -> tuple[list[str], str]:
-    """`--config=FILE` before its overrides, FILE found here or in this repository; its name."""
+    """`--config=FILE` before its overrides, FILE a path or one of ours by name; the file's name."""
     for i, argument in enumerate(arguments):
         if argument in ("--config", "-config"):
             given, rest = arguments[i + 1 : i + 2], arguments[:i] + arguments[i + 2 :]
@@ -52,14 +54,16 @@ def _config_first(arguments: list[str]) -> tuple[list[str], str]:
             given, rest = [argument.split("=", 1)[1]], arguments[:i] + arguments[i + 1 :]
         else:
             continue
-        if not given:
-            raise UserError("--config is empty: give a file, as in --config configs/hate.py")
+        if not any(given):
+            raise UserError("--config is empty: give one, as in --config hate")
         path, colon, base = given[0].partition(":")
-        found = next((p for p in (Path(path), ROOT / path) if p.is_file()), None)
+        ours = ROOT / "configs"
+        candidates = (Path(path), ROOT / path, ours / f"{path}.py")
+        found = next((p for p in candidates if p.is_file()), None)
         if found is None:
-            names = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.stem != "common")
+            names = sorted({p.stem for p in ours.glob("*.py")} - {"__init__", "common"})
             raise MissingFileError(
-                f"{path}: no such config file; there are {', '.join(names)} in {ROOT / 'configs'}"
+                f"{path}: no such config; give a file, or one of {', '.join(names)} in {ours}"
             )
         return [f"--config={found}{colon}{base}", *rest], found.stem
     return arguments, ""

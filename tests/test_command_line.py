@@ -47,8 +47,9 @@ def test_overrides(first):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no config: give one, as in --config configs/hate.py"),
+        ([], "no config: give one, as in --config hate"),
         (["--config"], "--config is empty"),
+        (["--config="], "--config is empty"),
         (["--config=configs/hate.py:sd9"], r"hate.py:sd9: no such base; give one of emoji, sd15"),
         (["--config=configs/common.py"], "missing 1 required positional argument: 'category'"),
         (["--config.bogus=3"], "the config has no key 'bogus'"),
@@ -71,6 +72,30 @@ def test_bad_command_lines(arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_config():
-    with pytest.raises(MissingFileError, match=r"configs/nope.py: no such config file; .*hate.py"):
-        read("--config=configs/nope.py")
+def test_a_name_stands_for_one_of_our_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, workdir = read("--config", "self_harm")
+    assert (config.category, config.base, workdir) == ("self_harm", "emoji", Path("runs/self_harm"))
+    config, workdir = read("--config=hate:sd15", "--config.steps=7")
+    assert (config.base, config.steps, workdir) == ("sd15", 7, Path("runs/hate"))
+    Path("hate").mkdir()  # a folder is no config
+    assert read("--config=hate")[0].category == "hate"
+
+
+def test_a_path_as_given_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "configs" / "hate.py"
+    own.parent.mkdir()
+    own.write_text((ROOT / "configs" / "violence.py").read_text())
+    assert read("--config=configs/hate.py")[0].category == "violence"
+    assert read("--config=hate")[0].category == "hate"
+
+
+@pytest.mark.parametrize("given", ["nope", "nope:sd15", "configs/nope.py"])
+def test_a_missing_config(given):
+    name = given.removesuffix(":sd15")
+    names = "emoji_base, harassment, hate, illegal_activity, self_harm, sexual, shocking, violence"
+    message = f"{name}: no such config; give a file, or one of {names} in {ROOT / 'configs'}"
+    with pytest.raises(MissingFileError) as error:
+        read("--config", given)
+    assert str(error.value) == message

@@ -1,0 +1,1 @@
+"""One config a harm, and the embedded base model's. A package, lest another `configs` win."""
