@@ -13,7 +13,12 @@ from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.huge_pages import use_huge_pages
 
 LAUNCH = ROOT / "launch"
-COMMANDS = ("train", "generate", "sample", "pretrain")  # scripts in launch/; the others are maintainers'
+COMMANDS = (
+    "train",
+    "generate",
+    "sample",
+    "pretrain",
+)  # scripts in launch/; the others are maintainers'
 
 
 def main() -> None:

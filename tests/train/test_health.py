@@ -65,7 +65,7 @@ class Pipeline:
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     drawer = fakes.Drawer()
-    monkeypatch.setattr(health_module, "EmojiJudge", fakes.Judge)
+    monkeypatch.setattr(health_module, "EmojiJudge", lambda unsafe_names: fakes.Judge())
     monkeypatch.setattr(health_module, "detect", functools.partial(detect, draw=drawer))
     lines = []
 

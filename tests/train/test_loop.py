@@ -116,7 +116,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(step, run, tmp_path):
 @pytest.fixture
 def healthy(run, monkeypatch):
     """`run` with small evaluations at steps 4, 8 and 10, drawn by a fake."""
-    monkeypatch.setattr(health_module, "EmojiJudge", fakes.Judge)
+    monkeypatch.setattr(health_module, "EmojiJudge", lambda unsafe_names: fakes.Judge())
     monkeypatch.setattr(
         health_module, "detect", functools.partial(detect, draw=fakes.Drawer(), label="fake")
     )
