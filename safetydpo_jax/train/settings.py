@@ -5,6 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.train.losses import PREFERENCES
 from safetydpo_jax.train.state import OPTIMIZERS, SCHEDULES
 
 # The keys that decide the trained numbers: a checkpoint only goes on under the same ones.
@@ -94,6 +95,7 @@ def _check(config: ConfigDict) -> None:
         if not _value(config, key) > 0:
             raise UserError(f"config.{key} is {_value(config, key)}: it must be above 0")
     one_of = {
+        "loss.preference": tuple(PREFERENCES),
         "optimizer.name": OPTIMIZERS,
         "optimizer.schedule": SCHEDULES,
         "matmul_precision": ("float32", "tensorfloat32", "bfloat16"),
