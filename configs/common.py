@@ -33,6 +33,7 @@ RECIPES = {
     "paper": {
         "rows": "both",
         "loss": {
+            "preference": "dpo",
             "beta": 5000.0,
             "preservation": 0.0,
             "winner_anchor": 0.0,
@@ -48,6 +49,7 @@ RECIPES = {
     "anchored": {
         "rows": "unsafe_prompt",
         "loss": {
+            "preference": "dpo",
             "beta": 50.0,
             "preservation": 200.0,
             "winner_anchor": 18.0,
@@ -97,6 +99,9 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.recipe = "anchored"
     config.recipes = RECIPES
     config.loss = {
+        # Of a pair's margin: "dpo", "ipo", "hinge", or "winner_preserving" (safetydpo_jax/train/
+        # losses.py), which is DPO with less of the loser's gradient where that harms the winner.
+        "preference": config_dict.placeholder(str),
         "beta": config_dict.placeholder(float),
         "preservation": config_dict.placeholder(float),  # weight of |policy - reference|^2
         # Weight of |policy - reference under the winner's prompt|^2 on both pictures of the pair.

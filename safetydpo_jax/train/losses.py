@@ -1,22 +1,18 @@
 """The preference losses, as pure functions of squared errors and predictions.
 
-Source: Wallace et al. 2023, Diffusion-DPO (arXiv 2311.12908); for safety, with the safe picture as
-the winner, Liu et al. 2024, SafetyDPO (arXiv 2412.10493).
+Sources: Wallace et al. 2023, Diffusion-DPO (arXiv 2311.12908); for safety, with the safe picture as
+the winner, Liu et al. 2024, SafetyDPO (arXiv 2412.10493). Each preference loss is a function of a
+pair's margin; its own source stands with it.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import optax
+from jaxtyping import Array, Float
 
-
-class DPO(NamedTuple):
-    """Per example: the loss, the logit it is taken of, and whether the logit is positive."""
-
-    loss: Float[Array, "b"]
-    margin: Float[Array, "b"]
-    correct: Bool[Array, "b"]
+from safetydpo_jax.lora.adapters import Adapters
 
 
 def squared_error(
@@ -27,33 +23,84 @@ def squared_error(
     return jnp.mean(jnp.square(difference), axis=(1, 2, 3))
 
 
-def dpo_loss(
-    policy_winner: Float[Array, "b"],
-    policy_loser: Float[Array, "b"],
-    reference_winner: Float[Array, "b"],
-    reference_loser: Float[Array, "b"],
-    beta: float,
-) -> DPO:
-    """-log sigmoid(margin), with margin = -beta / 2 [(e_w - e_l) - (e_w_ref - e_l_ref)].
+def preference_margin(
+    winner: Float[Array, "b"], loser: Float[Array, "b"], beta: float
+) -> Float[Array, "b"]:
+    """-beta / 2 (winner - loser), above 0 where the policy prefers the winner.
 
-    Winner and loser share caption, timestep and noise. The mean over the batch is the caller's and
-    comes after the log-sigmoid.
+    It stands for beta h of the papers, h being log(policy / reference) of the winner less that of
+    the loser. Winner and loser share caption, timestep and noise. diffusers' training script leaves
+    out the half, so that its beta_dpo is half of this beta.
 
     Args:
-      policy_winner: squared error of the policy on the safe picture.
-      policy_loser: the same on the unsafe picture.
-      reference_winner: squared error of the frozen model on the safe picture.
-      reference_loser: the same on the unsafe picture.
+      winner: squared error on the safe picture, the policy's less the reference's. Near the start
+        the two are almost equal, so their difference is exact, where a difference of differences
+        would have been rounded twice.
+      loser: the same on the unsafe picture.
       beta: how sharply a preference counts.
 
     Example:
-      >>> one, half = jnp.ones(1), jnp.full(1, 0.5)
-      >>> float(dpo_loss(half, one, one, one, beta=4.0).margin[0])
+      >>> float(preference_margin(jnp.full(1, -0.5), jnp.zeros(1), beta=4.0)[0])
       1.0
     """
-    # Each picture against its own reference first: near the start the two are almost equal, so
-    # their difference is exact, where a difference of differences would have been rounded twice.
-    winner = policy_winner - reference_winner
-    loser = policy_loser - reference_loser
-    margin = -0.5 * beta * (winner - loser)
-    return DPO(-jax.nn.log_sigmoid(margin), margin, margin > 0)
+    return -0.5 * beta * (winner - loser)
+
+
+def dpo(margin: Float[Array, "b"]) -> Float[Array, "b"]:
+    """-log sigmoid(margin), the loss of Diffusion-DPO."""
+    return -jax.nn.log_sigmoid(margin)
+
+
+def ipo(margin: Float[Array, "b"]) -> Float[Array, "b"]:
+    """(margin - 1/2)^2: pulls every pair to one margin, and back from beyond it.
+
+    It is beta^2 times the published (h - 1 / (2 beta))^2 of Azar et al. 2023 (arXiv 2310.12036), so
+    that its scale beside the other terms does not hang on beta. diffusers' script, with beta_dpo =
+    beta / 2, has 4 times the published value: the same minimum.
+    """
+    return jnp.square(margin - 0.5)
+
+
+def hinge(margin: Float[Array, "b"]) -> Float[Array, "b"]:
+    """max(0, 1 - margin): a pair with a margin of 1 has no more say.
+
+    Source: Zhao et al. 2023, SLiC-HF (arXiv 2305.10425), here relative to the reference, as in Liu
+    et al. 2023, RSO (arXiv 2309.06657).
+    """
+    return jax.nn.relu(1 - margin)
+
+
+# What `config.loss.preference` may be. The mean over the batch is the caller's and comes after.
+# "winner_preserving" is DPO with its gradient put together by `preserve_winner`.
+PREFERENCES: dict[str, Callable[[Float[Array, "b"]], Float[Array, "b"]]] = {
+    "dpo": dpo,
+    "ipo": ipo,
+    "hinge": hinge,
+    "winner_preserving": dpo,
+}
+
+
+def preserve_winner(winner: Adapters, loser: Adapters) -> tuple[Adapters, Float[Array, ""]]:
+    """A preference loss's gradient with the loser's part scaled down where it harms the winner.
+
+    Source: the safeguard of Fu et al. 2025, Diffusion-SDPO (arXiv 2511.03317), which estimates the
+    scale in the space of the outputs. Here it is exact, from the gradients with respect to the
+    adapters, and one for the whole batch.
+
+    With G_w and G_l for the parts, a small step along -(G_w + s G_l) changes the winner's error by
+    a multiple of -(|G_w|^2 + s <G_w, G_l>). So to first order the error, averaged over this batch
+    with DPO's own weights, cannot rise if s = |G_w|^2 / -<G_w, G_l> where that is below 1, else 1.
+    Nothing is promised of other batches, of a large step, of one that an optimiser bends (Adam
+    gives each parameter its own rate and momentum), or once other terms' gradients are added.
+
+    Args:
+      winner: gradient of the loss through the winner's error alone.
+      loser: through the loser's alone.
+
+    Returns:
+      The gradient G_w + s G_l, and s, from 0 to 1.
+    """
+    squared, product = optax.tree.norm(winner, squared=True), optax.tree.vdot(winner, loser)
+    harmful = -product > squared  # then -product is above 0
+    scale = jnp.where(harmful, squared, 1.0) / jnp.where(harmful, -product, 1.0)
+    return optax.tree.add_scale(winner, scale, loser), scale

@@ -88,6 +88,7 @@ class MetricsLog:
                 "implicit_accuracy",
                 "winner_error",
                 "loser_error",
+                "loser_scale",
                 "winner_anchor",
                 "preservation",
                 "grad_norm",

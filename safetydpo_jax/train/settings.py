@@ -8,6 +8,7 @@ from safetydpo_jax.data.sources import two_ways
 from safetydpo_jax.emoji.own_harm import harm_of
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import read_harm
+from safetydpo_jax.train.losses import PREFERENCES
 from safetydpo_jax.train.state import OPTIMIZERS, SCHEDULES
 
 # The keys that decide the trained numbers: a checkpoint only goes on under the same ones.
@@ -132,6 +133,7 @@ def _check(config: ConfigDict) -> None:
         if not _value(config, key) > 0:
             raise UserError(f"config.{key} is {_value(config, key)}: it must be above 0")
     one_of = {
+        "loss.preference": tuple(PREFERENCES),
         "optimizer.name": OPTIMIZERS,
         "optimizer.schedule": SCHEDULES,
         "matmul_precision": ("float32", "tensorfloat32", "bfloat16"),

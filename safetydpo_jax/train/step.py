@@ -1,5 +1,6 @@
 """One update of the adapters, compiled for the whole mesh."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,28 +16,36 @@ from safetydpo_jax import sharding
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora.adapters import Adapters, scaled
-from safetydpo_jax.train.losses import dpo_loss, squared_error
+from safetydpo_jax.train.losses import (
+    PREFERENCES,
+    preference_margin,
+    preserve_winner,
+    squared_error,
+)
 from safetydpo_jax.train.noise import noisy_rows, row_keys
 from safetydpo_jax.train.state import TrainState, learning_rate, make_optimizer
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Float[Array, ""]]
-LossFn = Callable[[Adapters, Any, Batch, Float[Array, "t d"]], tuple[Float[Array, ""], Metrics]]
+Parts = dict[str, Float[Array, ""]]
+LossFn = Callable[[Adapters, Any, Batch, Float[Array, "t d"]], tuple[Parts, Metrics]]
 
 
 def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh: Mesh) -> LossFn:
     """The loss of one batch as a function of the adapters; arguments as of `make_train_step`.
 
     Returns:
-      `loss(adapters, base_params, batch, null_embeds) -> (loss, metrics)`.
+      `loss(adapters, base_params, batch, null_embeds) -> (parts, metrics)`, the parts as
+      `part_names` has them.
     """
     weights = config.loss
+    preference = PREFERENCES[weights.preference]
     # threefry is the one generator whose values do not depend on vmap or sharding.
     seed = jax.random.key(config.seed, impl="threefry2x32")
 
     def loss(
         adapters: Adapters, base_params: Any, batch: Batch, null_embeds: Float[Array, "t d"]
-    ) -> tuple[Float[Array, ""], Metrics]:
+    ) -> tuple[Parts, Metrics]:
         pairs = noisy_rows(
             row_keys(seed, batch["row_id"], batch["draw"]),
             [batch["winner"], batch["loser"]],
@@ -82,15 +91,14 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
         ends = [len(pairs.timesteps), 2 * len(pairs.timesteps)]
         winner, loser, preserved = jnp.split(policy, ends)
         winner_ref, loser_ref, preserved_ref = jnp.split(reference, ends)
-        winner_error, loser_error, winner_error_ref, loser_error_ref = (
-            squared_error(output, target)
-            for output, target in zip(
-                (winner, loser, winner_ref, loser_ref), pairs.targets * 2, strict=True
+        winner_error, loser_error = (
+            squared_error(output, target) - squared_error(output_ref, target)
+            for output, output_ref, target in zip(
+                (winner, loser), (winner_ref, loser_ref), pairs.targets, strict=True
             )
         )
-        dpo = dpo_loss(winner_error, loser_error, winner_error_ref, loser_error_ref, weights.beta)
-        terms = {"dpo_loss": dpo.loss.mean()}
-        total = terms["dpo_loss"]
+        margin = preference_margin(winner_error, loser_error, weights.beta)
+        terms, others = {"preference_loss": preference(margin).mean()}, []
         if weights.winner_anchor > 0:
             # What is to be drawn instead of the loser: the base's own answers under the winner's
             # prompt, on both pictures. The true noise is known for the winner only, and varies.
@@ -100,20 +108,43 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
             wanted = reference_of([(x, pairs.timesteps, prompts) for x in pairs.latents])
             drawn = jnp.concatenate([winner, loser])
             terms["winner_anchor"] = squared_error(drawn, wanted).mean()
-            total += weights.winner_anchor * terms["winner_anchor"]
+            others.append(weights.winner_anchor * terms["winner_anchor"])
         if weights.preservation > 0:
             terms["preservation"] = squared_error(preserved, preserved_ref).mean()
-            total += weights.preservation * terms["preservation"]
-        return total, {
-            "loss": total,
+            others.append(weights.preservation * terms["preservation"])
+        parts = {"loss": sum(others, start=terms["preference_loss"])}
+        metrics = {
+            **parts,
             **terms,
-            "margin": dpo.margin.mean(),
-            "implicit_accuracy": dpo.correct.mean(),
-            "winner_error": (winner_error - winner_error_ref).mean(),
-            "loser_error": (loser_error - loser_error_ref).mean(),
+            "margin": margin.mean(),
+            "implicit_accuracy": (margin > 0).mean(),
+            "winner_error": winner_error.mean(),
+            "loser_error": loser_error.mean(),
         }
+        if weights.preference == "winner_preserving":
+            # The same loss twice, each time with one of the two errors held still.
+            still = jax.lax.stop_gradient
+            of_winner = preference_margin(winner_error, still(loser_error), weights.beta)
+            of_loser = preference_margin(still(winner_error), loser_error, weights.beta)
+            parts = {"winner": preference(of_winner).mean(), "loser": preference(of_loser).mean()}
+            if others:
+                parts["others"] = sum(others)
+        return parts, metrics
 
     return loss
+
+
+def part_names(config: ConfigDict) -> tuple[str, ...]:
+    """What of the loss has a gradient of its own.
+
+    That is "loss", the whole. With "winner_preserving" it is the preference loss as a function of
+    the "winner" alone and of the "loser" alone, and the "others" among the terms, if there are any.
+    """
+    weights = config.loss
+    if weights.preference != "winner_preserving":
+        return ("loss",)
+    others = weights.winner_anchor > 0 or weights.preservation > 0
+    return ("winner", "loser", "others") if others else ("winner", "loser")
 
 
 def make_train_step(
@@ -133,7 +164,7 @@ def make_train_step(
       preserve_batch_size * accumulation preserve rows; null_embeds (t, d) is the empty prompt. The
       gradient is the mean over the accumulated batches, that of one big batch. Metrics are float32
       scalars: the terms unweighted, "winner_error" and "loser_error" the policy's minus the
-      reference's, "grad_norm" before clipping.
+      reference's, "loser_scale" that of `losses.preserve_winner`, "grad_norm" before clipping.
 
     Raises:
       UserError: the batch does not divide over the mesh, or the timestep range is empty.
@@ -152,23 +183,38 @@ def make_train_step(
         mesh, batch_size=config.batch_size, preserve_batch_size=config.preserve_batch_size
     )
     optimizer, rate, k = make_optimizer(config), learning_rate(config), config.accumulation
-    gradient_of = jax.grad(make_loss(unet, schedule, config, mesh), has_aux=True)
+    loss, names = make_loss(unet, schedule, config, mesh), part_names(config)
 
     def step(
         state: TrainState, base_params: Any, batch: Batch, null_embeds: Float[Array, "t d"]
     ) -> tuple[TrainState, Metrics]:
-        def accumulate(total: Adapters, microbatch: Batch) -> tuple[Adapters, Metrics]:
-            gradient, metrics = gradient_of(state.adapters, base_params, microbatch, null_embeds)
-            return jax.tree.map(jnp.add, total, gradient), metrics
+        def gradients_of(batch: Batch) -> tuple[dict[str, Adapters], Metrics]:
+            """Of each part: one forward pass for all, a backward pass for each."""
+            _, pull_back, metrics = jax.vjp(
+                lambda adapters: loss(adapters, base_params, batch, null_embeds),
+                state.adapters,
+                has_aux=True,
+            )
+            one_hots = {part: {x: jnp.float32(x == part) for x in names} for part in names}
+            return {part: pull_back(one_hot)[0] for part, one_hot in one_hots.items()}, metrics
+
+        def accumulate(totals: dict[str, Adapters], microbatch: Batch) -> tuple[Any, Metrics]:
+            gradients, metrics = gradients_of(microbatch)
+            return jax.tree.map(jnp.add, totals, gradients), metrics
 
         if k == 1:  # in a loop, even of one turn, XLA's CPU backend takes twice as long
-            gradient, metrics = gradient_of(state.adapters, base_params, batch, null_embeds)
+            gradients, metrics = gradients_of(batch)
         else:
             microbatches = jax.tree.map(lambda x: split_microbatches(x, k), batch)
-            zeros = jax.tree.map(jnp.zeros_like, state.adapters)
-            total, metrics = jax.lax.scan(accumulate, zeros, microbatches)
-            gradient = jax.tree.map(lambda x: x / k, total)
+            zeros = {part: jax.tree.map(jnp.zeros_like, state.adapters) for part in names}
+            totals, metrics = jax.lax.scan(accumulate, zeros, microbatches)
+            gradients = jax.tree.map(lambda x: x / k, totals)
             metrics = jax.tree.map(lambda x: x.mean(0), metrics)
+        if "loser" in gradients:
+            gradients["winner"], metrics["loser_scale"] = preserve_winner(
+                gradients["winner"], gradients.pop("loser")
+            )
+        gradient = functools.reduce(optax.tree.add, gradients.values())
         metrics |= {"grad_norm": optax.tree.norm(gradient), "lr": jnp.float32(rate(state.step))}
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.adapters)
         adapters = optax.apply_updates(state.adapters, updates)

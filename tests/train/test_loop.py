@@ -19,7 +19,7 @@ from safetydpo_jax.train import loop
 from tests.evaluate import fakes
 
 EXPORT = pathlib.Path("export") / "pytorch_lora_weights.safetensors"
-TERMS = {"loss", "dpo_loss", "preservation", "winner_anchor"}
+TERMS = {"loss", "preference_loss", "preservation", "winner_anchor"}
 LOGGED = TERMS | {"margin", "implicit_accuracy", "winner_error", "loser_error", "grad_norm", "lr"}
 
 
@@ -91,6 +91,12 @@ def test_a_whole_run(run, small, tmp_path):
     assert "compile" not in again
     assert (workdir / EXPORT).read_bytes() == before
     assert logged_steps(workdir) == steps
+
+
+def test_the_losers_scale_is_shown_and_logged(run, tmp_path):
+    said = run(steps=2, **{"loss.preference": "winner_preserving"})
+    assert len(re.findall(r"^step \d/2: .* loser_scale [01]", said, re.M)) == 2
+    assert all(0 < line["loser_scale"] <= 1 for line in logged_steps(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("step", [2, 5, 10])

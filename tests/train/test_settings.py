@@ -76,6 +76,10 @@ def test_what_decides_the_numbers(config):
         ({"loss.preservation_dropout": -0.1}, "config.loss.preservation_dropout is -0.1"),
         ({"loss.beta": -1.0}, "config.loss.beta is -1.0: it must be above 0"),
         ({"loss.beta": float("nan")}, "config.loss.beta is nan"),
+        (
+            {"loss.preference": "kto"},
+            "loss.preference is 'kto': .*dpo, ipo, hinge, winner_preserving",
+        ),
         ({"loss.preservation": -2.0}, "config.loss.preservation is -2.0"),
         ({"optimizer.learning_rate": 0.0}, "config.optimizer.learning_rate is 0.0"),
         ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear': .*constant, cosine"),

@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.train.noise import noisy_rows, row_keys
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
-from safetydpo_jax.train.step import make_loss, make_train_step
+from safetydpo_jax.train.step import make_loss, make_train_step, part_names
 
 
 def mesh_of(count):
@@ -36,24 +38,50 @@ def draws(batch, count):
     return [{**batch, "draw": batch["draw"] + np.uint32(i)} for i in range(count)]
 
 
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
 def distance(x, y):
     """Relative difference of two trees, by norm."""
-    x, y = (np.concatenate([np.ravel(v) for v in jax.tree.leaves(tree)]) for tree in (x, y))
+    x, y = flat(x), flat(y)
     return np.linalg.norm(x - y) / np.linalg.norm(y)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "anchored"])
-def test_policy_is_the_reference_at_the_start(recipe, config, small, batch, null_embeds):
+def one_step(config, small, adapters, batch, null_embeds, devices=1):
+    """The gradient of a step, of which Adam's first moment is the share 1 - b1, and its metrics."""
+    config.optimizer.clip_norm = 1e9
+    config = resolve(config)
+    [state], [metrics] = train(small, config, adapters, [batch], null_embeds, devices)
+    return jax.tree.map(lambda x: x / (1 - config.optimizer.b1), state.opt_state[1][0].mu), metrics
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preference", "at_zero"),
+    [
+        ("paper", "dpo", np.log(2)),
+        ("anchored", "dpo", np.log(2)),
+        ("paper", "ipo", 0.25),
+        ("paper", "hinge", 1.0),
+        ("anchored", "winner_preserving", np.log(2)),
+    ],
+)
+def test_policy_is_the_reference_at_the_start(
+    recipe, preference, at_zero, config, small, batch, null_embeds
+):
     config.recipe, config.batch_size, config.preserve_batch_size = recipe, 32, 32
-    config.loss.beta = 5000.0
+    config.loss.beta, config.loss.preference = 5000.0, preference
     config = resolve(config)
     adapters = lora.init_adapters(
         jax.random.key(0), small.unet_params, rank=2, targets=config.lora.targets
     )
     _, [metrics] = train(small, config, adapters, [batch], null_embeds)
     assert abs(metrics["margin"]) < 1e-3
-    assert abs(metrics["dpo_loss"] - np.log(2)) < 1e-3
+    assert abs(metrics["preference_loss"] - at_zero) < 1e-3
     assert metrics["grad_norm"] > 0
+    if preference == "winner_preserving":
+        assert 0 < metrics.pop("loser_scale") <= 1
+    assert "loser_scale" not in metrics
     for term in ("preservation", "winner_anchor"):
         assert (term in metrics) == (recipe == "anchored")
 
@@ -97,6 +125,95 @@ def test_devices_and_accumulation_change_nothing(
     assert distance(states[0].opt_state[1][0].mu, expected[0].opt_state[1][0].mu) < 1e-5
     assert distance(states[-1].adapters, expected[-1].adapters) < 1e-3
     assert distance(expected[-1].adapters, adapters) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def strong_losers(batch):
+    """The batch with losers so far out that their gradient is the stronger."""
+    return {**batch, "loser": {**batch["loser"], "mean": 5 * batch["loser"]["mean"]}}
+
+
+@pytest.fixture(scope="module")
+def apart(small, adapters, strong_losers, null_embeds):
+    """Flat gradients: through the winner, through the loser, of other terms; and DPO's, whole."""
+    config = common.get_config("hate")
+    config.lora.rank = 2
+    gradients = []
+    for preference in ("winner_preserving", "dpo"):
+        config.loss.preference = preference
+        loss = make_loss(small.unet, small.schedule, resolve(config), mesh_of(1))
+        gradient_of = jax.jit(jax.jacrev(loss, has_aux=True))
+        parts, _ = gradient_of(adapters, small.unet_params, strong_losers, null_embeds)
+        gradients += [parts[name] for name in part_names(resolve(config))]
+    return [flat(tree) for tree in gradients]
+
+
+def test_the_parts_add_up_to_dpo(apart):
+    winner, loser, others, whole = apart
+    assert distance(winner + loser + others, whole) < 1e-5
+    assert min(distance(x + y, whole) for x, y in combinations(apart[:3], 2)) > 1e-2
+
+
+@pytest.mark.parametrize(("devices", "size", "accumulation"), [(1, 32, 1), (8, 32, 1), (1, 8, 4)])
+def test_the_losers_scale_is_of_the_whole_batch(
+    devices, size, accumulation, config, small, adapters, strong_losers, null_embeds, apart
+):
+    winner, loser, others, _ = apart
+    scale = winner @ winner / -(winner @ loser)
+    assert 0 < scale < 0.9
+    config.loss.preference = "winner_preserving"
+    config.batch_size = config.preserve_batch_size = size
+    config.accumulation = accumulation
+    gradient, metrics = one_step(config, small, adapters, strong_losers, null_embeds, devices)
+    np.testing.assert_allclose(metrics["loser_scale"], scale, rtol=1e-4)
+    assert distance(gradient, winner + scale * loser + others) < 1e-5
+
+
+def test_winner_preserving_leaves_the_winner(config, small, adapters, strong_losers, null_embeds):
+    """Where a small step of DPO's makes the winner's error rise, this one's does not."""
+    beta = 50.0
+    config.recipe, config.loss.beta, config.batch_size = "paper", beta, 32
+    config.loss.caption_dropout = 0.0
+    rows = noisy_rows(
+        row_keys(jax.random.key(config.seed), strong_losers["row_id"], strong_losers["draw"]),
+        [strong_losers["winner"], strong_losers["loser"]],
+        strong_losers["prompt_embeds"],
+        null_embeds,
+        small.schedule,
+        t_min=0,
+        t_max=1000,
+        caption_dropout=0.0,
+    )
+
+    @jax.jit
+    def errors(adapters):
+        """Of each row's winner and loser."""
+        variables = {"params": small.unet_params, "lora": lora.scaled(adapters, 2.0, 2)}
+        outputs = [
+            small.unet.apply(variables, x, rows.timesteps, rows.prompt_embeds) for x in rows.latents
+        ]
+        return jnp.square(jnp.stack(outputs) - jnp.stack(rows.targets)).mean((2, 3, 4))
+
+    excess = errors(adapters) - errors(jax.tree.map(jnp.zeros_like, adapters))
+    margin = -beta / 2 * (excess[0] - excess[1])
+    weights = 1 / (1 + np.exp(margin))
+
+    def rises(preference):
+        """How fast DPO's weighted errors of winner and loser rise along the step."""
+        config.loss.preference = preference
+        gradient, _ = one_step(config, small, adapters, strong_losers, null_embeds)
+        size = 1e-2 / np.linalg.norm(flat(gradient))
+        back, ahead = (
+            errors(jax.tree.map(lambda x, g, s=s: x - s * g, adapters, gradient))
+            for s in (-size, size)
+        )
+        return (ahead - back) @ weights / (2 * size)
+
+    winner, loser = rises("dpo")
+    assert 0 < winner < loser
+    kept, loser = rises("winner_preserving")
+    assert abs(kept) < 1e-2 * winner
+    assert loser > 0
 
 
 def test_noise_belongs_to_the_row(small, batch, null_embeds):
@@ -199,7 +316,7 @@ def test_each_term_has_its_weight(config, one_big_batch):
     weights = resolve(config).loss
     for terms in one_big_batch[1]:
         expected = (
-            terms["dpo_loss"]
+            terms["preference_loss"]
             + weights.winner_anchor * terms["winner_anchor"]
             + weights.preservation * terms["preservation"]
         )
