@@ -94,7 +94,9 @@ def test_a_path_as_given_comes_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["nope", "nope:sd15", "configs/nope.py"])
 def test_a_missing_config(given):
     name = given.removesuffix(":sd15")
-    names = "emoji_base, harassment, hate, illegal_activity, own, self_harm, sexual, shocking, violence"
+    names = (
+        "emoji_base, harassment, hate, illegal_activity, own, self_harm, sexual, shocking, violence"
+    )
     message = f"{name}: no such config; give a file, or one of {names} in {ROOT / 'configs'}"
     with pytest.raises(MissingFileError) as error:
         read("--config", given)
