@@ -27,6 +27,7 @@ def test_the_example():
         (
             HarmPair("slot machine", "television"),
             HarmPair("dice", "gift"),
+            HarmPair("flying money", "envelope"),
             HarmPair("money bag", "backpack", held_out=True),
         ),
     )
