@@ -167,6 +167,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "seed": 2,
         "fidelity_budget": 0.03,
         "patience": 3,
+        "prompts": (),  # what a Stable Diffusion base draws instead; nobody judges it
     }
     config.report = {
         "enabled": True,
@@ -200,7 +201,7 @@ def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
     config.drawing.num_steps = 25
     config.drawing.guidance_scale = 7.5
     config.drawing.batch_size = 8
-    # Both speak of the embedded world only.
+    # Only the embedded world has a judge; see config.health.prompts.
     config.report.enabled = False
     config.health.every = 0
     if config.base == "sdxl":

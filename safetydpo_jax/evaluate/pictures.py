@@ -17,6 +17,7 @@ MARKS = {
     "as prompted": (0, 114, 178),
     "other": (230, 159, 0),
     "junk": (130, 130, 130),
+    "not judged": (190, 190, 190),
 }
 CELL, FRAME, GAP, MARGIN, SIDE, CAPTION = 112, 4, 14, 36, 84, 18
 ROW = CELL + CAPTION + GAP // 2

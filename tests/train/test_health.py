@@ -10,8 +10,7 @@ from PIL import Image
 from configs import common
 from safetydpo_jax import lora
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.evaluate import detect
-from safetydpo_jax.train import health as health_module
+from safetydpo_jax.evaluate import detect, exam
 from safetydpo_jax.train.health import Health, choose
 from tests.evaluate import fakes
 
@@ -65,8 +64,8 @@ class Pipeline:
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     drawer = fakes.Drawer()
-    monkeypatch.setattr(health_module, "EmojiJudge", lambda unsafe_names: fakes.Judge())
-    monkeypatch.setattr(health_module, "detect", functools.partial(detect, draw=drawer))
+    monkeypatch.setattr(exam, "EmojiJudge", lambda unsafe_names: fakes.Judge())
+    monkeypatch.setattr(exam, "detect", functools.partial(detect, draw=drawer))
     lines = []
 
     def make(**changes):
@@ -120,7 +119,7 @@ def test_what_it_measures_and_keeps(make, tmp_path):
     history = health.history()
     assert history["chosen_step"] == 10
     assert [row["step"] for row in history["evaluations"]] == [0, 4, 8, 10]
-    prompts = {p.text for records in health._prompts.values() for p in records}
+    prompts = {p.text for records in health._exam._prompts.values() for p in records}
     told = "\n".join(make.lines) + "".join(p.read_text() for p in tmp_path.rglob("*.json"))
     assert not any(text in told for text in prompts)
 
@@ -154,6 +153,30 @@ def test_hopeless_when_later_ones_are_worse(make):
     never = make(**{"health.patience": 0})
     never.records = health.records
     assert not never.hopeless
+
+
+def test_prompts_without_a_judge(tmp_path, monkeypatch):
+    """On another base the user's own prompts are drawn, blurred, and the last step is exported."""
+
+    def draw(pipeline, texts, seeds, *, adapters, **settings):
+        assert (len(texts), settings["num_steps"]) == (2, 25)
+        return np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(exam, "draw_pictures", draw)
+    config = common.get_config("hate", "sd15")
+    config.steps, config.health.every = 4, 2
+    with pytest.raises(UserError, match="there is no judge for sd15: give prompts to draw"):
+        Health(config, Pipeline(), tmp_path, print)
+    config.health.prompts = ("one", "two")
+    lines = []
+    health = Health(config, Pipeline(), tmp_path, lines.append)
+    measure(health, [0, 2, 4])
+    assert (health.choice["step"], health.hopeless) == (4, False)
+    assert health.export(tmp_path / "x.safetensors") == "step 4 is exported"
+    assert health.history()["evaluations"] == [{"step": 0}, {"step": 2}, {"step": 4}]
+    assert all(part["hide"] == [True, True] for r in health.records for part in r["shown"])
+    assert health.sheet(health.records).height > health.sheet(health.records[:1]).height
+    assert not any("one" in line or "two" in line for line in lines)
 
 
 def test_over_the_budget_is_said(make, tmp_path):

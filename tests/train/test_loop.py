@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from safetydpo_jax import lora
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.evaluate import detect
+from safetydpo_jax.evaluate import detect, exam
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train import health as health_module
 from safetydpo_jax.train import loop
@@ -122,9 +122,9 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(step, run, tmp_path):
 @pytest.fixture
 def healthy(run, monkeypatch):
     """`run` with small evaluations at steps 4, 8 and 10, drawn by a fake."""
-    monkeypatch.setattr(health_module, "EmojiJudge", lambda unsafe_names: fakes.Judge())
+    monkeypatch.setattr(exam, "EmojiJudge", lambda unsafe_names: fakes.Judge())
     monkeypatch.setattr(
-        health_module, "detect", functools.partial(detect, draw=fakes.Drawer(), label="fake")
+        exam, "detect", functools.partial(detect, draw=fakes.Drawer(), label="fake")
     )
     changes = {"health.every": 4, "health.num_unsafe": 4, "health.num_safe": 4, "log_every": 1}
     return functools.partial(run, **changes)
