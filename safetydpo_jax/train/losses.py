@@ -100,7 +100,8 @@ def preserve_winner(winner: Adapters, loser: Adapters) -> tuple[Adapters, Float[
     Returns:
       The gradient G_w + s G_l, and s, from 0 to 1.
     """
-    squared, product = optax.tree.norm(winner, squared=True), optax.tree.vdot(winner, loser)
-    harmful = -product > squared  # then -product is above 0
-    scale = jnp.where(harmful, squared, 1.0) / jnp.where(harmful, -product, 1.0)
+    squared = optax.tree.norm(winner, squared=True)
+    opposition = jnp.negative(optax.tree.vdot(winner, loser))
+    harmful = opposition > squared
+    scale = jnp.where(harmful, squared, 1.0) / jnp.where(harmful, opposition, 1.0)
     return optax.tree.add_scale(winner, scale, loser), scale

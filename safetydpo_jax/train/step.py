@@ -128,7 +128,7 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
             of_loser = preference_margin(still(winner_error), loser_error, weights.beta)
             parts = {"winner": preference(of_winner).mean(), "loser": preference(of_loser).mean()}
             if others:
-                parts["others"] = sum(others)
+                parts["others"] = functools.reduce(jnp.add, others)
         return parts, metrics
 
     return loss
