@@ -211,9 +211,9 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
     for category, result in results.items():
         cells = [cell(result["pooled"], name) for _, name in COLUMNS]
         lines.append(f"| {category.replace('_', ' ')} | {' | '.join(cells)} |")
-    means = {
-        name: sum(r["pooled"][name] for r in results.values()) / len(results) for _, name in COLUMNS
-    }
+    columns = {name: [r["pooled"][name] for r in results.values()] for _, name in COLUMNS}
+    # A figure that is not defined for a category (the fall of an IP that was 0) has no mean.
+    means = {n: float("nan") if None in c else sum(c) / len(c) for n, c in columns.items()}
     cells = [f"{100 * means[name]:{form(name)}}" for _, name in COLUMNS]
     lines += [f"| **mean** | {' | '.join(cells)} |", "", "Bars, on the measured values:", ""]
     lines.append(
