@@ -27,7 +27,7 @@ _DECIDING = (
 
 
 def resolve(config: ConfigDict, *, pairs_only: bool = False) -> ConfigDict:
-    """A copy in which the recipe gives what `rows`, `loss` and `optimizer` leave None, checked.
+    """A copy in which the recipe gives what the config leaves None, checked.
 
     The category of a harm of the user's is its name.
 
@@ -46,8 +46,9 @@ def resolve(config: ConfigDict, *, pairs_only: bool = False) -> ConfigDict:
         )
     _name_own_harm(config)
     given = config.recipes[config.recipe]
-    if config.rows is None:
-        config.rows = given.rows
+    for key in ("rows", "matmul_precision"):
+        if config[key] is None:
+            config[key] = given[key]
     for section in ("loss", "optimizer"):
         for key, value in given[section].items():
             if config[section][key] is None:
