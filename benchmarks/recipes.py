@@ -38,7 +38,7 @@ CURVES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "the recipe": ({}, {"anchored": {}}),
     "beta": ({}, {f"beta-{v:g}": {"loss.beta": v} for v in (5.0, 500.0, 5000.0)}),
     "winner anchor": (
-        {}, {f"anchor-{v:g}": {"loss.winner_anchor": v} for v in (0.0, 6.0, 54.0)}
+        {}, {f"anchor-{v:g}": {"loss.winner_anchor": v} for v in (0.0, 8.0, 72.0)}
     ),
     "preservation": (
         {}, {f"preservation-{v:g}": {"loss.preservation": v} for v in (20.0, 70.0, 600.0)}
@@ -52,11 +52,11 @@ CURVES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "steps": ({}, {f"steps-{v}": {"steps": v} for v in (125, 250, 1000)}),
-    "rank": ({}, {f"rank-{v}": {"lora.rank": v} for v in (1, 2, 16)}),
+    "rank": ({}, {f"rank-{v}": {"lora.rank": v} for v in (2, 4, 16)}),
     "learning rate": (
-        {}, {f"lr-{v:g}": {"optimizer.learning_rate": v} for v in (2e-3, 6e-3, 4e-2)}
+        {}, {f"lr-{v:g}": {"optimizer.learning_rate": v} for v in (1e-3, 3e-3, 2e-2)}
     ),
-    "least timestep": ({}, {f"t-min-{v}": {"loss.t_min": v} for v in (0, 400)}),
+    "least timestep": ({}, {f"t-min-{v}": {"loss.t_min": v} for v in (200, 400)}),
     "rows": ({}, {f"rows-{v}": {"rows": v} for v in ("both", "safe_prompt")}),
     "preference": (
         {}, {f"{v}": {"loss.preference": v} for v in ("ipo", "hinge", "winner_preserving")}
