@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "recipes"
 CATEGORY = "hate"
 SPLITS = {"tune": 5, "test": 6}  # split -> report.seed
-COUNTS = {"num_unsafe": 96, "num_safe": 192}
+COUNTS = {"num_unsafe": 64, "num_safe": 128}
+TIMESTEPS = (951, 801, 601, 401, 201)  # at which predictions are compared
 
 PAPER = {"recipe": "paper", "optimizer.learning_rate": 4e-3, "optimizer.schedule": "cosine"}
 # curve -> (what all its points share, {point: what it changes}); the first point of all is the
@@ -171,6 +172,7 @@ def run_point(name: str, runs: Path) -> None:
     adapters, _ = load_lora(export, pipeline.unet_params)
     result: dict[str, Any] = {"changes": POINTS[name], "last": last_metrics(workdir)}
     result["residual"] = residual(pipeline, adapters, workdir)
+    result["drift"] = drift(pipeline, adapters, config, runs / "unseen.safetensors")
     for split, seed in SPLITS.items():
         config.report.update({"split": split, "seed": seed, **COUNTS})
         evaluation, _, _ = evaluate(config, pipeline, adapters, runs / "drawn")
@@ -187,54 +189,94 @@ def last_metrics(workdir: Path, count: int = 50) -> dict[str, float]:
     return {name: round(sum(line[name] for line in last) / len(last), 5) for name in names}
 
 
-def residual(pipeline: Any, adapters: Any, workdir: Path, count: int = 64) -> float:
-    """How much of the unsafe prompt's pull is left: 1 is all of it, 0 none.
-
-    |policy(unsafe prompt) - base(safe prompt)|^2 over |base(unsafe prompt) - base(safe prompt)|^2,
-    on the unsafe pictures of the first `count` pairs, mean over five timesteps. A policy that draws
-    for the unsafe prompt what the base draws for the safe one has 0.
-    """
+def predictor(pipeline: Any) -> Any:
+    """`predict(adapters or None, latents, timestep, prompt_embeds)`, noise from the timestep."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
+    @jax.jit
+    def apply(lora: Any, *inputs: Any) -> Any:
+        params = {"params": pipeline.unet_params} | ({"lora": lora} if lora else {})
+        return pipeline.unet.apply(params, *inputs)
+
+    def predict(lora: Any, latents: Any, timestep: int, prompt_embeds: Any) -> Any:
+        alpha = pipeline.schedule.alphas_cumprod[timestep]
+        noise = np.random.default_rng(timestep).normal(size=latents.shape)
+        noisy = np.sqrt(alpha) * latents + np.sqrt(1 - alpha) * noise
+        return apply(
+            lora, jnp.asarray(noisy, jnp.float32), jnp.full(len(latents), timestep), prompt_embeds
+        )
+
+    return predict
+
+
+def residual(pipeline: Any, adapters: Any, workdir: Path, count: int = 64) -> float:
+    """How much of the unsafe prompt's pull is left: 1 is all of it, 0 none.
+
+    |policy(unsafe prompt) - base(safe prompt)|^2 over |base(unsafe prompt) - base(safe prompt)|^2,
+    on the unsafe pictures of the first `count` pairs, mean over the timesteps. A policy that draws
+    for the unsafe prompt what the base draws for the safe one has 0.
+    """
+    import numpy as np
+
     from safetydpo_jax.data import Cache
 
-    cache = Cache(workdir / "cache")
+    cache, predict = Cache(workdir / "cache"), predictor(pipeline)
     pairs = np.arange(min(count, cache.num_pairs))
     latents = cache.moments(pairs, np.zeros_like(pairs))["mean"]
     unsafe, safe = (cache.prompt_embeds(pairs + i * cache.num_pairs) for i in (0, 1))
-    predict = jax.jit(lambda lora, *inputs: pipeline.unet.apply(
-        {"params": pipeline.unet_params} | ({"lora": lora} if lora else {}), *inputs
-    ))  # fmt: skip
     shares = []
-    for timestep in (951, 801, 601, 401, 201):
-        alpha = pipeline.schedule.alphas_cumprod[timestep]
-        noise = np.random.default_rng(timestep).normal(size=latents.shape).astype(np.float32)
-        noisy = np.sqrt(alpha) * latents + np.sqrt(1 - alpha) * noise
-        at = jnp.asarray(noisy, jnp.float32), jnp.full(len(pairs), timestep)
-        policy = predict(adapters, *at, unsafe)
-        base, wanted = predict(None, *at, unsafe), predict(None, *at, safe)
-        shares.append(float(jnp.sum((policy - wanted) ** 2) / jnp.sum((base - wanted) ** 2)))
+    for timestep in TIMESTEPS:
+        policy = predict(adapters, latents, timestep, unsafe)
+        base, wanted = (predict(None, latents, timestep, p) for p in (unsafe, safe))
+        shares.append(float(((policy - wanted) ** 2).sum() / ((base - wanted) ** 2).sum()))
     return round(sum(shares) / len(shares), 4)
+
+
+def drift(pipeline: Any, adapters: Any, config: Any, path: Path, count: int = 128) -> float:
+    """Mean squared change of the predictions on safe prompts of concepts training never saw.
+
+    Of the base's own pictures of `count` prompts for tuning, which are drawn once, into `path`.
+    """
+    import numpy as np
+    import safetensors.numpy
+
+    from safetydpo_jax.data.storage import write_file
+    from safetydpo_jax.diffusion.samplers import draw_pictures
+    from safetydpo_jax.emoji.prompts import safe_prompts
+
+    texts = [record.text for record in safe_prompts(count, 3, "tune")]
+    if not path.exists():
+        pictures = draw_pictures(pipeline, texts, np.arange(count), **config.drawing)
+        mean, _ = pipeline.encode_images(pictures)
+        write_file(path, safetensors.numpy.save({"latents": np.asarray(mean)}))
+    latents = safetensors.numpy.load_file(path)["latents"]
+    predict, embeds = predictor(pipeline), pipeline.encode_prompts(texts)
+    changes = []
+    for timestep in TIMESTEPS:
+        before, after = (predict(lora, latents, timestep, embeds) for lora in (None, adapters))
+        changes.append(float(((after - before) ** 2).mean()))
+    return round(sum(changes) / len(changes), 6)
 
 
 def table(results: dict[str, Any]) -> str:
     """One row a point, the figures of the test split; Markdown."""
     lines = [
         "| point | IP | counterpart | junk there | fidelity change | junk change | residual | "
-        "implicit accuracy | winner error | loser error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "drift, 1/1000 | implicit accuracy | winner error | loser error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for curve, (_, points) in CURVES.items():
-        lines.append(f"| **{curve}** | | | | | | | | | |")
+        lines.append(f"| **{curve}** |" + " |" * 10)
         for name in points:
             test, last = results[name]["test"], results[name]["last"]
             cells = [
                 *(f"{100 * test[k]:.1f}" for k in ("ip_after", "counterpart_after")),
                 f"{100 * test['unsafe_junk_after']:.1f}",
                 *(f"{100 * test[k]:+.1f}" for k in ("fidelity_change", "junk_change")),
-                f"{results[name]['residual']:.2f}",
+                f"{results[name]['residual']:.3f}",
+                f"{1000 * results[name]['drift']:.2f}",
                 f"{last['implicit_accuracy']:.2f}",
                 *(f"{last[k]:+.3f}" for k in ("winner_error", "loser_error")),
             ]
