@@ -25,6 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs
 
+from safetydpo_jax.errors import UserError, run_main
+
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "recipes"
 CATEGORY = "hate"
@@ -96,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
         "splits": SPLITS,
         **COUNTS,
         "curves": {curve: list(points) for curve, (_, points) in CURVES.items()},
-        "points": results,
+        "points": {
+            name: {k: v for k, v in r.items() if k != "settings"} for name, r in results.items()
+        },
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "seconds": round(sum(result["seconds"] for result in results.values()) / args.jobs, 1),
     }
@@ -122,8 +126,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run_missing(runs: Path, jobs: int) -> None:
     """The points without a result, `jobs` at a time; the first alone, as it makes the pairs."""
-    missing = [name for name in POINTS if not (runs / name / "result.json").is_file()]
-    began, done, lock = time.monotonic(), itertools.count(1), threading.Lock()
+    if not 1 <= jobs <= (os.cpu_count() or 1):
+        raise UserError(f"--jobs is {jobs}: it must be from 1 to the number of cores")
+    missing = [name for name in POINTS if not is_done(name, runs)]
+    began, counter, lock = time.monotonic(), itertools.count(1), threading.Lock()
     cores = list(range(os.cpu_count() or 1))
 
     def run(name: str) -> None:
@@ -133,11 +139,13 @@ def run_missing(runs: Path, jobs: int) -> None:
             command = ["taskset", "-c", str(core), sys.executable, __file__, "--only", name]
             (runs / name).mkdir(parents=True, exist_ok=True)
             with (runs / name / "log").open("a") as log:
-                subprocess.run([*command, "--runs", str(runs)], stdout=log, stderr=log, check=True)
+                done = subprocess.run([*command, "--runs", str(runs)], stdout=log, stderr=log)
+            if done.returncode:
+                raise UserError(f"{name} failed; its last words are in {runs / name / 'log'}")
         finally:
             with lock:
                 cores.append(core)
-        count, seconds = next(done), time.monotonic() - began
+        count, seconds = next(counter), time.monotonic() - began
         left = seconds / count * (len(missing) - count)
         print(f"{count}/{len(missing)} {name}; {seconds:.0f} s, {left:.0f} s left", flush=True)
 
@@ -146,6 +154,22 @@ def run_missing(runs: Path, jobs: int) -> None:
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(run, name) for name in missing if name != "anchored"]:
             future.result()
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """What a point's result depends on; JSON."""
+    from configs import hate
+    from safetydpo_jax.train.settings import resolve
+
+    config = hate.get_config()
+    config.update_from_flattened_dict(POINTS[name])
+    return {"config": json.loads(resolve(config).to_json()), "splits": SPLITS, **COUNTS}
+
+
+def is_done(name: str, runs: Path) -> bool:
+    """Whether the point has a result, and of the settings of now."""
+    path = runs / name / "result.json"
+    return path.is_file() and json.loads(path.read_text())["settings"] == settings_of(name)
 
 
 def run_point(name: str, runs: Path) -> None:
@@ -170,7 +194,8 @@ def run_point(name: str, runs: Path) -> None:
     pipeline = load_pipeline(config.model)
     export = workdir / "export" / loop.LORA_FILE
     adapters, _ = load_lora(export, pipeline.unet_params)
-    result: dict[str, Any] = {"changes": POINTS[name], "last": last_metrics(workdir)}
+    result: dict[str, Any] = {"changes": POINTS[name], "settings": settings_of(name)}
+    result["last"] = last_metrics(workdir)
     result["residual"] = residual(pipeline, adapters, workdir)
     result["drift"] = drift(pipeline, adapters, config, runs / "unseen.safetensors")
     for split, seed in SPLITS.items():
@@ -321,7 +346,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    from safetydpo_jax.errors import run_main
     from safetydpo_jax.huge_pages import use_huge_pages
 
     use_huge_pages()

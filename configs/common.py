@@ -9,12 +9,12 @@ from ml_collections import config_dict
 
 from safetydpo_jax.errors import UserError
 
-# base -> its licence, which a LoRA for it inherits
+# base -> its licence, which a LoRA for it inherits, and its id on the model hub
 BASES = {
-    "emoji": "apache-2.0",
-    "sd15": "creativeml-openrail-m",
-    "sd21": "openrail++",
-    "sdxl": "openrail++",
+    "emoji": ("apache-2.0", ""),
+    "sd15": ("creativeml-openrail-m", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "sd21": ("openrail++", "stabilityai/stable-diffusion-2-1"),
+    "sdxl": ("openrail++", "stabilityai/stable-diffusion-xl-base-1.0"),
 }
 CATEGORIES = (
     "hate",
@@ -87,7 +87,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.category = category
     config.harm = ""  # configs/own.py alone: a YAML file, docs/own_harm.md; it names the category
     config.base = base
-    config.license = BASES[base]  # said in the model card
+    config.license, config.hub_id = BASES[base]  # said in the model card
     config.model = "emoji"  # "emoji", or the folder of a diffusers checkpoint
     config.seed = 0
 
@@ -168,7 +168,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "num_safe": 48,
         "seed": 2,
         "fidelity_budget": 0.03,
-        "patience": 3,
+        "patience": 2,
         "prompts": (),  # what a Stable Diffusion base draws instead; nobody judges it
     }
     config.report = {
@@ -186,11 +186,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
 
 def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
     """The released hyper-parameters of SafetyDPO (arXiv 2412.10493), for one device."""
-    config.model = {
-        "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "sd21": "stabilityai/stable-diffusion-2-1",
-        "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    }[config.base]
+    config.model = config.hub_id
     config.recipe = "paper"
     config.lora.rank = 4
     config.steps = 2000

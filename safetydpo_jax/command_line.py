@@ -1,6 +1,7 @@
 """The command line of the scripts that take a config: --config NAME, overrides, --workdir DIR."""
 
 import re
+import shlex
 from pathlib import Path
 
 from absl import flags
@@ -11,6 +12,7 @@ from safetydpo_jax.errors import MissingFileError, UserError
 # Where configs/ and launch/ are: a wheel holds them in share/, a checkout in its root.
 _SHARE = Path(__file__).resolve().with_name("share")
 ROOT = _SHARE if _SHARE.is_dir() else _SHARE.parents[1]
+_PROMPTS = "config.health.prompts"  # a key whose value is not shown
 
 
 def read_command_line(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
@@ -69,6 +71,28 @@ def _config_first(arguments: list[str]) -> tuple[list[str], str]:
     return arguments, ""
 
 
+def shown_command(command: str, arguments: list[str]) -> str:
+    """A command line as others may see it: no prompts, and of paths on this machine the last part.
+
+    >>> shown_command("safetydpo train", ["--config", "hate", "--config.model=/home/me/sd15"])
+    'safetydpo train --config hate --config.model=sd15'
+
+    Args:
+      command: the program.
+      arguments: what came after it.
+    """
+    words, value_is_prompts = [], False
+    for word in arguments:
+        key, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        if value_is_prompts or (equals and key.endswith(_PROMPTS)):
+            value = "..."
+        elif value.startswith(("/", "~")):
+            value = Path(value).name
+        value_is_prompts = not equals and key.endswith(_PROMPTS)
+        words.append(f"{key}{equals}{value}")
+    return f"{command} {shlex.join(words)}".strip()
+
+
 def _explained(error: Exception) -> UserError:
     """One line for what went wrong inside the flag library."""
     if isinstance(error, AttributeError):  # an unknown key, quoted twice, perhaps with advice
@@ -77,4 +101,6 @@ def _explained(error: Exception) -> UserError:
         return UserError(f"the config has no key {key!r}; {hint}")
     # A config file's own error comes with its traceback as text: the last line is the message.
     message = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+    if _PROMPTS in message:  # it quotes what was given
+        return UserError(f"--{_PROMPTS}: write a list of texts, as in \"('a beach', 'a house')\"")
     return UserError(message.removeprefix("flag "))

@@ -5,6 +5,7 @@ user's makes another. Errors tell the number of an entry, never its words: they 
 """
 
 import csv
+import difflib
 import functools
 import io
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from safetydpo_jax.command_line import ROOT
 from safetydpo_jax.errors import MissingFileError, UserError
 
 # The harm categories of CoProV2 (SafetyDPO, arXiv 2412.10493).
@@ -29,7 +31,9 @@ CATEGORIES = (
 )
 _TAKEN = (*CATEGORIES, "safe")  # a name begins the ids of its prompts, as "safe" those of others
 _KEYS = ("name", "concepts", "prompts", "preserve")
-_SHOWN = "docs/own_harm.md shows how it is written"
+# What PyYAML raises for a value that its tag does not fit, such as a date or a truth value.
+_OF_TAGS = (ValueError, KeyError, AttributeError, IndexError, TypeError)
+_SHOWN = f"{ROOT / 'docs' / 'own_harm.md'} shows how it is written"
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,13 @@ def read_harm(path: str) -> Harm:
 
     Args:
         path: a YAML file, or a folder with harm.yaml, or with prompts.csv (columns unsafe,safe),
-            whose harm has the folder's name.
+            whose harm has the folder's name; found here or beside the configs.
 
     Raises:
         MissingFileError: there is no such file.
         UserError: it is no such file, or what it says cannot be.
     """
-    file = Path(path)
+    file = next((p for p in (Path(path), ROOT / path) if p.exists()), Path(path))
     if file.is_dir():
         found = [f for f in (file / "harm.yaml", file / "prompts.csv") if f.is_file()]
         if len(found) != 1:
@@ -119,7 +123,7 @@ class _Loader(yaml.SafeLoader):
 def _read_yaml(text: str, file: Path) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date
+    except (yaml.YAMLError, *_OF_TAGS, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(  # PyYAML's own message quotes the text
@@ -195,10 +199,10 @@ def _where(file: Path, index: int, key: str) -> str:
 def _check_keys(table: dict[Any, Any], known: Sequence[str], where: str) -> None:
     for key in table:
         if key not in known:
-            # Where a line lacks its key, what stands in its place is a prompt.
-            word = isinstance(key, str) and re.fullmatch(r"\w{1,20}", key)
-            named = repr(key) if word else "(not one word)"
-            raise UserError(f"{where}: unknown key {named}; the keys are {', '.join(known)}")
+            # It is not named: where a line lacks its key, a prompt stands in its place.
+            meant = difflib.get_close_matches(str(key), known, 1, 0.8)
+            hint = f" (did you mean {meant[0]}?)" if meant else ""
+            raise UserError(f"{where}: unknown key{hint}; the keys are {', '.join(known)}")
 
 
 def _entries(content: dict[str, Any], key: str, file: Path) -> list[Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from safetydpo_jax.command_line import read_command_line
+from safetydpo_jax.command_line import read_command_line, shown_command
 from safetydpo_jax.errors import MissingFileError, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +89,22 @@ def test_a_path_as_given_comes_first(tmp_path, monkeypatch):
     own.write_text((ROOT / "configs" / "violence.py").read_text())
     assert read("--config=configs/hate.py")[0].category == "violence"
     assert read("--config=hate")[0].category == "hate"
+
+
+def test_a_command_as_others_may_see_it():
+    arguments = ["--config", "hate", "--config.model=/home/me/sd15", "--workdir", "~/runs/x"]
+    arguments += ["--config.health.prompts=('secret',)", "--config.health.prompts", "('secret',)"]
+    shown = shown_command("safetydpo train", arguments)
+    assert shown == (
+        "safetydpo train --config hate --config.model=sd15 --workdir x "
+        "--config.health.prompts=... --config.health.prompts ..."
+    )
+
+
+def test_prompts_are_not_quoted_in_an_error():
+    with pytest.raises(UserError, match="write a list of texts") as error:
+        read("--config", "hate", "--config.health.prompts=it's a secret, a")
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("given", ["nope", "nope:sd15", "configs/nope.py"])

@@ -93,8 +93,8 @@ def two_ways(base: str) -> str:
         "get CoProV2, the pair set published with SafetyDPO (arXiv 2412.10493, project page "
         "https://safetydpo.github.io/): it is not shipped, but an archive to download by hand and "
         "to write as a pair set with safetydpo_jax.data.write_pairs; or let the model draw pairs "
-        f"of a harm of your own with launch/generate.py --config configs/own.py:{base} "
-        "--config.harm=FILE (docs/own_harm.md)"
+        f"of a harm of your own with safetydpo generate --config own:{base} --config.harm=FILE "
+        "(launch/generate.py, docs/own_harm.md)"
     )
 
 

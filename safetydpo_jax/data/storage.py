@@ -107,7 +107,7 @@ def explained_writes(path: Path) -> Iterator[None]:
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes a file that is whole or absent, whenever the process is killed."""
-    partial = path.with_name(path.name + ".writing")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.writing")  # another may write it too
     partial.write_bytes(data)
     os.replace(partial, path)
 

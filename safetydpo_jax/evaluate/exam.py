@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from safetydpo_jax.data import storage
 from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.emoji.own_harm import harm_of
 from safetydpo_jax.errors import UserError
@@ -51,6 +52,7 @@ class EmojiExam:
         self._seeds = picture_seeds(self._prompts, health.seed)
         self.settings = {
             **{f"health.{k}": health[k] for k in ("num_unsafe", "num_safe", "seed")},
+            "the prompts' hash": storage.digest([[r.text for r in v] for v in prompts.values()]),
             **{f"drawing.{k}": v for k, v in self._drawing.items()},
             "judge": self._judge.name,
         }
@@ -105,7 +107,7 @@ class EmojiExam:
     def _shown(self, name: str, found: Detections, marks: list[str], is_base: bool) -> Shown:
         count = len(found.pictures)
         # The base draws what it is asked for, whatever the judge makes of it.
-        hide = [name == "unsafe" and (is_base or mark == "unsafe") for mark in marks[:count]]
+        hide = [mark == "unsafe" or (is_base and name == "unsafe") for mark in marks[:count]]
         return Shown(
             SECTIONS[name],
             [record.id for record in self._prompts[name][:count]],
@@ -135,7 +137,11 @@ class SampleExam:
             )
         self._pipeline, self._drawing = pipeline, config.drawing.to_dict()
         self._seeds = np.random.SeedSequence(config.health.seed).generate_state(len(self._texts))
-        self.settings = {f"drawing.{k}": v for k, v in self._drawing.items()}
+        self.settings = {
+            "health.seed": config.health.seed,
+            "the prompts' hash": storage.digest(self._texts),
+            **{f"drawing.{k}": v for k, v in self._drawing.items()},
+        }
 
     def __call__(self, adapters: Mapping | None) -> tuple[Rates, list[Shown]]:
         """Draws with adapters that are ready to apply, or with the base model alone."""

@@ -62,14 +62,18 @@ def save_lora(
     return _write(pathlib.Path(path), tensors, {**(metadata or {}), **header})
 
 
-def to_kohya(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> pathlib.Path:
+def to_kohya(
+    path: str | os.PathLike[str], target: str | os.PathLike[str], base: str | None = None
+) -> pathlib.Path:
     """Writes a file of `save_lora`'s with kohya's keys, which ComfyUI and A1111 read.
 
     Args:
       path: the diffusers file.
       target: the file to write; its folder is made.
+      base: kohya's name of the base model, as in "sd_v1"; A1111 lists the file for that one.
     """
     tensors, header = _read(pathlib.Path(path))
+    rank = json.loads(header[_HEADER])["unet.r"]
     renamed: dict[str, np.ndarray] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -78,11 +82,18 @@ def to_kohya(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> pa
         if _LEAF[match["side"]] == "a":
             renamed[f"{name}.lora_down.weight"] = tensor
             # B holds the scale already, so alpha is the rank.
-            renamed[f"{name}.alpha"] = np.array(tensor.shape[0], np.float32)
+            renamed[f"{name}.alpha"] = np.array(rank, np.float32)
         else:
             renamed[f"{name}.lora_up.weight"] = tensor
     header = {k: v for k, v in header.items() if k != _HEADER}
-    return _write(pathlib.Path(target), renamed, header | {"ss_network_module": "networks.lora"})
+    header |= {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+    }
+    if base:
+        header |= {"ss_base_model_version": base, "ss_v2": str(base.startswith("sd_v2"))}
+    return _write(pathlib.Path(target), renamed, header)
 
 
 def load_lora(

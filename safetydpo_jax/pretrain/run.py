@@ -40,6 +40,10 @@ def run(config: Any, workdir: str | pathlib.Path) -> pathlib.Path:
       UserError: a stage in the workdir was made with other settings, or another run is using it.
       SystemExit: stopped by SIGTERM or Ctrl-C during training; the state is saved.
     """
+    if "denoiser_training" not in config:
+        raise UserError(
+            "this config is of no base model: give configs/emoji_base.py or one like it"
+        )
     workdir = pathlib.Path(workdir)
     with lock_workdir(workdir):
         return _run(config, workdir)

@@ -53,7 +53,7 @@ def run(
     progress(
         f"pairs         {folder}: {pairs.num_pairs} pairs, {pairs.num_preserve} preservation "
         "pictures; card.json says how they were made\n"
-        f"to train      launch/train.py with the same options and --config.pairs.path={folder}"
+        f"to train      safetydpo train with the same options and --config.pairs.path={folder}"
     )
     progress(phases.table())
     return folder

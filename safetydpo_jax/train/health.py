@@ -68,18 +68,20 @@ class Health:
         Raises:
           UserError: they were made with other settings.
         """
-        files = sorted(self.folder.glob("step_*.json"))
-        records = [json.loads(file.read_text()) for file in files]
-        for file, record in zip(files, records, strict=True):
+        for file in sorted(self.folder.glob("step_*.json")):
+            record = json.loads(file.read_text())
             storage.check_same(
                 file,
                 record["settings"],
                 self._exam.settings,
-                "or delete the folder of this file to have the evaluations made again",
+                "or move the folder of this file away; then only steps still to come are evaluated",
             )
-            if record["step"] > step:
+            if record["step"] <= step:
+                self.records.append(record)
+        known = {f"step_{record['step']:06d}" for record in self.records}
+        for file in self.folder.rglob("step_*"):
+            if file.name[: len("step_000000")] not in known:
                 file.unlink()
-        self.records = [record for record in records if record["step"] <= step]
 
     def measure(self, step: int, adapters: Any, header: Mapping[str, str]) -> Record:
         """Evaluates the adapters of a step, and keeps them; step 0 is the base model alone.

@@ -21,7 +21,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train.guard import Guard
 from safetydpo_jax.train.metrics import MetricsLog
-from safetydpo_jax.train.model_card import write_model_card
+from safetydpo_jax.train.model_card import base_name, write_model_card
 from safetydpo_jax.train.settings import deciding, resolve
 from safetydpo_jax.train.state import Checkpoints, TrainState, make_optimizer
 from safetydpo_jax.train.step import Batch, make_train_step
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from safetydpo_jax.train.health import Health
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# What A1111 shows a LoRA for, by `ss_base_model_version`.
+KOHYA_BASES = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 
 def run(
@@ -61,7 +63,6 @@ def run(
     workdir = pathlib.Path(workdir)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with lock_workdir(workdir):
-        storage.write_file(workdir / "config.json", config.to_json(indent=2).encode() + b"\n")
         devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
         progress(f"{config.category}, recipe {config.recipe}, {workdir}, {devices}")
 
@@ -117,6 +118,7 @@ def run(
                 "config.steps, choose another --workdir, or delete that folder to start anew"
             )
 
+        storage.write_file(workdir / "config.json", config.to_json(indent=2).encode() + b"\n")
         if health:
             health.resume(done)
         if (done < config.steps and not (health and health.hopeless)) or (
@@ -128,12 +130,17 @@ def run(
 
         phases.begin("export")
         path = workdir / "export" / LORA_FILE
+        card = path.with_name("README.md")
+        card.unlink(missing_ok=True)  # until there is one for the file that is now written
         if health:
-            progress(health.export(path))
+            exported = health.export(path)
         else:
+            exported = f"step {config.steps}, the last, is exported"
             adapters = jax.device_get(state.adapters)
             lora.save_lora(path, adapters, config.lora.alpha, _header(config, config.steps))
-        lora.to_kohya(path, path.parent / "comfyui" / f"safetydpo_{config.category}.safetensors")
+        progress(exported)
+        kohya = path.parent / "comfyui" / f"safetydpo_{config.category}.safetensors"
+        lora.to_kohya(path, kohya, KOHYA_BASES.get(config.base))
         progress(f"{path}, {path.stat().st_size / 1e6:.2f} MB")
 
         phases.begin("report")
@@ -141,20 +148,22 @@ def run(
         if config.report.enabled:
             from safetydpo_jax.evaluate import write_report
 
-            exported, _ = lora.load_lora(path, pipeline.unet_params)
+            adapters, _ = lora.load_lora(path, pipeline.unet_params)
             summary = write_report(
                 config,
                 pipeline,
-                exported,
+                adapters,
                 workdir,
                 training=health.history() if health else None,
                 progress=progress,
             )
         write_model_card(
-            path.with_name("README.md"),
+            card,
             config,
+            files=[path, kohya],
             pairs=pairs.card,
             model_hash=model_hash,
+            exported=exported,
             summary=summary,
             command=command,
             version=__version__,
@@ -211,7 +220,21 @@ def _train(
                 record = health.measure(step, adapters, _header(config, step))
                 log.write_health(step, record, health.sheet([record]))
 
+        def leave_if_stopped(step: int) -> None:
+            if stop.asked is not None:
+                progress(
+                    f"stopped by {stop.asked.name}: step {step} is saved in {checkpoints.path}; "
+                    "the same command goes on from there"
+                )
+                raise SystemExit(128 + stop.asked)
+
+        if health:
+            for record in health.records:
+                if record["step"] == start:  # a kill may have come before the log had it
+                    log.write_health(start, record, health.sheet([record]))
         evaluate(start)
+        if health and health.hopeless:
+            return state
         pending = None
         for step in range(start + 1, config.steps + 1):
             state, metrics = compiled(state, base_params, batch, null_embeds)
@@ -231,12 +254,10 @@ def _train(
                 if last or guard.calm:
                     checkpoints.save(state)
             if stopped_by is not None and step < config.steps:
-                progress(
-                    f"stopped by {stopped_by.name}: step {step} is saved in {checkpoints.path}; "
-                    "the same command goes on from there"
-                )
-                raise SystemExit(128 + stopped_by)
-            evaluate(step)
+                leave_if_stopped(step)
+            if evaluated:
+                evaluate(step)
+                leave_if_stopped(step)
             if health and health.hopeless and step < config.steps:
                 progress(f"stopped early at step {step}: the last evaluations were all worse")
                 break
@@ -246,7 +267,7 @@ def _train(
 def _header(config: ConfigDict, step: int) -> dict[str, str]:
     """What the adapters' file says of itself."""
     return {
-        "base": str(config.model),
+        "base": base_name(config),
         "category": config.category,
         "recipe": config.recipe,
         "steps": str(step),

@@ -6,7 +6,7 @@ rates and hashes; never a prompt, as those of harm are harm themselves.
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -34,8 +34,10 @@ def write_model_card(
     path: pathlib.Path,
     config: ConfigDict,
     *,
+    files: Sequence[pathlib.Path],
     pairs: Mapping[str, Any],
     model_hash: str,
+    exported: str,
     summary: Mapping[str, Any],
     command: str,
     version: str,
@@ -43,30 +45,33 @@ def write_model_card(
     """Writes the card of the LoRA that lies beside it.
 
     Args:
-      path: the card, `export/README.md`; all other files in its folder and below are listed.
+      path: the card, `export/README.md`.
       config: from `settings.resolve`.
+      files: the LoRA in diffusers' format, then in kohya's, in the card's folder or below.
       pairs: card.json of the pair set.
       model_hash: of the base model's UNet and noise schedule.
+      exported: which step it is of, and why.
       summary: the report's; empty if nothing was measured.
       command: that made it; empty if it was made from Python.
       version: of this package.
     """
     name = config.category.replace("_", " ")
-    files = sorted(f for f in path.parent.rglob("*.safetensors") if f.is_file())
     loras = {f.relative_to(path.parent).as_posix(): storage.hash_file(f) for f in files}
+    base = base_name(config)
     sections = {
         "What it is": (
             f"A LoRA of rank {config.lora.rank} on the UNet's attention layers of "
-            f"`{config.model}`, trained so that the model no longer draws *{name}*: asked for it, "
+            f"`{base}`, trained so that the model no longer draws *{name}*: asked for it, "
             "it draws a safe counterpart. The method is SafetyDPO (AlignGuard, "
             "[arXiv 2412.10493](https://arxiv.org/abs/2412.10493)): Diffusion-DPO on pairs of a "
             "safe and an unsafe picture. Made with safetydpo_jax "
             f"{version}."
         ),
-        "How to use it": _usage(config, loras),
+        "How to use it": _usage(config, list(loras)),
         "Intended use and limits": _limits(name, summary),
-        "What it was seen to do": _results(config, summary),
-        "Base": f"`{config.model}`, UNet and noise schedule sha256 `{model_hash}`.",
+        "What it was seen to do": f"{exported[0].upper()}{exported[1:]}.\n\n"
+        + _results(config, summary),
+        "Base": f"`{base}`, UNet and noise schedule sha256 `{model_hash}`.",
         "Data": _data(config, pairs),
         "Recipe": _recipe(config),
         "Made by": (
@@ -83,7 +88,7 @@ def write_model_card(
     }
     header = {
         "license": config.license,
-        "base_model": str(config.model),
+        **({"base_model": config.hub_id} if config.hub_id else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["lora", "safety", "diffusion-dpo", "safetydpo"],
@@ -95,19 +100,30 @@ def write_model_card(
     storage.write_file(path, "\n".join(lines).encode())
 
 
-def _usage(config: ConfigDict, loras: Mapping[str, str]) -> str:
+def base_name(config: ConfigDict) -> str:
+    """The base as it may be told to others: of a folder on this machine the last part."""
+    folder = pathlib.Path(config.model)
+    return folder.name if folder.is_absolute() or folder.exists() else config.model
+
+
+def _usage(config: ConfigDict, files: Sequence[str]) -> str:
+    diffusers_file, kohya_file = files
     kind = "StableDiffusionXLPipeline" if config.base == "sdxl" else "StableDiffusionPipeline"
-    model = "safetydpo_jax/emoji/pipeline" if config.model == "emoji" else config.model
-    comfyui = next((file for file in loras if file.startswith("comfyui/")), "")
+    model = f'"{config.hub_id}"'
+    imports = "import diffusers\n"
+    if config.base == "emoji":
+        imports = "import pathlib\n\nimport diffusers\nimport safetydpo_jax\n"
+        model = 'pathlib.Path(safetydpo_jax.__file__).parent / "emoji" / "pipeline"'
     text = (
         "In diffusers (PyTorch), with this folder as `FOLDER`:\n\n```python\n"
-        "import diffusers\n\n"
-        f'pipe = diffusers.{kind}.from_pretrained("{model}")\n'
-        'pipe.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")\n'
+        f"{imports}\n"
+        f"pipe = diffusers.{kind}.from_pretrained({model})\n"
+        f'pipe.load_lora_weights("FOLDER", weight_name="{diffusers_file}")\n'
         "```\n\n"
-        f"In ComfyUI: copy `{comfyui}` to `ComfyUI/models/loras` and put a `LoraLoaderModelOnly` "
-        "node with strength 1 between checkpoint and sampler. In A1111 the same file goes to "
-        "`models/Lora`."
+        f"In ComfyUI: copy `{kohya_file}` to `ComfyUI/models/loras` and put a "
+        "`LoraLoaderModelOnly` node with strength 1 between checkpoint and sampler. In A1111 the "
+        "same file goes to `models/Lora`, and it acts only with "
+        f"`<lora:{pathlib.PurePath(kohya_file).stem}:1>` in the prompt."
     )
     if config.base == "emoji":
         text += " (The embedded model is too small for either; this is for Stable Diffusion.)"
@@ -141,20 +157,16 @@ def _results(config: ConfigDict, summary: Mapping[str, Any]) -> str:
         "the same noise, 95 % intervals over prompts, one training seed:\n\n"
         f"```\n{table(summary)}\n```"
     )
-    if "training" in summary:
-        text += (
-            f"\n\nExported is step {summary['training']['chosen_step']}: the lowest IP within the "
-            "budget for fidelity, by small evaluations on other prompts while it trained."
-        )
     return text
 
 
 def _data(config: ConfigDict, pairs: Mapping[str, Any]) -> str:
     settings = pairs.get("settings", {})
+    drawn_by = pathlib.PurePath(pairs.get("model", "unknown")).name
     return (
         f"{pairs['num_pairs']} pairs of a safe and an unsafe picture and {pairs['num_preserve']} "
         f"other safe pictures (content sha256 `{pairs['content_hash']}`), source: "
-        f"{settings.get('source', 'unknown')}; drawn by: {pairs.get('model', 'unknown')}. Learnt "
+        f"{settings.get('source', 'unknown')}; drawn by: {drawn_by}. Learnt "
         f"with rows `{config.rows}`."
     )
 

@@ -39,6 +39,8 @@ def resolve(config: ConfigDict, *, pairs_only: bool = False) -> ConfigDict:
     Raises:
       UserError: a value that cannot be, named with its key.
     """
+    if "recipe" not in config:
+        raise UserError("this config trains no expert: give one such as --config configs/hate.py")
     config = config.copy_and_resolve_references()
     if config.recipe not in config.recipes:
         raise UserError(
@@ -87,7 +89,9 @@ def deciding(config: ConfigDict, model_hash: str, data_hash: str) -> dict[str, A
 def _name_own_harm(config: ConfigDict) -> None:
     if not config.harm:
         if config.category == "own":
-            raise UserError("set --config.harm=FILE to a harm; docs/own_harm.md shows one")
+            raise UserError(
+                "set --config.harm=FILE to a harm, as in --config.harm=examples/gambling.yaml"
+            )
         return
     name = read_harm(config.harm).name
     if config.category not in ("own", name):

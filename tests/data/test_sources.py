@@ -87,8 +87,6 @@ def test_the_source_of_a_config(tmp_path):
     assert name("emoji", "") == emoji_source(concepts.HARMS["hate"]).name
     assert name("emoji", str(tmp_path)).startswith("emoji, detector ")
     assert "unjudged" in name("sd15", str(tmp_path))
-    message = (
-        r"no prompts of hate are shipped for sd21.* CoProV2.* configs/own.py:sd21 --config.harm"
-    )
+    message = r"no prompts of hate are shipped for sd21.* CoProV2.* --config own:sd21 --config.harm"
     with pytest.raises(UserError, match=message):
         name("sd21", "")

@@ -47,7 +47,6 @@ def test_unsafe_verdicts_by_hand():
     verdicts = metrics.judge_unsafe(found, colours, prompts, UNSAFE)
     assert verdicts.marks() == ["unsafe", "unsafe", "counterpart", "counterpart", "junk"]
     assert verdicts.prompted.tolist() == [True, False, False, False, False]
-    assert verdicts.has_companion.tolist() == [False, True, True, True, False]
     assert verdicts.companion.tolist() == [False, True, True, False, False]
     assert verdicts.background.tolist() == [True, False, True, False, False]
     assert verdicts.rest.tolist() == [False, False, True, False, False]

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import types
 from pathlib import Path
 
 import pytest
 
 from configs import hate
+from safetydpo_jax.errors import UserError
 from safetydpo_jax.train.settings import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -61,17 +63,32 @@ def test_table_and_plot(recipes, tmp_path):
 def test_missing_points_run_each_in_its_own_process(recipes, tmp_path, monkeypatch, capsys):
     started = []
 
+    def write(name, **changes):
+        settings = recipes.settings_of(name) | changes
+        (tmp_path / name / "result.json").write_text(json.dumps({"settings": settings}))
+
     def run(command, **options):
         name = command[command.index("--only") + 1]
         started.append(name)
-        (tmp_path / name / "result.json").write_text(json.dumps({}))
+        write(name)
+        return types.SimpleNamespace(returncode=failing)
 
+    failing = 0
     monkeypatch.setattr(recipes.subprocess, "run", run)
-    (tmp_path / "rank-2").mkdir()
-    (tmp_path / "rank-2" / "result.json").write_text("{}")
+    for name in ("rank-2", "rank-4"):
+        (tmp_path / name).mkdir()
+    write("rank-2")
+    write("rank-4", num_safe=1)  # of other settings: it does not count
     recipes.run_missing(tmp_path, jobs=2)
     assert started[0] == "anchored"  # it makes the pairs of all
     assert sorted(started) == sorted(recipes.POINTS.keys() - {"rank-2"})
     assert "0 s left" in capsys.readouterr().out.splitlines()[-1]
     recipes.run_missing(tmp_path, jobs=2)
     assert len(started) == len(recipes.POINTS) - 1
+
+    failing = 1
+    (tmp_path / "beta-5" / "result.json").unlink()
+    with pytest.raises(UserError, match="beta-5 failed; its last words are in .*log"):
+        recipes.run_missing(tmp_path, jobs=1)
+    with pytest.raises(UserError, match="--jobs is 0"):
+        recipes.run_missing(tmp_path, jobs=0)

@@ -24,5 +24,7 @@ def test_help(tmp_path):
 def test_errors_are_one_line(tmp_path):
     done = run(tmp_path, "--config=configs/own.py")
     assert done.returncode == 2
-    assert done.stderr == ("error: set --config.harm=FILE to a harm; docs/own_harm.md shows one\n")
+    assert done.stderr == (
+        "error: set --config.harm=FILE to a harm, as in --config.harm=examples/gambling.yaml\n"
+    )
     assert not (tmp_path / "runs").exists()

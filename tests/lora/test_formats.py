@@ -77,7 +77,12 @@ def test_pytorch_diffusers_draws_the_same(kohya, file, adapters, pipeline, model
 
 
 def test_kohya_keys(file):
-    path = lora.to_kohya(file, file.with_name("kohya.safetensors"))
+    path = lora.to_kohya(file, file.with_name("kohya.safetensors"), "sd_v2")
+    with safetensors.safe_open(path, "numpy") as opened:
+        header = opened.metadata()
+    assert header["ss_base_model_version"] == "sd_v2"
+    assert (header["ss_v2"], header["ss_network_dim"]) == ("True", str(RANK))
+    assert header["category"] == "hate"
     tensors = safetensors.numpy.load_file(path)
     assert len(tensors) == 3 * len(safetensors.numpy.load_file(file)) // 2
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"

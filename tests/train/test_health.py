@@ -131,7 +131,8 @@ def test_a_resumed_run_takes_up_its_evaluations(make, tmp_path):
     health.resume(5)  # the checkpoint is of step 5: step 8 will come again
     assert [r["step"] for r in health.records] == [0, 4]
     assert health.due(8)
-    assert not (tmp_path / "health" / "step_000008.json").exists()
+    left = {path.name for path in (tmp_path / "health").rglob("step_000008*")}
+    assert not left  # adapters and pictures neither
     measure(health, [8])
     assert make.drawer.batches == batches  # the same adapters: their pictures are on disk
     json.loads((tmp_path / "health" / "step_000008.json").read_text())
@@ -141,6 +142,8 @@ def test_other_settings_are_refused(make):
     measure(make(), [0])
     with pytest.raises(UserError, match=r"health.num_safe = 9, but now it is 10"):
         make(**{"health.num_safe": 10}).resume(0)
+    with pytest.raises(UserError, match=r"the prompts' hash = "):
+        make(category="violence").resume(0)
 
 
 def test_hopeless_when_later_ones_are_worse(make):

@@ -151,6 +151,23 @@ def test_evaluations_on_the_way(healthy, run, tmp_path):
     assert records[0].read_bytes() == records[1].read_bytes()
 
 
+def test_a_signal_during_an_evaluation(healthy, tmp_path):
+    healthy("whole")
+
+    def stop(line):
+        if line.startswith(("health at step 4", "health at step 10")):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for step in (4, 10):
+        with pytest.raises(SystemExit):
+            healthy("stopped", react=stop)
+        assert logged_steps(tmp_path / "stopped")[-1]["step"] == step
+    assert not (tmp_path / "stopped" / EXPORT).exists()
+    healthy("stopped")
+    exports = [(tmp_path / name / EXPORT).read_bytes() for name in ("whole", "stopped")]
+    assert exports[0] == exports[1]
+
+
 def test_early_stop(healthy, tmp_path, monkeypatch):
     def choose(records, budget):  # the first trained one, whatever comes after it
         return next((record for record in records if record["step"]), None)

@@ -31,8 +31,13 @@ def card(tmp_path):
         write_model_card(
             folder / "README.md",
             resolve(config),
+            files=[
+                folder / "pytorch_lora_weights.safetensors",
+                folder / "comfyui" / "safetydpo_hate.safetensors",
+            ],
             pairs=PAIRS,
             model_hash="m" * 64,
+            exported="step 375 is exported: IP 2%",
             summary=summary or {},
             command=command,
             version="1.2.3",
@@ -50,14 +55,15 @@ def header(text):
 def test_header_is_what_hubs_read(card):
     assert header(card()) == {
         "license": "apache-2.0",
-        "base_model": "emoji",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["lora", "safety", "diffusion-dpo", "safetydpo"],
     }
-    sd15 = card(base="sd15", model='a "folder"')
+    sd15 = card(base="sd15", model="/home/me/my sd15")
     assert header(sd15)["license"] == "creativeml-openrail-m"
-    assert header(sd15)["base_model"] == 'a "folder"'
+    assert header(sd15)["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert "`my sd15`, UNet" in sd15
+    assert "/home/me" not in sd15
     assert "StableDiffusionXLPipeline" in card(base="sdxl")
 
 
@@ -70,6 +76,7 @@ def test_hashes_recipe_and_command(card, tmp_path):
     assert "| loss.beta | 50.0 |" in text  # as the recipe has it, not None
     assert "```bash\npython launch/train.py --config configs/hate.py\n```" in text
     assert "ComfyUI: copy `comfyui/safetydpo_hate.safetensors`" in text
+    assert "`<lora:safetydpo_hate:1>`" in text
     assert "24 pairs" in text
     assert "from Python" in card()
 
@@ -77,10 +84,10 @@ def test_hashes_recipe_and_command(card, tmp_path):
 def test_results_with_intervals_or_none(card, tmp_path):
     assert "Nothing was measured" in card()
     summary = write_report(tmp_path)
-    text = card(summary | {"training": {"chosen_step": 375}})
+    text = card(summary)
     assert "unsafe concept (IP)" in text
     assert "[" in text.split("unsafe concept (IP)")[1].splitlines()[0]
-    assert "Exported is step 375" in text
+    assert "Step 375 is exported: IP 2%." in text
     assert "of unsafe concepts of this category that were in no pair, 100 %" in text.replace(
         "Of unsafe", "of unsafe"
     )

@@ -47,7 +47,7 @@ def test_a_harm_of_the_users_names_the_category(base, tmp_path):
 
 def test_pairs_are_drawn_by_other_models_only_if_asked_for(config):
     config.base, config.pairs.path = "sd21", ""
-    with pytest.raises(UserError, match="configs/own.py:sd21"):
+    with pytest.raises(UserError, match="--config own:sd21"):
         resolve(config)
     assert resolve(config, pairs_only=True).base == "sd21"
 
@@ -91,10 +91,13 @@ def test_what_decides_the_numbers(config):
         (
             {"base": "sd15", "pairs.path": ""},
             "draws no pairs with sd15 unasked: give --config.pairs.path=FOLDER. .*CoProV2.*arXiv "
-            "2412.10493.*by hand.* launch/generate.py --config configs/own.py:sd15 --config.harm",
+            "2412.10493.*by hand.* safetydpo generate --config own:sd15 --config.harm",
         ),
         ({"harm": "examples/gambling.yaml"}, "but the config is that of hate: .* configs/own.py"),
-        ({"category": "own"}, "set --config.harm=FILE to a harm; docs/own_harm.md shows one"),
+        (
+            {"category": "own"},
+            "set --config.harm=FILE to a harm, as in --config.harm=examples/gambling.yaml",
+        ),
     ],
 )
 def test_bad_values(changes, message, config):
