@@ -197,7 +197,7 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
         return f"{min(r['pooled'][f'num_{prompts}'] for r in results.values()):,}"
 
     lines = [
-        "# Seven experts, measured",
+        "# Experts, measured",
         "",
         "Written by `python benchmarks/experts.py`. Per cent of pictures, changes in points, in "
         "brackets 95 % intervals by bootstrap over prompts; each category with "
