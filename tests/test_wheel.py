@@ -81,7 +81,7 @@ def test_what_is_installed(bin_folder, tmp_path):
     share = Path(run([bin_folder / "python", "-c", WHERE], cwd=tmp_path).strip())
     assert share.is_relative_to(bin_folder.parent)
     # It comes first on sys.path: whatever else it held could hide another package.
-    assert {path.name for path in share.iterdir()} == {"configs", "launch"}
+    assert {path.name for path in share.iterdir()} == {"configs", "docs", "examples", "launch"}
     assert {path.stem for path in (share / "launch").glob("*.py")} == set(COMMANDS)
     licenses = share.parents[1] / f"safetydpo_jax-{__version__}.dist-info" / "licenses"
     for notice in NOTICES:

@@ -22,6 +22,7 @@ def command(model_folder, pairs_folder, workdir):
         "preserve_batch_size": 4,
         "lora.rank": 2,
         "checkpoint.every": 7,
+        "health.every": 0,
         "report.enabled": False,
     }
     return [
