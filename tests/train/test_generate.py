@@ -59,7 +59,9 @@ def test_training_draws_nothing_unasked(config, tmp_path, monkeypatch):
 
 def test_a_category_has_no_prompts_for_other_models(tmp_path):
     config = common.get_config("hate", "sd15")
-    with pytest.raises(UserError, match=r"no prompts of hate .*for sd15.*CoProV2.*--config own:sd15"):
+    with pytest.raises(
+        UserError, match=r"no prompts of hate .*for sd15.*CoProV2.*--config own:sd15"
+    ):
         generate.run(config, tmp_path / "run", lambda line: None)
 
 
