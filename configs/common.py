@@ -16,15 +16,6 @@ BASES = {
     "sd21": ("openrail++", "stabilityai/stable-diffusion-2-1"),
     "sdxl": ("openrail++", "stabilityai/stable-diffusion-xl-base-1.0"),
 }
-CATEGORIES = (
-    "hate",
-    "harassment",
-    "violence",
-    "self_harm",
-    "sexual",
-    "shocking",
-    "illegal_activity",
-)
 
 # What a recipe decides: these keys, wherever they are None.
 # "paper" is Diffusion-DPO alone; "anchored" adds what keeps the rest of the model where it was. Its
@@ -73,7 +64,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     """The config of one safety expert.
 
     Args:
-      category: one of `CATEGORIES`, or "own": the harm of a file, given as `config.harm`.
+      category: one of `harm.CATEGORIES`, or "own": the harm of a file, given as `config.harm`.
       base: what to align, one of `BASES`: the part after the colon in `configs/hate.py:emoji`.
 
     Raises:

@@ -10,7 +10,6 @@ What comes of it lies in the workdir's health/ and in TensorBoard:
 
 import json
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -150,9 +149,7 @@ class Health:
         assert choice is not None  # the last step is always evaluated
         path.parent.mkdir(parents=True, exist_ok=True)
         with storage.explained_writes(path):
-            partial = path.with_name(f".{path.name}.partial")
-            shutil.copyfile(self.path(choice["step"]), partial)
-            partial.replace(path)
+            storage.write_file(path, self.path(choice["step"]).read_bytes())
         text = f"step {choice['step']} is exported"
         if "ip" in choice:
             text += f": IP {choice['ip']:.0%}, fidelity {choice['fidelity']:.0%} when evaluated"

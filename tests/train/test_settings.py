@@ -2,6 +2,7 @@ import pytest
 
 from configs import common, own
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.train.settings import deciding, resolve
 
 
@@ -23,7 +24,7 @@ def test_alpha_follows_the_rank_unless_set(config):
     assert (resolve(config).lora.alpha, config.lora.rank) == (3, 8)
 
 
-@pytest.mark.parametrize("category", common.CATEGORIES)
+@pytest.mark.parametrize("category", CATEGORIES)
 @pytest.mark.parametrize("base", common.BASES)
 def test_every_config_resolves(category, base):
     config = common.get_config(category, base)
