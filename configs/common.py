@@ -45,7 +45,7 @@ RECIPES = {
             "preference": "dpo",
             "beta": 50.0,
             "preservation": 200.0,
-            "winner_anchor": 24.0,
+            "winner_anchor": 20.0,
             "t_min": 0,
             "t_max": 1000,
             # The empty prompt is what guidance steers away from, whatever the prompt: it is
@@ -53,9 +53,9 @@ RECIPES = {
             "caption_dropout": 0.0,
             "preservation_dropout": 0.2,
             "preservation_text_noise": 0.4,
-            "preservation_lean": 0.7,
+            "preservation_lean": 0.8,
         },
-        "optimizer": {"learning_rate": 8e-3, "schedule": "cosine"},
+        "optimizer": {"learning_rate": 5e-3, "schedule": "cosine"},
     },
 }
 
@@ -122,7 +122,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "weight_decay": 1e-2,
         "clip_norm": 1.0,
     }
-    config.lora = {"rank": 8, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
+    config.lora = {"rank": 16, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
     config.lora.alpha = config.lora.get_ref("rank").to_float()  # follows the rank unless set
 
     # A pair is learnt under its "unsafe_prompt", its "safe_prompt", or "both".
