@@ -79,7 +79,8 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.harm = ""  # configs/own.py alone: a YAML file, docs/own_harm.md; it names the category
     config.base = base
     config.license, config.hub_id = BASES[base]  # said in the model card
-    config.model = "emoji"  # "emoji", or the folder of a diffusers checkpoint
+    # "emoji", the folder of a diffusers checkpoint, or the id of one on the Hugging Face hub.
+    config.model = "emoji"
     config.seed = 0
 
     config.steps = 500
@@ -122,7 +123,10 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "weight_decay": 1e-2,
         "clip_norm": 1.0,
     }
-    config.lora = {"rank": 16, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
+    # Targets are regular expressions for the ends of layers' names, linear or convolutions. With
+    # `init`, a LoRA file of diffusers', peft's or kohya's, training goes on from it: its layers
+    # and ranks count, not those given here.
+    config.lora = {"rank": 16, "targets": ("to_q", "to_k", "to_v", "to_out.0"), "init": ""}
     config.lora.alpha = config.lora.get_ref("rank").to_float()  # follows the rank unless set
 
     # A pair is learnt under its "unsafe_prompt", its "safe_prompt", or "both".

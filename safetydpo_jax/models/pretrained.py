@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, UInt8
 
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.models import hub
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, to_pixels
 from safetydpo_jax.models.state_dict import load_params, save_params
 from safetydpo_jax.models.text_encoder import CLIPTextConfig, CLIPTextModel
@@ -131,10 +132,13 @@ def _in_batches(fn: Callable[..., Any], x: np.ndarray, batch_size: int) -> Any:
 
 
 def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder of a checkpoint: a diffusers directory, or "emoji" for the embedded one.
+    """The folder of a checkpoint: a diffusers directory, a hub id, or "emoji", the embedded one.
+
+    A hub id is one only where there is no such folder; it is fetched if need be (`models.hub`).
 
     Raises:
-      MissingFileError: there is no such folder, or it holds no model_index.json.
+      MissingFileError: there is no such folder or model, or it holds no model_index.json.
+      UserError: the model on the hub cannot be read.
     """
     if str(path) == "emoji":
         folder = pathlib.Path(
@@ -148,11 +152,13 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
             )
         return folder
     folder = pathlib.Path(path)
+    if not folder.exists() and hub.ID.fullmatch(str(path)):
+        folder = hub.download(str(path))
     if not (folder / "model_index.json").is_file():
         what = "no model_index.json in it" if folder.is_dir() else "no such folder"
         raise MissingFileError(
-            f"{folder}: {what}; give a Stable Diffusion checkpoint in the diffusers layout, or"
-            " 'emoji'"
+            f"{folder}: {what}; give a Stable Diffusion checkpoint in the diffusers layout, the id"
+            " of one on the Hugging Face hub, or 'emoji'"
         )
     return folder
 
@@ -218,13 +224,23 @@ def init_inputs(
     }
 
 
-def load_pipeline(path: str | pathlib.Path, dtype: Any = jnp.float32) -> Pipeline:
+def load_pipeline(
+    path: str | pathlib.Path,
+    dtype: Any = jnp.float32,
+    *,
+    unet_shardings: Callable[[Any], Any] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Pipeline:
     """Loads a Stable Diffusion checkpoint in the diffusers layout.
 
     Args:
-      path: the checkpoint's folder, or "emoji" for the embedded pipeline.
+      path: the checkpoint's folder, its id on the Hugging Face hub, or "emoji" for the embedded
+        pipeline.
       dtype: the type to hold the UNet's and the text encoder's parameters in, and to compute in;
         the autoencoder stays in float32, since half precision overflows in some of them.
+      unet_shardings: from the tree of the UNet's shapes to one of shardings, to which its weights
+        go straight from the disk; without it, all of them are on the default device.
+      progress: takes lines of text while large files are read.
 
     Raises:
       UserError, MissingFileError: a file or key is missing, unknown, damaged or not supported.
@@ -243,7 +259,8 @@ def load_pipeline(path: str | pathlib.Path, dtype: Any = jnp.float32) -> Pipelin
     for name, inputs in init_inputs(unet, vae, text_encoder).items():
         shapes = jax.eval_shape(networks[name].init, jax.random.key(0), *inputs)["params"]
         kept = jnp.float32 if name == "vae" else dtype
-        params[name] = load_params(folder / name, shapes, kept)
+        shardings = unet_shardings(shapes) if unet_shardings and name == "unet" else None
+        params[name] = load_params(folder / name, shapes, kept, shardings, progress)
     tokenizer = _load_tokenizer(folder / "tokenizer", text_encoder.config)
     return Pipeline(
         unet,

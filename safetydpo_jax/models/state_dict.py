@@ -7,9 +7,11 @@ out) is a transposed (out, in), a Conv kernel HWIO a transposed OIHW.
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -30,6 +32,7 @@ _RENAMED = {
 }
 # transformers 5 writes CLIP's text encoder without the prefix that published checkpoints have.
 _PREFIX = "text_model."
+_SECONDS_BETWEEN_LINES = 5
 # Buffers that some files carry and that hold nothing learnt.
 _IGNORED = ("position_ids",)
 
@@ -109,22 +112,38 @@ def _modern_name(key: str, wanted: Mapping[str, Any]) -> str:
     return key
 
 
-def load_params(folder: pathlib.Path, shapes: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+def load_params(
+    folder: pathlib.Path,
+    shapes: Mapping[str, Any],
+    dtype: Any,
+    shardings: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """Reads a component's parameters into the tree that `shapes` describes.
+
+    Tensor by tensor: beside what is loaded, memory holds the largest tensor twice at most.
 
     Args:
       folder: a component folder, such as CHECKPOINT/unet.
       shapes: the "params" tree of `jax.eval_shape(model.init, ...)`.
       dtype: the type to hold the parameters in.
+      shardings: where each goes, a tree like `shapes`; None is the default device.
+      progress: takes a line of text every few seconds.
 
     Raises:
       UserError: naming missing, unknown, misshapen or non-finite tensors, or an unreadable file.
     """
     expected: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(shapes)))
+    places: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(shardings or {})))
     wanted = {torch_key(path): path for path in expected}
-    params, unknown = {}, []
+    params, unknown, files = {}, [], find_weights(folder)
+    size, done, told = sum(file.stat().st_size for file in files), 0, time.monotonic()
     # All in NumPy until the last line: JAX would compile each transpose and check, shape by shape.
-    for file, key, tensor in _tensors(find_weights(folder)):
+    for file, key, tensor in _tensors(files):
+        done += tensor.nbytes
+        if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+            progress(f"{folder.name}: {done / size:.0%} of {size / 1e9:.1f} GB read")
+            told = time.monotonic()
         if key not in wanted:
             key = _modern_name(key, wanted)
         if key not in wanted:
@@ -140,7 +159,8 @@ def load_params(folder: pathlib.Path, shapes: Mapping[str, Any], dtype: Any) -> 
             )
         if not np.isfinite(tensor).all():
             raise UserError(f"{file}: '{key}' holds NaN or infinity; the checkpoint is damaged")
-        params[path] = jnp.asarray(_from_torch(path[-1], tensor), dtype)
+        ours = np.asarray(_from_torch(path[-1], tensor), jnp.dtype(dtype), order="C")
+        params[path] = jax.device_put(ours, places.get(path))
     missing = sorted(set(wanted) - {torch_key(path) for path in params})
     for what, keys in (("lacks", missing), ("has unknown", sorted(unknown))):
         if keys:

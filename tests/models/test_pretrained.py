@@ -1,6 +1,7 @@
 """Checkpoints in the diffusers layout, between PyTorch and JAX, in both directions."""
 
 import json
+import re
 
 import diffusers
 import jax
@@ -10,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from safetydpo_jax import sharding
+from safetydpo_jax.diffusion import draw_pictures
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.models import state_dict
 from safetydpo_jax.models.pretrained import load_pipeline, save_pipeline
 
 COMPONENTS = ("unet", "vae", "text_encoder")
@@ -122,6 +126,30 @@ def test_half_precision_parameters_are_held_as_asked_for(saved_pipeline):
     types = {x.dtype for x in jax.tree.leaves((pipeline.unet_params, pipeline.text_params))}
     assert types == {jnp.dtype(jnp.bfloat16)}
     assert {x.dtype for x in jax.tree.leaves(pipeline.vae_params)} == {jnp.dtype(jnp.float32)}
+
+
+def test_the_unet_goes_straight_to_its_shards(saved_pipeline, monkeypatch):
+    mesh = sharding.make_mesh(fsdp=4)
+    rules = [(r"attn\d\.to_[qkv]\.kernel", (None, "fsdp"))]
+    monkeypatch.setattr(state_dict, "_SECONDS_BETWEEN_LINES", -1)
+    lines = []
+    pipeline = load_pipeline(
+        saved_pipeline,
+        unet_shardings=lambda shapes: sharding.param_shardings(mesh, shapes, rules),
+        progress=lines.append,
+    )
+    wanted = load_pipeline(saved_pipeline)
+    assert_same_params(pipeline, wanted)
+    params = pipeline.unet_params
+    kernel = params["down_blocks.0"]["attentions.0"]["transformer_blocks.0"]["attn1"]["to_q"]
+    assert kernel["kernel"].addressable_shards[0].data.shape[1] * 4 == kernel["kernel"].shape[1]
+    assert params["conv_in"]["kernel"].sharding.is_fully_replicated
+    percents = [int(re.fullmatch(r"unet: (\d+)% of .* GB read", x)[1]) for x in lines if "une" in x]
+    assert percents == sorted(percents)
+    assert 90 < percents[-1] <= 100
+    options = {"sampler": "euler", "num_steps": 2, "guidance_scale": 3.0}
+    ours, theirs = (draw_pictures(p, ["a bell"], [0], **options) for p in (pipeline, wanted))
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
 @pytest.mark.parametrize("limit", [1000, None])
