@@ -41,7 +41,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a diffusers directory, or emoji")
+    parser.add_argument("--model", required=True, help="a diffusers directory, a hub id, or emoji")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--prompts", type=Path, metavar="FILE.csv", help="columns prompt,image[,seed]"
@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter (1)")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps (25)")
     parser.add_argument("--guidance_scale", type=float, default=7.5, help="1 is none (7.5)")
-    parser.add_argument("--sampler", default="ddim", choices=("ddim", "dpmsolver++"))
+    parser.add_argument("--sampler", default="ddim", choices=("ddim", "dpmsolver++", "euler"))
     parser.add_argument("--negative_prompt", default="", help="what guidance leads away from")
     parser.add_argument(
         "--seed",

@@ -19,13 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from safetydpo_jax.diffusion.schedule import NoiseSchedule
+from safetydpo_jax.diffusion.schedule import DEFAULT_SPACING, NoiseSchedule
 from safetydpo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerTable:
-    """The coefficients of the step above, float64, one row a model evaluation, noisy to clean."""
+    """The coefficients of the step above, float64, one row a model evaluation, noisy to clean.
+
+    The first x is the standard normal noise times `start`.
+    """
 
     timesteps: np.ndarray
     x_to_x0: np.ndarray
@@ -33,13 +36,15 @@ class SamplerTable:
     keep: np.ndarray
     pull: np.ndarray
     memory: np.ndarray
+    start: float = 1.0
 
     def rows(self) -> dict[str, Array]:
-        """What the scan runs over: each column as a float32 (steps,) array, timesteps as int32."""
+        """What the scan runs over: each column as a float32 (steps,) array, whole t as int32."""
         columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del columns["start"]
         return {
-            name: jnp.asarray(column, jnp.int32 if name == "timesteps" else jnp.float32)
-            for name, column in columns.items()
+            name: jnp.asarray(x, jnp.int32 if x.dtype.kind == "i" else jnp.float32)
+            for name, x in columns.items()
         }
 
 
@@ -69,11 +74,9 @@ def dpmsolver_table(schedule: NoiseSchedule, num_steps: int) -> SamplerTable:
 
     The first and the last step are of first order, as diffusers has them.
     """
-    schedule.require_plain_solver()
+    schedule.require_plain_solver("dpmsolver++")
     timesteps = schedule.timesteps(num_steps, "dpmsolver++")
-    abar = schedule.alphas_cumprod.copy()
-    if schedule.rescale_betas_zero_snr:
-        abar[-1] = 2.0**-24  # diffusers' number: log(alpha) must stay finite
+    abar = _never_zero(schedule)
     alpha = np.append(np.sqrt(abar[timesteps]), 1.0)
     sigma = np.append(np.sqrt(1 - abar[timesteps]), 0.0)
     keep = sigma[1:] / sigma[:-1]
@@ -91,6 +94,38 @@ def dpmsolver_table(schedule: NoiseSchedule, num_steps: int) -> SamplerTable:
     )
 
 
+def euler_table(schedule: NoiseSchedule, num_steps: int) -> SamplerTable:
+    """Euler's method for the probability-flow ODE (Karras et al. 2022, arXiv 2206.00364).
+
+    It moves x / alpha = x0 + sigma noise straight along its slope, the noise that the model sees,
+    to the next sigma, the last being 0. Between whole timesteps sigma is interpolated.
+    """
+    schedule.require_plain_solver("euler")
+    timesteps = schedule.timesteps(num_steps, "euler")
+    abar = _never_zero(schedule)
+    sigma = np.interp(timesteps, np.arange(len(abar)), np.sqrt((1 - abar) / abar))
+    alpha = 1 / np.sqrt(1 + np.append(sigma, 0.0) ** 2)  # what makes x of variance 1 again
+    shrink = np.append(sigma[1:], 0.0) / sigma
+    # diffusers begins with sigma times the noise, not sqrt(1 + sigma^2), unless it is leading.
+    leading = (schedule.timestep_spacing or DEFAULT_SPACING["euler"]) == "leading"
+    return SamplerTable(
+        timesteps,
+        *_x0_columns(schedule, alpha[:-1], sigma * alpha[:-1]),
+        keep=shrink * alpha[1:] / alpha[:-1],
+        pull=(1 - shrink) * alpha[1:],
+        memory=np.zeros(num_steps),
+        start=1.0 if leading else sigma[0] * alpha[0],
+    )
+
+
+def _never_zero(schedule: NoiseSchedule) -> np.ndarray:
+    """abar, at its end diffusers' number instead of 0, so that the logarithm of SNR is finite."""
+    abar = schedule.alphas_cumprod.copy()
+    if schedule.rescale_betas_zero_snr:
+        abar[-1] = 2.0**-24
+    return abar
+
+
 def _x0_columns(schedule: NoiseSchedule, alpha: np.ndarray, sigma: np.ndarray):
     """(x_to_x0, out_to_x0): how x0 follows from x and the model's answer."""
     if schedule.prediction_type == "v_prediction":
@@ -103,7 +138,7 @@ def _x0_columns(schedule: NoiseSchedule, alpha: np.ndarray, sigma: np.ndarray):
     return 1 / alpha, -sigma / alpha
 
 
-SAMPLERS = {"ddim": ddim_table, "dpmsolver++": dpmsolver_table}
+SAMPLERS = {"ddim": ddim_table, "dpmsolver++": dpmsolver_table, "euler": euler_table}
 
 # (params, adapters or None, latents, prompt_embeds, negative_embeds or None) -> latents
 Sampler = Callable[..., Float[Array, "b h w c"]]
@@ -126,7 +161,7 @@ def make_sampler(
     Args:
       unet: a module with `apply(variables, latents, timesteps, prompt_embeds)`, hashable.
       schedule: the checkpoint's noise schedule.
-      sampler: "ddim" (eta 0) or "dpmsolver++" (2M).
+      sampler: "ddim" (eta 0), "dpmsolver++" (2M) or "euler".
       num_steps: number of model evaluations.
       guidance_scale: classifier-free guidance; at 1 or less the negative branch is not computed.
       guidance_rescale: 0 to 1, Lin et al. 2023 (arXiv 2305.08891), section 3.4.
@@ -175,7 +210,7 @@ def make_sampler(
             x = row["keep"] * x + row["pull"] * x0 + row["memory"] * x0_before
             return (x, x0), None
 
-        latents = latents.astype(jnp.float32)
+        latents = latents.astype(jnp.float32) * jnp.float32(table.start)
         (latents, _), _ = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), table.rows())
         return latents
 

@@ -36,7 +36,7 @@ SCHEDULER_CLASSES = (
 _CLIPPING_CLASSES = ("DDIMScheduler", "DDPMScheduler")
 
 # Each sampler's own default where the checkpoint is silent, as in diffusers' `from_config`.
-DEFAULT_SPACING = {"ddim": "leading", "dpmsolver++": "linspace"}
+DEFAULT_SPACING = {"ddim": "leading", "dpmsolver++": "linspace", "euler": "linspace"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,8 @@ class NoiseSchedule:
       prediction_type: "epsilon" or "v_prediction".
       timestep_spacing: None leaves the choice to the sampler.
       set_alpha_to_one: DDIM's last step goes to abar = 1, not to abar_0.
-      solver_options: DPM-Solver's own options in the checkpoint's config, as (name, value).
+      solver_options: options in the checkpoint's config that only some samplers know, as (name,
+        value).
     """
 
     num_train_timesteps: int = 1000
@@ -102,7 +103,7 @@ class NoiseSchedule:
         betas = config.get("trained_betas")
         return cls(
             trained_betas=None if betas is None else tuple(betas),
-            solver_options=tuple((k, config[k]) for k in sorted(_SOLVER_DEFAULTS) if k in config),
+            solver_options=tuple((k, config[k]) for k in sorted(_SOLVER_OPTIONS) if k in config),
             **{key: config[key] for key in fields & config.keys()},
         )
 
@@ -129,15 +130,16 @@ class NoiseSchedule:
     def timesteps(self, num_steps: int, sampler: str = "ddim") -> np.ndarray:
         """The timesteps a sampler visits, from noisy to clean.
 
-        The formulas are those of diffusers' DDIMScheduler and DPMSolverMultistepScheduler, which
-        differ: DPM-Solver divides into one step more and leaves out the last (t = 0).
+        The formulas are those of diffusers' DDIMScheduler, DPMSolverMultistepScheduler and
+        EulerDiscreteScheduler, which differ: DPM-Solver divides into one step more and leaves out
+        the last (t = 0), and Euler does not round what linspace gives.
 
         Args:
           num_steps: number of model evaluations, 1 .. T.
-          sampler: "ddim" or "dpmsolver++".
+          sampler: "ddim", "dpmsolver++" or "euler".
 
         Returns:
-          int64 (num_steps,), strictly falling.
+          int64 (num_steps,), strictly falling; float64 for Euler with linspace.
 
         Raises:
           UserError: unknown sampler, or a number of steps the schedule cannot give.
@@ -151,11 +153,14 @@ class NoiseSchedule:
         if spacing == "trailing":
             falling = np.round(np.arange(total, 0, -total / num_steps)) - 1
         elif spacing == "linspace":
-            falling = np.linspace(0, total - 1, points).round()[::-1]
+            falling = np.linspace(0, total - 1, points)[::-1]
+            falling = falling if sampler == "euler" else falling.round()
         else:
             falling = (np.arange(points) * (total // points))[::-1] + self.steps_offset
         # Rounding makes arange one too long for some counts; diffusers then visits t = -1.
-        timesteps = falling[:num_steps].astype(np.int64)
+        timesteps = falling[:num_steps]
+        if (timesteps == timesteps.round()).all():
+            timesteps = timesteps.astype(np.int64)
         if timesteps[0] >= total or (np.diff(timesteps) >= 0).any():
             raise UserError(
                 f"{num_steps} steps of {sampler} with timestep_spacing {spacing} and steps_offset "
@@ -198,30 +203,44 @@ class NoiseSchedule:
         sigma = jnp.asarray(np.sqrt(1 - self.alphas_cumprod), jnp.float32)[t]
         return alpha.reshape(shape), sigma.reshape(shape)
 
-    def require_plain_solver(self) -> None:
-        """Raises UserError if the checkpoint asks for a DPM-Solver other than plain ++(2M)."""
+    def require_plain_solver(self, sampler: str) -> None:
+        """Raises UserError if the checkpoint asks for another DPM-Solver++ or Euler than ours."""
         for key, value in self.solver_options:
-            if value not in _SOLVER_DEFAULTS[key]:
+            supported = _SOLVER_OPTIONS_OF[sampler].get(key)
+            if supported and value not in supported:
                 raise UserError(
-                    f"the scheduler has {key} = {value!r}; the dpmsolver++ sampler supports only "
-                    f"{_SOLVER_DEFAULTS[key][0]!r}: use the ddim sampler"
+                    f"the scheduler has {key} = {value!r}; the {sampler} sampler supports only "
+                    f"{supported[0]!r}: use the ddim sampler"
                 )
 
 
-# DPM-Solver options and the values under which the sampler equals diffusers'.
-_SOLVER_DEFAULTS = {
-    "algorithm_type": ("dpmsolver++", "deis"),
-    "euler_at_final": (False,),
+# Options and the values under which a sampler equals diffusers'.
+_SIGMAS = {
     "final_sigmas_type": ("zero", None),
-    "lambda_min_clipped": (-math.inf, None),
-    "solver_order": (2,),
-    "solver_type": ("midpoint", "bh1", "bh2", "logrho"),
     "use_beta_sigmas": (False, None),
     "use_exponential_sigmas": (False, None),
-    "use_flow_sigmas": (False, None),
     "use_karras_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
 }
+_SOLVER_OPTIONS_OF = {
+    "dpmsolver++": _SIGMAS
+    | {
+        "algorithm_type": ("dpmsolver++", "deis"),
+        "euler_at_final": (False,),
+        "lambda_min_clipped": (-math.inf, None),
+        "solver_order": (2,),
+        "solver_type": ("midpoint", "bh1", "bh2", "logrho"),
+        "use_flow_sigmas": (False, None),
+        "use_lu_lambdas": (False, None),
+    },
+    "euler": _SIGMAS
+    | {
+        "interpolation_type": ("linear", None),
+        "sigma_max": (None,),
+        "sigma_min": (None,),
+        "timestep_type": ("discrete", None),
+    },
+}
+_SOLVER_OPTIONS = {key for options in _SOLVER_OPTIONS_OF.values() for key in options}
 
 
 def _require(key: str, value: Any, known: tuple[str, ...]) -> None:

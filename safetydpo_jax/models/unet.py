@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 from safetydpo_jax.models.attention import TransformerBlock
 from safetydpo_jax.models.config import check_config, check_divisible, per_block
@@ -223,7 +223,7 @@ class UNet2DConditionModel(nn.Module):
     def __call__(
         self,
         latents: Float[Array, "b h w c"],
-        timesteps: Int[Array, "b"],
+        timesteps: Real[Array, "b"],
         prompt_embeds: Float[Array, "b s d"],
         added_cond: dict[str, Array] | None = None,
     ) -> Float[Array, "b h w c"]:
@@ -231,7 +231,7 @@ class UNet2DConditionModel(nn.Module):
 
         Args:
           latents: noisy latents, scaled as in training.
-          timesteps: 0 .. num_train_timesteps - 1, one an example.
+          timesteps: 0 .. num_train_timesteps - 1, one an example; Euler's need not be whole.
           prompt_embeds: text encoder states.
           added_cond: SDXL's {"text_embeds": (b, p), "time_ids": (b, 6)}.
 
@@ -272,7 +272,7 @@ class UNet2DConditionModel(nn.Module):
         return Conv(cfg.out_channels, dtype=dtype, name="conv_out")(x).astype(jnp.float32)
 
     def _time_embedding(
-        self, timesteps: Int[Array, "b"], added_cond: dict[str, Array] | None
+        self, timesteps: Real[Array, "b"], added_cond: dict[str, Array] | None
     ) -> Float[Array, "b e"]:
         cfg, width = self.config, 4 * self.config.block_out_channels[0]
 
