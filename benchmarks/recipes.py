@@ -55,7 +55,7 @@ CURVES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "steps": ({}, {f"steps-{v}": {"steps": v} for v in (125, 250, 1000)}),
-    "rank": ({}, {f"rank-{v}": {"lora.rank": v} for v in (2, 4, 16)}),
+    "rank": ({}, {f"rank-{v}": {"lora.rank": v} for v in (2, 4, 8)}),
     "learning rate": (
         {}, {f"lr-{v:g}": {"optimizer.learning_rate": v} for v in (1e-3, 3e-3, 2e-2)}
     ),
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     run_missing(args.runs, args.jobs)
     results = {name: json.loads((args.runs / name / "result.json").read_text()) for name in POINTS}
-    from safetydpo_jax.data.storage import write_file
+    from safetydpo_jax.storage import write_file
 
     content = {
         "category": CATEGORY,
@@ -176,10 +176,10 @@ def run_point(name: str, runs: Path) -> None:
     """Trains one point, judges it on both splits, and writes its result."""
     import importlib
 
-    from safetydpo_jax.data.storage import write_file
     from safetydpo_jax.evaluate import evaluate, summarise
     from safetydpo_jax.lora.formats import load_lora
     from safetydpo_jax.models.pretrained import load_pipeline
+    from safetydpo_jax.storage import write_file
     from safetydpo_jax.train import loop
 
     began, workdir = time.monotonic(), runs / name
@@ -267,9 +267,9 @@ def drift(pipeline: Any, adapters: Any, config: Any, path: Path, count: int = 12
     import numpy as np
     import safetensors.numpy
 
-    from safetydpo_jax.data.storage import write_file
     from safetydpo_jax.diffusion.samplers import draw_pictures
     from safetydpo_jax.emoji.prompts import safe_prompts
+    from safetydpo_jax.storage import write_file
 
     texts = [record.text for record in safe_prompts(count, 3, "tune")]
     if not path.exists():
