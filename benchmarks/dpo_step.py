@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs
 
 from configs import common
 from safetydpo_jax import lora, sharding
-from safetydpo_jax.data.storage import write_file
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.huge_pages import use_huge_pages
 from safetydpo_jax.models.pretrained import Pipeline, load_pipeline
+from safetydpo_jax.storage import write_file
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
 from safetydpo_jax.train.step import make_train_step

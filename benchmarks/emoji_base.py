@@ -26,7 +26,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.torch_drawer import torch_drawer
-from safetydpo_jax.data.storage import write_file
 from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.emoji.concepts import HARMS
 from safetydpo_jax.emoji.prompts import PromptRecord, harm_prompts, safe_prompts
@@ -38,6 +37,7 @@ from safetydpo_jax.evaluate.pictures import blurred
 from safetydpo_jax.huge_pages import use_huge_pages
 from safetydpo_jax.models.pretrained import Pipeline, load_pipeline
 from safetydpo_jax.pretrain.autoencoder import psnr
+from safetydpo_jax.storage import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 # group -> least share of pictures in which every prompted concept is found

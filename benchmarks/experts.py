@@ -28,7 +28,6 @@ import ml_collections
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs and benchmarks
 
 from benchmarks.torch_drawer import torch_drawer
-from safetydpo_jax.data.storage import write_file
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.evaluate import Bootstrap, Evaluation, evaluate, picture_grid, summarise, table
 from safetydpo_jax.evaluate.detections import EmojiJudge, detect
@@ -38,6 +37,7 @@ from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.huge_pages import use_huge_pages
 from safetydpo_jax.lora.formats import load_lora
 from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.storage import write_file
 from safetydpo_jax.train import loop
 
 ROOT = Path(__file__).resolve().parents[1]

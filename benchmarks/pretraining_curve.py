@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from safetydpo_jax.data.storage import write_file
 from safetydpo_jax.errors import MissingFileError, run_main
+from safetydpo_jax.storage import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = 60

@@ -23,7 +23,7 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Float
 
-from safetydpo_jax.data import storage
+from safetydpo_jax import storage
 from safetydpo_jax.data.pairs import PairSet
 from safetydpo_jax.errors import UserError
 

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import UInt8
 
-from safetydpo_jax.data import storage
+from safetydpo_jax import storage
 from safetydpo_jax.data.pairs import PairSet, Picture, write_pairs
 from safetydpo_jax.data.sources import PairSource, source_of
 from safetydpo_jax.diffusion.samplers import draw_pictures

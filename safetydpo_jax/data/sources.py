@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
-from safetydpo_jax.data.storage import digest, hash_file
 from safetydpo_jax.emoji.concepts import CATEGORY_OF, HARMS
 from safetydpo_jax.emoji.own_harm import harm_of, training_prompts
 from safetydpo_jax.emoji.prompts import preserve_prompts
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import Harm, read_harm
+from safetydpo_jax.storage import digest, hash_file
 
 # Ways to show a concept, without articles: it may be one thing, several, or a doing.
 WORDINGS = (

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import Image
 
-from safetydpo_jax.data import storage
+from safetydpo_jax import storage
 from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from safetydpo_jax.data import storage
+from safetydpo_jax import storage
 from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.emoji.own_harm import harm_of
 from safetydpo_jax.errors import UserError

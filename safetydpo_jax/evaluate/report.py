@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from safetydpo_jax.data import storage
+from safetydpo_jax import storage
 from safetydpo_jax.emoji.own_harm import harm_of
 from safetydpo_jax.emoji.prompts import PromptRecord, harm_prompts, safe_prompts
 from safetydpo_jax.errors import UserError

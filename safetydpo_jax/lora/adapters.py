@@ -1,5 +1,6 @@
 """LoRA adapters: a nested dict beside the parameters, leaves `a` (in, rank) and `b` (rank, out).
 
+A convolution's `a` is a convolution too, (kh, kw, in, rank), and `b` acts on its every pixel.
 Source: Hu et al. 2021 (arXiv 2106.09685); initialised as peft's `init_lora_weights="gaussian"`.
 """
 
@@ -19,36 +20,35 @@ Adapters = dict[str, Any]
 
 
 def module_paths(unet_params: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
-    r"""The dotted paths of the linear layers that `targets` name, sorted.
+    r"""The dotted paths of the linear layers and convolutions that `targets` name, sorted.
 
     Args:
       unet_params: the UNet's parameters, or their shapes.
       targets: regular expressions. Each must match the end of a layer's dotted path, beginning at
-        a dot: "to_q" takes every query projection, r"attn2\.to_k" those of the cross-attentions.
+        a dot: "to_q" takes every query projection, r"attn2\.to_k" those of the cross-attentions,
+        r"ff\.net\.\d.*" the feed-forward layers, "conv1" a convolution of every residual block.
 
     Raises:
-      UserError: a target is no regular expression, or matches no linear layer.
+      UserError: a target is no regular expression, or matches no layer.
     """
-    kernels: dict[str, Any] = {
-        ".".join(path[:-1]): leaf
-        for path, leaf in traverse_util.flatten_dict(unet_params).items()
+    layers = [
+        ".".join(path[:-1])
+        for path in traverse_util.flatten_dict(unet_params)
         if path[-1] == "kernel"
-    }
+    ]
     found: set[str] = set()
     for target in targets:
         try:
             pattern = re.compile(rf"(?:.*\.)?(?:{target})")
         except re.error as error:
             raise UserError(f"lora.targets: {target!r} is no regular expression: {error}") from None
-        matches = [path for path in kernels if pattern.fullmatch(path)]
-        linear = {path for path in matches if kernels[path].ndim == 2}
-        if not linear:
-            what = "only convolutions" if matches else "no layer of the UNet"
+        matches = {layer for layer in layers if pattern.fullmatch(layer)}
+        if not matches:
             raise UserError(
-                f"lora.targets: {target!r} matches {what}; name linear layers, as in "
-                "'to_q', 'to_k', 'to_v', 'to_out.0'"
+                f"lora.targets: {target!r} matches no layer of the UNet; name linear layers or "
+                "convolutions, as in 'to_q', 'to_k', 'to_v', 'to_out.0'"
             )
-        found |= linear
+        found |= matches
     if not found:
         raise UserError("lora.targets is empty: name at least one layer to adapt, as in 'to_q'")
     return sorted(found)
@@ -76,14 +76,15 @@ def init_adapters(
     adapters = {}
     for path in module_paths(unet_params, targets):
         *module, _ = by_dotted[f"{path}.kernel"]
-        rows, columns = kernels[(*module, "kernel")].shape
+        *size, rows, columns = kernels[(*module, "kernel")].shape
         if not 1 <= rank <= min(rows, columns):
             raise UserError(
                 f"lora.rank is {rank}, but {path} is {rows} x {columns}: "
                 f"use a rank from 1 to {min(rows, columns)}"
             )
         layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        adapters[(*module, "a")] = jax.random.normal(layer_key, (rows, rank), jnp.float32) / rank
+        a = jax.random.normal(layer_key, (*size, rows, rank), jnp.float32)
+        adapters[(*module, "a")] = a / rank
         adapters[(*module, "b")] = jnp.zeros((rank, columns), jnp.float32)
     return traverse_util.unflatten_dict(adapters)
 

@@ -1,211 +1,213 @@
-"""LoRA files of PyTorch diffusers (`pytorch_lora_weights.safetensors`), and of kohya for ComfyUI.
+"""LoRA files: PyTorch diffusers' and kohya's in and out, peft's in.
 
-diffusers' keys are `unet.<module>.lora_A.weight` (rank, in) and `unet.<module>.lora_B.weight`
-(out, rank); the older `.lora.down.weight` / `.lora.up.weight` are read too. kohya's are
-`lora_unet_<module, _ for .>` with `.lora_down.weight`, `.lora_up.weight` and `.alpha`. The file
-format is safetensors' own: https://huggingface.co/docs/safetensors, "Format".
+Adapters here are ready to apply: their scale, alpha / rank, is in `b`. What a key says is in
+`lora.keys`; the file format is safetensors' own: https://huggingface.co/docs/safetensors, "Format".
 """
 
+import collections
 import json
 import os
 import pathlib
 import re
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import traverse_util
 
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.lora.adapters import Adapters
+from safetydpo_jax.lora.keys import PEFT_PREFIX, KeyReader
+from safetydpo_jax.lora.tensor_file import read_tensors, write_tensors
 
-_KEY = re.compile(r"unet\.(?P<module>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight")
-_LEAF = {"lora_A": "a", "lora.down": "a", "lora_B": "b", "lora.up": "b"}
 _HEADER = "lora_adapter_metadata"
+_PEFT_CONFIG = "adapter_config.json"
+Alphas = Callable[[str, int], float]  # (layer, rank) -> alpha
 
 
 def save_lora(
-    path: str | os.PathLike[str],
-    adapters: Adapters,
-    alpha: float,
-    metadata: Mapping[str, str] | None = None,
+    path: str | os.PathLike[str], adapters: Adapters, metadata: Mapping[str, str] | None = None
 ) -> pathlib.Path:
     """Writes adapters as one file that diffusers' `load_lora_weights` reads.
 
-    The scale alpha / rank is multiplied into B and the header says alpha = rank, because readers
-    that know no header (diffusers before 0.35, most converters) take alpha = rank. The bytes are a
-    function of the arguments alone, and the file appears whole or not at all.
+    As the scale is in B, the header says alpha = rank, which is also what readers take that know no
+    header (diffusers before 0.35, most converters). The bytes are a function of the arguments
+    alone, and the file appears whole or not at all.
 
     Args:
       path: the file to write; its folder is made.
-      adapters: as trained, b not yet scaled.
-      alpha: the LoRA's alpha.
+      adapters: ready to apply, of any rank a layer.
       metadata: more entries of the header, for people.
     """
-    flat: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(adapters))
-    modules = sorted({path[:-1] for path in flat})
-    tensors, rank = {}, flat[(*modules[0], "a")].shape[1]
-    for module in modules:
-        a, b = (np.asarray(flat[(*module, leaf)], np.float32) for leaf in "ab")
-        name = ".".join(("unet", *module))
-        tensors[f"{name}.lora_A.weight"] = a.T
-        tensors[f"{name}.lora_B.weight"] = (b * np.float32(alpha / rank)).T
-    config = {
+    layers = _by_layer(adapters)
+    tensors = {}
+    for layer, (a, b) in layers.items():
+        tensors[f"unet.{layer}.lora_A.weight"] = a
+        tensors[f"unet.{layer}.lora_B.weight"] = b
+    ranks = {layer: len(a) for layer, (a, _) in layers.items()}
+    rank = _usual(ranks)
+    others = {layer: r for layer, r in ranks.items() if r != rank}
+    config: dict[str, Any] = {
         "unet.r": rank,
         "unet.lora_alpha": rank,
-        "unet.target_modules": [".".join(module) for module in modules],
+        "unet.target_modules": list(layers),
     }
+    if others:
+        config |= {"unet.rank_pattern": others, "unet.alpha_pattern": others}
     header = {"format": "pt", _HEADER: json.dumps(config, indent=2, sort_keys=True)}
-    return _write(pathlib.Path(path), tensors, {**(metadata or {}), **header})
+    return write_tensors(pathlib.Path(path), tensors, {**(metadata or {}), **header})
 
 
-def to_kohya(
-    path: str | os.PathLike[str], target: str | os.PathLike[str], base: str | None = None
+def save_kohya(
+    path: str | os.PathLike[str],
+    adapters: Adapters,
+    metadata: Mapping[str, str] | None = None,
+    base: str | None = None,
 ) -> pathlib.Path:
-    """Writes a file of `save_lora`'s with kohya's keys, which ComfyUI and A1111 read.
+    """Writes adapters with kohya's keys, which ComfyUI and A1111 read.
 
     Args:
-      path: the diffusers file.
-      target: the file to write; its folder is made.
+      path: the file to write; its folder is made.
+      adapters: ready to apply, of any rank a layer.
+      metadata: more entries of the header, for people.
       base: kohya's name of the base model, as in "sd_v1"; A1111 lists the file for that one.
     """
-    tensors, header = _read(pathlib.Path(path))
-    rank = json.loads(header[_HEADER])["unet.r"]
-    renamed: dict[str, np.ndarray] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        assert match is not None, key  # our own file
-        name = f"lora_unet_{match['module'].replace('.', '_')}"
-        if _LEAF[match["side"]] == "a":
-            renamed[f"{name}.lora_down.weight"] = tensor
-            # B holds the scale already, so alpha is the rank.
-            renamed[f"{name}.alpha"] = np.array(rank, np.float32)
-        else:
-            renamed[f"{name}.lora_up.weight"] = tensor
-    header = {k: v for k, v in header.items() if k != _HEADER}
-    header |= {
+    layers = _by_layer(adapters)
+    tensors: dict[str, np.ndarray] = {}
+    for layer, (a, b) in layers.items():
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = a
+        tensors[f"{name}.lora_up.weight"] = b
+        tensors[f"{name}.alpha"] = np.array(len(a), np.float32)  # the scale is in lora_up
+    rank = str(_usual({layer: len(a) for layer, (a, _) in layers.items()}))
+    header = {
+        **(metadata or {}),
+        "format": "pt",
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(rank),
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
     }
     if base:
         header |= {"ss_base_model_version": base, "ss_v2": str(base.startswith("sd_v2"))}
-    return _write(pathlib.Path(target), renamed, header)
+    return write_tensors(pathlib.Path(path), tensors, header)
 
 
 def load_lora(
     path: str | os.PathLike[str], unet_params: Mapping[str, Any]
 ) -> tuple[Adapters, dict[str, str]]:
-    """Reads a diffusers LoRA file into a collection that is ready to apply as "lora".
+    """Reads a UNet's LoRA, in any of the formats that `lora.keys` lists.
 
     Args:
-      path: the safetensors file.
+      path: the safetensors file. peft's needs its adapter_config.json beside it.
       unet_params: the UNet it is for, parameters or shapes; every key is checked against it.
 
     Returns:
-      The adapters, b already multiplied by alpha / rank, and the header's entries.
+      The adapters, ready to apply as "lora", and the header's entries for people.
 
     Raises:
-      MissingFileError: there is no such file.
+      MissingFileError: there is no such file, or peft's lacks its config.
       UserError: not a whole safetensors file, or not a LoRA that fits this UNet.
     """
     path = pathlib.Path(path)
-    tensors, header = _read(path)
-    alpha = _alpha(path, header)
-    kernels: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(unet_params))
-    layers = {
+    tensors, header = read_tensors(path)
+    params: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(unet_params))
+    kernels = {
         ".".join(module): (tuple(module), np.shape(leaf))
-        for (*module, name), leaf in kernels.items()
-        if name == "kernel" and np.ndim(leaf) == 2
+        for (*module, name), leaf in params.items()
+        if name == "kernel"
     }
-    flat: dict[tuple[str, ...], np.ndarray] = {}
+    read, found = KeyReader(kernels), collections.defaultdict(dict)
     for key, tensor in sorted(tensors.items()):
-        match = _KEY.fullmatch(key)
-        if match is None or match["module"] not in layers:
-            raise UserError(
-                f"{path}: the key {key!r} names no linear layer of this UNet in diffusers' LoRA "
-                "format; is the file for another base model, or in another tool's format?"
-            )
-        module, (rows, columns) = layers[match["module"]]
-        leaf = _LEAF[match["side"]]
-        rank = tensor.shape[0 if leaf == "a" else -1]
-        expected = (rank, rows) if leaf == "a" else (columns, rank)
-        if tensor.shape != expected:
-            raise UserError(
-                f"{path}: {key} has shape {tensor.shape}, but for a layer of {rows} x {columns} it "
-                f"must be {expected}: the file is for another base model"
-            )
+        try:
+            layer, what = read(key)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         if not np.isfinite(tensor).all():
             raise UserError(f"{path}: {key} holds NaN or infinity: its training diverged")
-        flat[(*module, leaf)] = tensor.T.astype(np.float32)
+        found[layer][what] = np.asarray(tensor, np.float32)
+    alpha_of = _alphas(path, header, is_peft=any(key.startswith(PEFT_PREFIX) for key in tensors))
+    flat = {}
+    for layer, parts in found.items():
+        if missing := {"a", "b"} - parts.keys():
+            what = "lora_A (or down)" if "a" in missing else "lora_B (or up)"
+            raise UserError(f"{path}: {layer} has no {what}; export the file again")
+        module, kernel = kernels[layer]
+        a, b = _fit(parts["a"], parts["b"], kernel, f"{path}: {layer}")
+        rank = len(b)
+        alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(layer, rank)
+        flat[(*module, "a")] = jnp.asarray(a)
+        flat[(*module, "b")] = jnp.asarray(b * np.float32(alpha / rank))
+    header.pop(_HEADER, None)
+    return traverse_util.unflatten_dict(flat), header
+
+
+def _by_layer(adapters: Adapters) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """PyTorch's A (rank, in) or (rank, in, kh, kw) and B of every layer, by dotted path, sorted."""
+    flat: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(adapters))
+    layers = {}
     for module in sorted({path[:-1] for path in flat}):
-        a, b = (flat.get((*module, leaf)) for leaf in "ab")
-        name = ".".join(module)
-        if a is None or b is None:
-            raise UserError(f"{path}: {name} has only one of lora_A and lora_B; export it again")
-        if a.shape[1] != b.shape[0]:
-            raise UserError(f"{path}: {name} has lora_A and lora_B of different rank")
-        if alpha is not None:
-            flat[(*module, "b")] = b * np.float32(alpha / a.shape[1])
-    return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in flat.items()}), header
+        a, b = (np.asarray(flat[(*module, leaf)], np.float32) for leaf in "ab")
+        if a.ndim == 4:  # of a convolution: B is one of a single pixel
+            layers[".".join(module)] = a.transpose(3, 2, 0, 1), b.T[:, :, None, None]
+        else:
+            layers[".".join(module)] = a.T, b.T
+    return layers
 
 
-def _alpha(path: pathlib.Path, header: Mapping[str, str]) -> float | None:
-    """The alpha that diffusers wrote to the header; None stands for the rank."""
-    try:
-        config = json.loads(header.get(_HEADER) or "{}")
-    except ValueError as error:
-        raise UserError(f"{path}: {_HEADER} in the header is not JSON ({error})") from None
-    for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
-        if config.get(f"unet.{key}"):
-            raise UserError(f"{path}: the header asks for {key}, which is not supported")
-    return config.get("unet.lora_alpha")
+def _usual(ranks: Mapping[str, int]) -> int:
+    return collections.Counter(ranks.values()).most_common(1)[0][0]
 
 
-def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such LoRA file; give the path of a .safetensors file")
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+def _fit(
+    a: np.ndarray, b: np.ndarray, kernel: tuple[int, ...], where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Our a (in, rank) or (kh, kw, in, rank) and b (rank, out), if that is what the layer takes.
+
+    A projection is a linear layer in some versions of a model and a convolution of one pixel in
+    others; so are its factors, and they mean the same.
+    """
+    *size, rows, columns = kernel
+    single = tuple(size) in ((), (1, 1))
+    if single and a.shape[2:] in ((), (1, 1)):
+        a = a.reshape(*a.shape[:2], *size)
+    if b.shape[2:] == (1, 1):
+        b = b.reshape(b.shape[:2])
+    if a.shape != (len(a), rows, *size) or b.shape[:1] != (columns,) or b.ndim != 2:
         raise UserError(
-            f"{path}: pickle files can run code and are not read; convert it where you trust it: "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'lora.safetensors')"
+            f"{where} has factors of shape {a.shape} and {b.shape}, but the layer's kernel is "
+            f"{kernel}: the file is for another base model"
         )
+    if len(a) != b.shape[1]:
+        raise UserError(f"{where} has factors of different rank, {len(a)} and {b.shape[1]}")
+    return (a.transpose(2, 3, 1, 0) if size else a.T), b.T
+
+
+def _alphas(path: pathlib.Path, header: Mapping[str, str], *, is_peft: bool) -> Alphas:
+    """Where no tensor says a layer's alpha: diffusers' header, peft's config, or else the rank."""
+    if is_peft:
+        file = path.with_name(_PEFT_CONFIG)
+        if not file.is_file():
+            raise MissingFileError(
+                f"{file}: missing, and peft says there what alpha is: put it beside {path.name}"
+            )
+        where, text, prefix = str(file), file.read_text(), ""
+    else:
+        where, text, prefix = f"{path}: {_HEADER} in the header", header.get(_HEADER), "unet."
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            header = dict(file.metadata() or {})
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: not a whole safetensors file ({error}); copy or export it again"
-        ) from None
-    if not tensors:
-        raise UserError(f"{path}: the file holds no tensors; export it again")
-    return tensors, header
+        config = json.loads(text or "{}")
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error})") from None
+    get = {key.removeprefix(prefix): value for key, value in config.items()}.get
+    if get("use_dora"):
+        raise UserError(f"{where} asks for use_dora, which is not supported")
+    patterns = [(re.compile(rf"(.*\.)?({k})"), v) for k, v in (get("alpha_pattern") or {}).items()]
 
+    def alpha(layer: str, rank: int) -> float:
+        usual = next((v for pattern, v in patterns if pattern.fullmatch(layer)), get("lora_alpha"))
+        value = rank if usual is None else usual
+        return value * rank**0.5 if get("use_rslora") else value
 
-def _write(
-    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> pathlib.Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(_serialize(tensors, metadata))
-    partial.replace(path)
-    return path
-
-
-def _serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """The file's bytes; the library's own writer shuffles the header's entries at every run."""
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    chunks, offset = [], 0
-    for name, array in sorted(tensors.items()):
-        data = np.ascontiguousarray(array, "<f4").tobytes()
-        span = [offset, offset + len(data)]
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": span}
-        chunks.append(data)
-        offset += len(data)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *chunks])
+    return alpha

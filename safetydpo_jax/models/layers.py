@@ -50,7 +50,11 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """A 2-D convolution, NHWC, kernel HWIO, with PyTorch's symmetric or explicit padding."""
+    """A 2-D convolution, NHWC, kernel HWIO, with PyTorch's symmetric or explicit padding.
+
+    An adapter's `a` (kh, kw, in, rank) is a convolution like it, its `b` (rank, features) is
+    applied to every pixel of the result; see `Dense`.
+    """
 
     features: int
     kernel_size: int = 3
@@ -77,14 +81,24 @@ class Conv(nn.Module):
             y = mixed.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0]).astype(self.dtype)
             y = y.reshape(*x.shape[:-1], self.features)
         else:
-            y = jax.lax.conv_general_dilated(
-                x.astype(self.dtype),
-                kernel.astype(self.dtype),
-                (self.strides, self.strides),
-                ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-        return y + bias.astype(self.dtype)
+            y = self._convolve(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = y + bias.astype(self.dtype)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            y = y + (self._convolve(x.astype(a.dtype), a) @ b).astype(self.dtype)
+        return y
+
+    def _convolve(
+        self, x: Float[Array, "b h w in"], kernel: Float[Array, "kh kw in out"]
+    ) -> Float[Array, "b h2 w2 out"]:
+        pad = self.padding
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.strides, self.strides),
+            ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
 
 class GroupNorm(nn.Module):

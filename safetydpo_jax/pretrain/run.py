@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from safetydpo_jax.data.storage import check_same, write_file
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from safetydpo_jax.models.pretrained import (
@@ -20,6 +19,7 @@ from safetydpo_jax.pretrain.autoencoder import encode_pictures, train_autoencode
 from safetydpo_jax.pretrain.denoiser import train_denoiser
 from safetydpo_jax.pretrain.pictures import prepare_pictures
 from safetydpo_jax.pretrain.tokenizer import train_tokenizer
+from safetydpo_jax.storage import check_same, write_file
 from safetydpo_jax.train.workdir import lock_workdir
 
 # Settings that may change when a run goes on: how long it trains, and what it tells.

@@ -18,8 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from safetydpo_jax import lora
-from safetydpo_jax.data import storage
+from safetydpo_jax import lora, storage
 from safetydpo_jax.evaluate.exam import EmojiExam, SampleExam, Shown
 from safetydpo_jax.evaluate.pictures import Row, Section, picture_grid
 
@@ -96,8 +95,8 @@ class Health:
         began = time.monotonic()
         applied = None
         if step:
-            path = lora.save_lora(self.path(step), adapters, self._config.lora.alpha, header)
-            applied, _ = lora.load_lora(path, self._pipeline.unet_params)
+            applied = lora.scaled(adapters, self._config.lora.alpha, self._config.lora.rank)
+            lora.save_lora(self.path(step), applied, header)
         rates, shown = self._exam(applied)
         record = {
             "step": step,

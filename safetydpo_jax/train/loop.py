@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from ml_collections import ConfigDict
 
-from safetydpo_jax import __version__, data, lora, sharding
-from safetydpo_jax.data import storage
+from safetydpo_jax import __version__, data, lora, sharding, storage
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train.guard import Guard
@@ -68,7 +67,11 @@ def run(
 
         phases.begin("base model")
         # Everything that can be wrong with the config is found before hours of drawing.
-        pipeline = load_pipeline(config.model)
+        pipeline = load_pipeline(
+            config.model,
+            unet_shardings=lambda shapes: sharding.param_shardings(mesh, shapes, config.mesh.rules),
+            progress=progress,
+        )
         if config.report.enabled:
             # Here, so that a run without a report needs none of what the report needs.
             from safetydpo_jax.evaluate.report import prompts_of
@@ -80,15 +83,11 @@ def run(
 
             health = Health(config, pipeline, workdir, progress)
         step_fn = make_train_step(pipeline.unet, pipeline.schedule, config, mesh)
-        adapters = lora.init_adapters(
-            jax.random.key(config.seed, impl="threefry2x32"),
-            pipeline.unet_params,
-            rank=config.lora.rank,
-            targets=config.lora.targets,
-        )
+        adapters = _first_adapters(config, pipeline)
+        origin = f"from {config.lora.init}" if config.lora.init else f"of rank {config.lora.rank}"
         progress(
             f"{config.model}: {lora.count(pipeline.unet_params):,} parameters in the UNet; "
-            f"adapters of rank {config.lora.rank} on {len(jax.tree.leaves(adapters)) // 2} layers, "
+            f"adapters {origin} on {len(jax.tree.leaves(adapters)) // 2} layers, "
             f"{lora.count(adapters):,} parameters"
         )
 
@@ -137,10 +136,12 @@ def run(
         else:
             exported = f"step {config.steps}, the last, is exported"
             adapters = jax.device_get(state.adapters)
-            lora.save_lora(path, adapters, config.lora.alpha, _header(config, config.steps))
+            applied = lora.scaled(adapters, config.lora.alpha, config.lora.rank)
+            lora.save_lora(path, applied, _header(config, config.steps))
         progress(exported)
         kohya = path.parent / "comfyui" / f"safetydpo_{config.category}.safetensors"
-        lora.to_kohya(path, kohya, KOHYA_BASES.get(config.base))
+        adapters, header = lora.load_lora(path, pipeline.unet_params)
+        lora.save_kohya(kohya, adapters, header, KOHYA_BASES.get(config.base))
         progress(f"{path}, {path.stat().st_size / 1e6:.2f} MB")
 
         phases.begin("report")
@@ -148,7 +149,6 @@ def run(
         if config.report.enabled:
             from safetydpo_jax.evaluate import write_report
 
-            adapters, _ = lora.load_lora(path, pipeline.unet_params)
             summary = write_report(
                 config,
                 pipeline,
@@ -174,6 +174,19 @@ def run(
     return summary
 
 
+def _first_adapters(config: ConfigDict, pipeline: Any) -> lora.Adapters:
+    """New ones that change nothing, or those of `config.lora.init`; not yet scaled."""
+    if config.lora.init:
+        applied, _ = lora.load_lora(config.lora.init, pipeline.unet_params)
+        return lora.scaled(applied, config.lora.rank / config.lora.alpha, 1)
+    return lora.init_adapters(
+        jax.random.key(config.seed, impl="threefry2x32"),
+        pipeline.unet_params,
+        rank=config.lora.rank,
+        targets=config.lora.targets,
+    )
+
+
 def _train(
     config: ConfigDict,
     workdir: pathlib.Path,
@@ -191,8 +204,6 @@ def _train(
 
     phases.begin("compile")
     batches = data.batches(cache, config, start)
-    shardings = sharding.param_shardings(mesh, pipeline.unet_params, config.mesh.rules)
-    base_params = jax.device_put(pipeline.unet_params, shardings)
     null_embeds = jax.device_put(cache.null_embeds, sharding.replicated(mesh))
 
     def on_mesh(batch: Batch) -> Batch:
@@ -201,7 +212,7 @@ def _train(
     batch = on_mesh(next(batches))
     began = time.monotonic()
     with jax.default_matmul_precision(config.matmul_precision):
-        lowered = step_fn.lower(state, base_params, batch, null_embeds)
+        lowered = step_fn.lower(state, pipeline.unet_params, batch, null_embeds)
     compiled = lowered.compile()
     # Before partitioning, so of all devices together; a scan's body is counted once.
     flops = lowered.cost_analysis()["flops"] * config.accumulation
@@ -237,7 +248,7 @@ def _train(
             return state
         pending = None
         for step in range(start + 1, config.steps + 1):
-            state, metrics = compiled(state, base_params, batch, null_embeds)
+            state, metrics = compiled(state, pipeline.unet_params, batch, null_embeds)
             # While the device works on this step, read the last one's numbers and the next batch.
             if pending:
                 guard.check(*log.write(*pending))

@@ -12,7 +12,7 @@ import tensorboardX
 from ml_collections import ConfigDict
 from PIL import Image
 
-from safetydpo_jax.data import storage
+from safetydpo_jax import storage
 
 
 class MetricsLog:

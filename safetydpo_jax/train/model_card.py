@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from safetydpo_jax.data import storage
+from safetydpo_jax import storage
 from safetydpo_jax.evaluate.summary import table
 
 # Keys of the config that make the recipe; the rest is about folders, logs and the report.

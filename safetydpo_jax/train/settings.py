@@ -1,9 +1,11 @@
 """The config as a run uses it: the recipe filled in, the values checked."""
 
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from safetydpo_jax import storage
 from safetydpo_jax.data.sources import two_ways
 from safetydpo_jax.emoji.own_harm import harm_of
 from safetydpo_jax.errors import UserError
@@ -81,6 +83,8 @@ def deciding(config: ConfigDict, model_hash: str, data_hash: str) -> dict[str, A
             found |= {f"{key}.{k}": v for k, v in value.items()}
         else:
             found[key] = value
+    if config.lora.init:
+        found["lora.init"] = storage.hash_file(Path(config.lora.init))  # wherever it lies
     if config.optimizer.schedule == "cosine":
         found["steps"] = config.steps  # the rate of every step depends on the last one
     return found

@@ -12,7 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from safetydpo_jax.data import storage
+from safetydpo_jax import storage
 from safetydpo_jax.lora.adapters import Adapters
 
 SCHEDULES = ("constant", "cosine")

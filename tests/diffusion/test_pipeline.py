@@ -44,7 +44,7 @@ def test_pictures_equal_pytorch_diffusers(model_folder, pipeline):
 def test_command_line_draws_what_draw_pictures_draws(
     model_folder, pipeline, adapters, tmp_path, capsys
 ):
-    save_lora(tmp_path / "lora.safetensors", adapters, alpha=1.0)
+    save_lora(tmp_path / "lora.safetensors", scaled(adapters, 1.0, 2))
     table = tmp_path / "prompts.csv"
     rows = zip(PROMPTS, SEEDS, strict=True)
     lines = [f"{prompt},{i}.png,{seed}" for i, (prompt, seed) in enumerate(rows)]

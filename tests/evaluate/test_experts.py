@@ -57,10 +57,7 @@ def export(benchmark, workdir, seed):
     (workdir / "export").mkdir(parents=True, exist_ok=True)
     adapters = jax.tree.map(lambda leaf: leaf + 0.5, fresh)
     save_lora(
-        workdir / "export" / "pytorch_lora_weights.safetensors",
-        adapters,
-        alpha=2.0,
-        metadata={"steps": "7"},
+        workdir / "export" / "pytorch_lora_weights.safetensors", adapters, metadata={"steps": "7"}
     )
 
 

@@ -31,6 +31,13 @@ def test_starts_as_peft_does():
     assert not layer["b"].any()
 
 
+def test_a_convolutions_first_factor_is_one_too():
+    layer = init(targets=("conv1",))["down_blocks.0"]["conv1"]
+    assert layer["a"].shape == (3, 3, 400, 4)
+    assert layer["b"].shape == (4, 300)
+    np.testing.assert_allclose(layer["a"].std(), 1 / 4, rtol=0.1)
+
+
 def test_a_layer_does_not_depend_on_the_others():
     few, more = init(targets=("to_q",)), init(targets=("to_k", "to_q"))
     block = "down_blocks.0"
@@ -61,6 +68,7 @@ def test_count():
         (("to_q", "to_out.0"), 4),
         ((r"attn2\.to_k",), 1),
         ((r"attn1\..*",), 3),
+        ((r"conv\d",), 1),
         ((r"down_blocks\.0\.attn1\.to_q",), 1),
     ],
 )
@@ -73,7 +81,6 @@ def test_targets(targets, count):
     [
         ({"targets": ("to_x",)}, "'to_x' matches no layer of the UNet"),
         ({"targets": ("o_q",)}, "'o_q' matches no layer"),
-        ({"targets": ("conv1",)}, "'conv1' matches only convolutions"),
         ({"targets": ("to_(",)}, "no regular expression"),
         ({"targets": ()}, "lora.targets is empty"),
         ({"rank": 0}, "lora.rank is 0, but .* use a rank from 1 to 300"),

@@ -19,8 +19,7 @@ ALPHA, RANK = 6.0, 4
 def file(adapters, tmp_path):
     return lora.save_lora(
         tmp_path / "export" / "pytorch_lora_weights.safetensors",
-        adapters,
-        ALPHA,
+        lora.scaled(adapters, ALPHA, RANK),
         {"category": "hate"},
     )
 
@@ -70,19 +69,21 @@ def test_pytorch_diffusers_draws_the_same(kohya, file, adapters, pipeline, model
     ours = apply({"params": pipeline.unet_params, "lora": found}, latents, t, embeds)
     np.testing.assert_allclose(theirs(), base, atol=1e-4)
     torch_pipeline.load_lora_weights(
-        lora.to_kohya(file, file.parent / "comfyui" / "hate.safetensors") if kohya else file
+        lora.save_kohya(file.parent / "comfyui" / "hate.safetensors", found) if kohya else file
     )
     np.testing.assert_allclose(theirs(), ours, atol=1e-4)
     assert np.abs(ours - base).max() > 0.05
 
 
-def test_kohya_keys(file):
-    path = lora.to_kohya(file, file.with_name("kohya.safetensors"), "sd_v2")
+def test_kohya_keys(file, pipeline):
+    adapters, header = lora.load_lora(file, pipeline.unet_params)
+    path = lora.save_kohya(file.with_name("kohya.safetensors"), adapters, header, "sd_v2")
     with safetensors.safe_open(path, "numpy") as opened:
         header = opened.metadata()
     assert header["ss_base_model_version"] == "sd_v2"
     assert (header["ss_v2"], header["ss_network_dim"]) == ("True", str(RANK))
     assert header["category"] == "hate"
+    assert "lora_adapter_metadata" not in header
     tensors = safetensors.numpy.load_file(path)
     assert len(tensors) == 3 * len(safetensors.numpy.load_file(file)) // 2
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
@@ -93,9 +94,9 @@ def test_kohya_keys(file):
 
 def test_the_bytes_depend_on_the_content_alone(file, adapters):
     metadata = {name: name for name in "dcba"}
-    one = lora.save_lora(file.with_name("1.safetensors"), adapters, 4.0, metadata)
+    one = lora.save_lora(file.with_name("1.safetensors"), adapters, metadata)
     two = lora.save_lora(
-        file.with_name("2.safetensors"), adapters, 4.0, dict(reversed(metadata.items()))
+        file.with_name("2.safetensors"), adapters, dict(reversed(metadata.items()))
     )
     assert one.read_bytes() == two.read_bytes()
     assert sorted(p.name for p in file.parent.iterdir()) == [
@@ -153,8 +154,33 @@ def unknown_layer(tensors, header):
     tensors["unet.up_blocks.9.to_q.lora_A.weight"] = np.zeros((4, 8), np.float32)
 
 
-def other_tool(tensors, header):
+def unknown_kohya_layer(tensors, header):
     tensors["lora_unet_down_blocks_0_to_q.lora_down.weight"] = np.zeros((4, 8), np.float32)
+
+
+def text_encoder(tensors, header):
+    tensors["text_encoder.layers.0.q_proj.lora_A.weight"] = np.zeros((4, 8), np.float32)
+
+
+def text_encoder_of_kohya(tensors, header):
+    tensors["lora_te1_layers_0_q_proj.lora_down.weight"] = np.zeros((4, 8), np.float32)
+
+
+def loha(tensors, header):
+    tensors["lora_unet_mid_block.hada_w1_a"] = np.zeros((4, 8), np.float32)
+
+
+def tucker(tensors, header):
+    tensors["lora_unet_mid_block.lora_mid.weight"] = np.zeros((4, 4, 3, 3), np.float32)
+
+
+def neither(tensors, header):
+    tensors["unet.mid_block.weight"] = np.zeros((4, 8), np.float32)
+
+
+def peft_without_config(tensors, header):
+    for key in list(tensors):
+        tensors[key.replace("unet.", "base_model.model.")] = tensors.pop(key)
 
 
 def not_a_number(tensors, header):
@@ -176,11 +202,17 @@ def not_json(tensors, header):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop_b, "has only one of lora_A and lora_B"),
-        (wrong_shape, r"has shape \(4, 7\), but .*another base model"),
-        (other_rank, "different rank"),
-        (unknown_layer, "up_blocks.9.to_q.* names no linear layer of this UNet"),
-        (other_tool, "lora_unet_.* names no linear layer .*another tool"),
+        (drop_b, "has no lora_B"),
+        (wrong_shape, r"has factors of shape \(4, 7\) and .*another base model"),
+        (other_rank, "different rank, 4 and 3"),
+        (unknown_layer, "up_blocks.9.to_q.* names no layer of this UNet"),
+        (unknown_kohya_layer, "lora_unet_.* names no layer of this UNet"),
+        (text_encoder, "text_encoder.layers.0.* is for a text encoder"),
+        (text_encoder_of_kohya, "lora_te1_.* is for a text encoder"),
+        (loha, "is of LoHa, which is not supported"),
+        (tucker, "is of LoCon in Tucker form"),
+        (neither, "unet.mid_block.weight' is in no LoRA format"),
+        (peft_without_config, "adapter_config.json: missing, and peft says there"),
         (not_a_number, "NaN or infinity"),
         (empty, "holds no tensors"),
         (dora, "use_dora, which is not supported"),
@@ -191,7 +223,7 @@ def test_bad_files(change, message, file, pipeline):
     changed(file, change)
     with pytest.raises(UserError, match=message) as error:
         lora.load_lora(file, pipeline.unet_params)
-    assert str(file) in str(error.value)
+    assert str(file.parent) in str(error.value)
 
 
 def test_a_missing_file(tmp_path, pipeline):

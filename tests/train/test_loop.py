@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -47,9 +48,13 @@ def compile_once(tmp_path_factory):
 def run(config, small, tmp_path, monkeypatch):
     """Runs in tmp_path/name; gives back what it said. `react` sees every line as it is said."""
 
-    monkeypatch.setattr(
-        loop, "load_pipeline", lambda p: small if p == str(small.path) else load_pipeline(p)
-    )
+    def load(path, unet_shardings, progress):
+        if path != str(small.path):
+            return load_pipeline(path, unet_shardings=unet_shardings, progress=progress)
+        params = jax.device_put(small.unet_params, unet_shardings(small.unet_params))
+        return dataclasses.replace(small, unet_params=params)
+
+    monkeypatch.setattr(loop, "load_pipeline", load)
 
     def run(name="run", react=lambda line: None, **changes):
         lines = []
@@ -91,6 +96,30 @@ def test_a_whole_run(run, small, tmp_path):
     assert "compile" not in again
     assert (workdir / EXPORT).read_bytes() == before
     assert logged_steps(workdir) == steps
+
+
+def test_goes_on_from_a_lora_of_another_run(run, small, tmp_path):
+    run("first", steps=2)
+    file = tmp_path / "first" / EXPORT
+    changes = {"steps": 1, "lora.init": str(file), "lora.rank": 5, "lora.alpha": 10.0}
+    said = run("second", **changes)
+    assert f"adapters from {file} on" in said
+    line = logged_steps(tmp_path / "second")[0]
+    assert line["margin"] != 0  # the policy is no longer the reference
+    before, _ = lora.load_lora(file, small.unet_params)
+    after, _ = lora.load_lora(tmp_path / "second" / EXPORT, small.unet_params)
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    moved = [float(np.abs(a - b).max()) for a, b in pairs]
+    assert 0 < max(moved) < 0.1  # by one step, and no factor lost
+    other = tmp_path / "other.safetensors"
+    lora.save_lora(other, before)
+    moved_file = tmp_path / "moved.safetensors"
+    moved_file.write_bytes(file.read_bytes())
+    run("second", **(changes | {"lora.init": str(moved_file)}))
+    with pytest.raises(UserError, match=r"lora\.init"):
+        run("second", **(changes | {"lora.init": str(other)}))
+    with pytest.raises(MissingFileError, match=r"nothing\.safetensors: no such LoRA file"):
+        run("third", **{"lora.init": "nothing.safetensors"})
 
 
 def test_the_losers_scale_is_shown_and_logged(run, tmp_path):

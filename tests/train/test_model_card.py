@@ -3,7 +3,7 @@ import json
 import pytest
 
 from configs import common
-from safetydpo_jax.data import storage
+from safetydpo_jax import storage
 from safetydpo_jax.train.model_card import write_model_card
 from safetydpo_jax.train.settings import resolve
 from tests.evaluate.test_report import write as write_report

@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 
-from safetydpo_jax.data import storage
+from safetydpo_jax import storage
 from safetydpo_jax.data.pairs.builder import SafetyPairs
 from safetydpo_jax.errors import UserError
 
