@@ -20,6 +20,7 @@ def torch_drawer(pipeline: Any, lora: Path | None = None) -> Callable[..., np.nd
     schedulers = {
         "ddim": diffusers.DDIMScheduler.from_config(settings),
         "dpmsolver++": diffusers.DPMSolverMultistepScheduler.from_config(settings),
+        "euler": diffusers.EulerDiscreteScheduler.from_config(settings),
     }
     if lora is not None:
         torch_pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)

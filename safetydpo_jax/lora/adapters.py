@@ -97,6 +97,14 @@ def scaled(adapters: Adapters, alpha: float, rank: int) -> Adapters:
     )
 
 
+def describe(adapters: Adapters) -> str:
+    """Their ranks and how many layers they are on, as in "rank 16 on 40 layers"."""
+    flat: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(adapters))
+    ranks = sorted({leaf.shape[-1] for path, leaf in flat.items() if path[-1] == "a"})
+    words = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"{words} on {len(flat) // 2} layers"
+
+
 def count(adapters: Adapters) -> int:
     """How many numbers the adapters hold."""
     return sum(leaf.size for leaf in jax.tree.leaves(adapters))

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,11 +19,13 @@ from flax import traverse_util
 
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.lora.adapters import Adapters
-from safetydpo_jax.lora.keys import PEFT_PREFIX, KeyReader
+from safetydpo_jax.lora.keys import PEFT_PREFIX, KeyReader, is_of_text_encoder
 from safetydpo_jax.lora.tensor_file import read_tensors, write_tensors
 
 _HEADER = "lora_adapter_metadata"
 _PEFT_CONFIG = "adapter_config.json"
+# peft's ways to begin that take the first A B out of the base model.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 Alphas = Callable[[str, int], float]  # (layer, rank) -> alpha
 
 
@@ -31,9 +34,9 @@ def save_lora(
 ) -> pathlib.Path:
     """Writes adapters as one file that diffusers' `load_lora_weights` reads.
 
-    As the scale is in B, the header says alpha = rank, which is also what readers take that know no
-    header (diffusers before 0.35, most converters). The bytes are a function of the arguments
-    alone, and the file appears whole or not at all.
+    As the scale is in B, the header says alpha = rank. With one rank for all layers that is also
+    what readers take that know no header (diffusers before 0.35, most converters). The bytes are a
+    function of the arguments alone, and the file appears whole or not at all.
 
     Args:
       path: the file to write; its folder is made.
@@ -98,6 +101,8 @@ def load_lora(
 ) -> tuple[Adapters, dict[str, str]]:
     """Reads a UNet's LoRA, in any of the formats that `lora.keys` lists.
 
+    What a file has for text encoders is left out, with a warning that counts it.
+
     Args:
       path: the safetensors file. peft's needs its adapter_config.json beside it.
       unet_params: the UNet it is for, parameters or shapes; every key is checked against it.
@@ -111,6 +116,12 @@ def load_lora(
     """
     path = pathlib.Path(path)
     tensors, header = read_tensors(path)
+    ours = sorted(key for key in tensors if not is_of_text_encoder(key))
+    if not ours:
+        raise UserError(f"{path}: all of its keys are for text encoders, none for the UNet")
+    if left := len(tensors) - len(ours):
+        said = f"{path}: {left} of {len(tensors)} tensors are for text encoders and are left out"
+        warnings.warn(said, stacklevel=2)
     params: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(unet_params))
     kernels = {
         ".".join(module): (tuple(module), np.shape(leaf))
@@ -118,11 +129,16 @@ def load_lora(
         if name == "kernel"
     }
     read, found = KeyReader(kernels), collections.defaultdict(dict)
-    for key, tensor in sorted(tensors.items()):
+    for key in ours:
+        tensor = tensors[key]
         try:
             layer, what = read(key)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        if what in found[layer]:
+            raise UserError(
+                f"{path}: {key} is the second {what} of {layer}: is the file two LoRAs in one?"
+            )
         if not np.isfinite(tensor).all():
             raise UserError(f"{path}: {key} holds NaN or infinity: its training diverged")
         found[layer][what] = np.asarray(tensor, np.float32)
@@ -178,6 +194,8 @@ def _fit(
             f"{where} has factors of shape {a.shape} and {b.shape}, but the layer's kernel is "
             f"{kernel}: the file is for another base model"
         )
+    if not len(a):
+        raise UserError(f"{where} has factors of rank 0; export the file again")
     if len(a) != b.shape[1]:
         raise UserError(f"{where} has factors of different rank, {len(a)} and {b.shape[1]}")
     return (a.transpose(2, 3, 1, 0) if size else a.T), b.T
@@ -196,18 +214,26 @@ def _alphas(path: pathlib.Path, header: Mapping[str, str], *, is_peft: bool) -> 
         where, text, prefix = f"{path}: {_HEADER} in the header", header.get(_HEADER), "unet."
     try:
         config = json.loads(text or "{}")
-        if not isinstance(config, dict):
-            raise ValueError("no object")
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error})") from None
-    get = {key.removeprefix(prefix): value for key, value in config.items()}.get
+        get = {key.removeprefix(prefix): value for key, value in config.items()}.get
+        usual = None if get("lora_alpha") is None else float(get("lora_alpha"))
+        patterns = [
+            (re.compile(rf"(.*\.)?({pattern})"), float(value))
+            for pattern, value in (get("alpha_pattern") or {}).items()
+        ]
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise UserError(f"{where} is no LoRA's config ({error})") from None
     if get("use_dora"):
         raise UserError(f"{where} asks for use_dora, which is not supported")
-    patterns = [(re.compile(rf"(.*\.)?({k})"), v) for k, v in (get("alpha_pattern") or {}).items()]
+    if str(get("init_lora_weights")).lower().startswith(_CHANGE_THE_BASE):
+        raise UserError(
+            f"{where}: with init_lora_weights {get('init_lora_weights')!r} the adapter goes with a "
+            "changed base model; save it in peft with path_initial_model_for_weight_conversion, "
+            "which makes a plain LoRA of it"
+        )
 
     def alpha(layer: str, rank: int) -> float:
-        usual = next((v for pattern, v in patterns if pattern.fullmatch(layer)), get("lora_alpha"))
-        value = rank if usual is None else usual
+        value = next((v for pattern, v in patterns if pattern.fullmatch(layer)), usual)
+        value = float(rank) if value is None else value
         return value * rank**0.5 if get("use_rslora") else value
 
     return alpha

@@ -17,8 +17,8 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.original_layout import original_unet_names
 
 _WEIGHT = re.compile(
-    r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up"
-    r"|lora_linear_layer\.down|lora_linear_layer\.up)(?:\.default)?\.weight"
+    r"(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up)"
+    r"(?:\.default)?\.weight"
 )
 _PROCESSOR = re.compile(
     r"(?P<attention>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora"
@@ -41,6 +41,11 @@ _OTHER_KINDS = {
     "lora_embedding": "embeddings",
     "lora_bias": "LoRA with biases",
 }
+
+
+def is_of_text_encoder(key: str) -> bool:
+    """Whether the tensor under `key` adapts a text encoder, as many published LoRAs do too."""
+    return _TEXT_ENCODER.match(key) is not None
 
 
 class Part(NamedTuple):
@@ -72,13 +77,8 @@ class KeyReader:
         """What the tensor under `key` is.
 
         Raises:
-          UserError: it is for the text encoder, of another kind of adapter, or for no such layer.
+          UserError: it is of another kind of adapter, or for no such layer.
         """
-        if _TEXT_ENCODER.match(key):
-            raise UserError(
-                f"the key {key!r} is for a text encoder, and only the UNet's are supported: leave "
-                "such keys out where the file is made, as its pictures would not be the same"
-            )
         for mark, kind in _OTHER_KINDS.items():
             if mark in key:
                 raise UserError(f"the key {key!r} is of {kind}, which is not supported")

@@ -31,6 +31,11 @@ def read_tensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, s
         with safetensors.safe_open(path, framework="numpy") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             header = dict(file.metadata() or {})
+    except (AttributeError, TypeError) as error:  # a type that NumPy has not, such as 8 bits
+        raise UserError(
+            f"{path}: holds numbers of a type that is not read here ({error}); save it as float16 "
+            "or float32"
+        ) from None
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
             f"{path}: not a whole safetensors file ({error}); copy or export it again"

@@ -6,64 +6,76 @@ HF_HOME says where the cache is, HF_TOKEN who asks, HF_HUB_OFFLINE=1 that only t
 import pathlib
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from safetydpo_jax.errors import MissingFileError, UserError
 
 ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+INDEX = "model_index.json"
 # What of a checkpoint is read; other folders of a repository (safety_checker, ...) are not fetched.
 _SMALL = re.compile(
-    r"model_index\.json|(unet|vae|text_encoder(_2)?)/config\.json"
-    r"|scheduler/scheduler_config\.json|tokenizer(_2)?/[^/]+\.(json|txt)"
+    r"model_index\.json|(unet|vae|text_encoder)/config\.json"
+    r"|scheduler/scheduler_config\.json|tokenizer/[^/]+\.(json|txt)"
 )
-_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_NETWORKS = ("unet", "vae", "text_encoder")
 
 
-def download(repo: str) -> pathlib.Path:
+def download(repo: str, check: Callable[[pathlib.Path], None] = lambda index: None) -> pathlib.Path:
     """The folder of a checkpoint in the cache; fetches what of it is not there yet.
 
     Args:
       repo: its id, as in "stable-diffusion-v1-5/stable-diffusion-v1-5".
+      check: called with the model_index.json before anything large is fetched.
 
     Raises:
       MissingFileError: there is no such model, or no network and no cached copy.
-      UserError: it may not be read, or holds no safetensors.
+      UserError: it may not be read, holds no safetensors, or the hub or the disk failed.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    import huggingface_hub
+    from huggingface_hub import errors
 
     try:
-        try:
-            names = HfApi().list_repo_files(repo)
-        except (GatedRepoError, RepositoryNotFoundError, HFValidationError):
-            raise
-        except Exception as error:  # of the network, in whatever HTTP library is below
-            folder = pathlib.Path(snapshot_download(repo, local_files_only=True))
-            if not isinstance(error, ConnectionError):  # what HF_HUB_OFFLINE raises is one
-                said = f"{repo}: the hub was not reached ({error}); using {folder}"
-                warnings.warn(said, stacklevel=2)
-            return folder
-        return pathlib.Path(snapshot_download(repo, allow_patterns=files_to_fetch(names, repo)))
-    except GatedRepoError as error:
+        # Takes the cached one if the hub cannot be reached.
+        index = pathlib.Path(huggingface_hub.hf_hub_download(repo, INDEX))
+    except errors.GatedRepoError as error:
         raise UserError(
             f"{repo}: its owner wants a licence accepted first: do so on its page at the hub, then "
             "set HF_TOKEN or run `hf auth login`"
         ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise MissingFileError(
             f"{repo}: no such folder here, and no such model on the hub (a private one needs "
             "HF_TOKEN); give the folder of a diffusers checkpoint, a hub id, or 'emoji'"
         ) from error
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise MissingFileError(
-            f"{repo}: no such folder here, the hub cannot be reached, and its cache has no such "
-            "model: go online once, or give the folder of a diffusers checkpoint, or 'emoji'"
+            f"{repo}: no such folder here, not in the hub's cache, and the hub was not reached: go "
+            "online (without HF_HUB_OFFLINE) once, or give the folder of a diffusers checkpoint, "
+            f"or 'emoji' ({_reason(error)})"
         ) from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(
+            f"{repo}: no {INDEX} in it: on the hub, but no checkpoint in the diffusers layout"
+        ) from error
+    except Exception as error:
+        raise UserError(_failed(repo, error)) from error
+    check(index)
+    folder = index.parent
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return folder  # whoever reads it says what is missing
+    try:
+        # Of the commit of the index: a repository may change in between.
+        names = huggingface_hub.HfApi().list_repo_files(repo, revision=folder.name)
+    except Exception as error:  # of the network, in whatever HTTP library is below
+        said = f"{repo}: the hub was not reached ({_reason(error)}); using {folder}"
+        warnings.warn(said, stacklevel=2)
+        return folder
+    wanted = files_to_fetch(names, repo)
+    try:
+        huggingface_hub.snapshot_download(repo, revision=folder.name, allow_patterns=wanted)
+    except Exception as error:
+        raise UserError(_failed(repo, error)) from error
+    return folder
 
 
 def files_to_fetch(names: Iterable[str], repo: str = "") -> list[str]:
@@ -99,3 +111,14 @@ def _weights(names: Sequence[str]) -> list[str]:
         if found := [name for name in names if pattern.fullmatch(name)]:
             return found
     return []
+
+
+def _failed(repo: str, error: Exception) -> str:
+    return (
+        f"{repo}: could not be fetched from the hub ({_reason(error)}); the same command goes on "
+        "with what is missing"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

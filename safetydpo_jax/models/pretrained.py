@@ -153,14 +153,21 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
         return folder
     folder = pathlib.Path(path)
     if not folder.exists() and hub.ID.fullmatch(str(path)):
-        folder = hub.download(str(path))
-    if not (folder / "model_index.json").is_file():
+        folder = hub.download(str(path), check_index)
+    if not (folder / hub.INDEX).is_file():
         what = "no model_index.json in it" if folder.is_dir() else "no such folder"
         raise MissingFileError(
             f"{folder}: {what}; give a Stable Diffusion checkpoint in the diffusers layout, the id"
             " of one on the Hugging Face hub, or 'emoji'"
         )
     return folder
+
+
+def check_index(index: pathlib.Path) -> None:
+    """Raises UserError unless this model_index.json is of a pipeline that is supported."""
+    kind = read_json(index).get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise UserError(f"{index}: a {kind} is not supported; supported: StableDiffusionPipeline")
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -246,10 +253,7 @@ def load_pipeline(
       UserError, MissingFileError: a file or key is missing, unknown, damaged or not supported.
     """
     folder = resolve_checkpoint(path)
-    index = folder / "model_index.json"
-    kind = read_json(index).get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise UserError(f"{index}: a {kind} is not supported; supported: StableDiffusionPipeline")
+    check_index(folder / hub.INDEX)
     configs = {name: read_json(folder / name / "config.json") for name in _WEIGHTS}
     configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     unet, vae, text_encoder, schedule = build_networks(configs, str(folder))

@@ -97,6 +97,11 @@ def _tensors(files: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, str, np.
             with safe_open(str(file), framework="numpy") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a dict)
                     yield file, key, tensors.get_tensor(key)
+        except (AttributeError, TypeError) as error:  # a type that NumPy has not, such as 8 bits
+            raise UserError(
+                f"{file}: holds numbers of a type that is not read here ({error}); save the "
+                "checkpoint as float16 or float32"
+            ) from error
         except SafetensorError as error:
             raise UserError(
                 f"{file}: not a readable safetensors file ({error}); it may be truncated: fetch it"

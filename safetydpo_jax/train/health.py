@@ -163,7 +163,7 @@ class Health:
         def row(record: Record, part: int) -> Row:
             shown = record["shown"][part]
             rate = RATES.get(shown["title"])
-            words = f"step {record['step']}"
+            words = f"step {record['step']}" if record["step"] else "base"
             if rate in record:
                 words += f"\n{rate} {record[rate]:.0%}".replace("ip", "IP")
             with Image.open(self.folder / "drawn" / shown["strip"]) as strip:

@@ -84,11 +84,10 @@ def run(
             health = Health(config, pipeline, workdir, progress)
         step_fn = make_train_step(pipeline.unet, pipeline.schedule, config, mesh)
         adapters = _first_adapters(config, pipeline)
-        origin = f"from {config.lora.init}" if config.lora.init else f"of rank {config.lora.rank}"
         progress(
-            f"{config.model}: {lora.count(pipeline.unet_params):,} parameters in the UNet; "
-            f"adapters {origin} on {len(jax.tree.leaves(adapters)) // 2} layers, "
-            f"{lora.count(adapters):,} parameters"
+            f"{config.model}: {lora.count(pipeline.unet_params):,} parameters in the UNet; adapters"
+            f" of {lora.describe(adapters)}, {lora.count(adapters):,} parameters"
+            + (f", from {config.lora.init}" if config.lora.init else "")
         )
 
         phases.begin("pairs")
@@ -161,6 +160,7 @@ def run(
             card,
             config,
             files=[path, kohya],
+            adapters=lora.describe(adapters),
             pairs=pairs.card,
             model_hash=model_hash,
             exported=exported,

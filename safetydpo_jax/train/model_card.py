@@ -35,6 +35,7 @@ def write_model_card(
     config: ConfigDict,
     *,
     files: Sequence[pathlib.Path],
+    adapters: str,
     pairs: Mapping[str, Any],
     model_hash: str,
     exported: str,
@@ -48,6 +49,7 @@ def write_model_card(
       path: the card, `export/README.md`.
       config: from `settings.resolve`.
       files: the LoRA in diffusers' format, then in kohya's, in the card's folder or below.
+      adapters: their ranks and layers, in words.
       pairs: card.json of the pair set.
       model_hash: of the base model's UNet and noise schedule.
       exported: which step it is of, and why.
@@ -60,11 +62,10 @@ def write_model_card(
     base = base_name(config)
     sections = {
         "What it is": (
-            f"A LoRA of rank {config.lora.rank} on the UNet's attention layers of "
-            f"`{base}`, trained so that the model no longer draws *{name}*: asked for it, "
-            "it draws a safe counterpart. The method is SafetyDPO (AlignGuard, "
-            "[arXiv 2412.10493](https://arxiv.org/abs/2412.10493)): Diffusion-DPO on pairs of a "
-            "safe and an unsafe picture. Made with safetydpo_jax "
+            f"A LoRA of {adapters} of the UNet of `{base}`, trained so that the model no longer "
+            f"draws *{name}*: asked for it, it draws a safe counterpart. The method is SafetyDPO "
+            "(AlignGuard, [arXiv 2412.10493](https://arxiv.org/abs/2412.10493)): Diffusion-DPO on "
+            "pairs of a safe and an unsafe picture. Made with safetydpo_jax "
             f"{version}."
         ),
         "How to use it": _usage(config, list(loras)),
@@ -84,6 +85,7 @@ def write_model_card(
         "Licence": (
             f"That of the base model ({config.license}), whose use restrictions hold for what is "
             "derived from it. Check it against your own copy of the base."
+            + (f" That of {_init(config)}, holds too." if config.lora.init else "")
         ),
     }
     header = {
@@ -176,5 +178,15 @@ def _recipe(config: ConfigDict) -> str:
     for key in RECIPE:
         value = config[key]
         items = value.items() if isinstance(value, ConfigDict) else [("", value)]
+        if key == "lora":
+            # What training began with has layers and ranks of its own.
+            unused = ("rank", "targets") if config.lora.init else ("init",)
+            items = [(k, _init(config) if k == "init" else v) for k, v in items if k not in unused]
         rows += [f"| {'.'.join(filter(None, (key, k)))} | {v} |" for k, v in items]
     return "\n".join(rows)
+
+
+def _init(config: ConfigDict) -> str:
+    """The LoRA that training went on from, without its place on this machine."""
+    file = pathlib.Path(config.lora.init)
+    return f"the LoRA `{file.name}` that it goes on from (sha256 `{storage.hash_file(file)}`)"

@@ -119,6 +119,7 @@ def _check(config: ConfigDict) -> None:
         "checkpoint.every": 1,
         "checkpoint.keep": 1,
         "guard.patience": 1,
+        "lora.rank": 1,
         "health.every": 0,
         "health.num_unsafe": 1,
         "health.num_safe": 1,

@@ -132,6 +132,20 @@ def test_kohya(original, mixed, pipeline, tmp_path):
     assert_same(lora.load_lora(file, pipeline.unet_params)[0], mixed)
 
 
+def test_a_projection_may_be_linear_in_one_and_a_convolution_in_the_other(
+    mixed, pipeline, tmp_path
+):
+    file = lora.save_lora(tmp_path / "mixed.safetensors", mixed)
+    tensors = safetensors.numpy.load_file(file)
+    for key, tensor in tensors.items():
+        if "proj_in" in key:
+            tensors[key] = tensor.reshape(tensor.shape[:2])
+        elif "to_q" in key:
+            tensors[key] = tensor[:, :, None, None]
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    assert_same(lora.load_lora(file, pipeline.unet_params)[0], mixed)
+
+
 def test_attention_processors(adapters, pipeline, tmp_path):
     file = lora.save_lora(tmp_path / "old.safetensors", adapters)
     tensors = {}

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from flax import traverse_util
 
@@ -133,6 +134,51 @@ def test_reads_the_official_spelling_in_half_precision(file, adapters, pipeline)
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
+def test_what_is_for_text_encoders_is_left_out_and_said(file, adapters, pipeline):
+    def add(tensors, header):
+        tensors["text_encoder.layers.0.q_proj.lora_A.weight"] = np.zeros((4, 8), np.float32)
+        tensors["lora_te_text_model_layers_0.lora_down.weight"] = np.zeros((4, 8), np.float32)
+
+    changed(file, add)
+    with pytest.warns(UserWarning, match=r"2 of \d+ tensors are for text encoders"):
+        found, _ = lora.load_lora(file, pipeline.unet_params)
+    assert_equal(found, lora.scaled(adapters, ALPHA, RANK))
+
+
+def test_reads_the_header_of_peft_with_patterns(file, adapters, pipeline):
+    config = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"to_q": 2}, "unet.use_rslora": True}
+
+    def write(tensors, header):
+        header["lora_adapter_metadata"] = json.dumps(config)
+
+    changed(file, write)
+    found, _ = lora.load_lora(file, pipeline.unet_params)
+    flat, wanted = traverse_util.flatten_dict(found), traverse_util.flatten_dict(adapters)
+    for path, leaf in flat.items():
+        alpha = (2 if "to_q" in path else 8) * RANK**0.5
+        factor = ALPHA / RANK * alpha / RANK if path[-1] == "b" else 1.0
+        np.testing.assert_allclose(leaf, factor * wanted[path], rtol=1e-5)
+
+
+def test_reads_bfloat16(file, adapters, pipeline):
+    def halve(tensors, header):
+        for key, tensor in tensors.items():
+            tensors[key] = tensor.astype(jnp.bfloat16)
+
+    changed(file, halve)
+    found, _ = lora.load_lora(file, pipeline.unet_params)
+    expected = lora.scaled(adapters, ALPHA, RANK)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2.0**-7)
+
+
+def test_an_8_bit_file_is_refused(file, pipeline):
+    tensors = {"unet.mid_block.lora_A.weight": torch.zeros(4, 8, dtype=torch.float8_e4m3fn)}
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(UserError, match="of a type that is not read here .*float16"):
+        lora.load_lora(file, pipeline.unet_params)
+
+
 def first(tensors, side):
     return next(key for key in sorted(tensors) if side in key)
 
@@ -158,12 +204,31 @@ def unknown_kohya_layer(tensors, header):
     tensors["lora_unet_down_blocks_0_to_q.lora_down.weight"] = np.zeros((4, 8), np.float32)
 
 
-def text_encoder(tensors, header):
-    tensors["text_encoder.layers.0.q_proj.lora_A.weight"] = np.zeros((4, 8), np.float32)
-
-
-def text_encoder_of_kohya(tensors, header):
+def only_text_encoder(tensors, header):
+    tensors.clear()
     tensors["lora_te1_layers_0_q_proj.lora_down.weight"] = np.zeros((4, 8), np.float32)
+
+
+def twice(tensors, header):
+    key = first(tensors, "lora_A")
+    tensors[key.replace("unet.", "").replace("lora_A", "lora.down")] = tensors[key]
+
+
+def rank_zero(tensors, header):
+    for side, shape in (("lora_A", (0, 8)), ("lora_B", (8, 0))):
+        tensors[first(tensors, side)] = np.zeros(shape, np.float32)
+
+
+def bad_alpha(tensors, header):
+    header["lora_adapter_metadata"] = json.dumps({"unet.lora_alpha": "x"})
+
+
+def bad_pattern(tensors, header):
+    header["lora_adapter_metadata"] = json.dumps({"unet.alpha_pattern": {"*": 8}})
+
+
+def pissa(tensors, header):
+    header["lora_adapter_metadata"] = json.dumps({"unet.init_lora_weights": "pissa_niter_4"})
 
 
 def loha(tensors, header):
@@ -207,8 +272,12 @@ def not_json(tensors, header):
         (other_rank, "different rank, 4 and 3"),
         (unknown_layer, "up_blocks.9.to_q.* names no layer of this UNet"),
         (unknown_kohya_layer, "lora_unet_.* names no layer of this UNet"),
-        (text_encoder, "text_encoder.layers.0.* is for a text encoder"),
-        (text_encoder_of_kohya, "lora_te1_.* is for a text encoder"),
+        (only_text_encoder, "all of its keys are for text encoders"),
+        (twice, "is the second a of .* two LoRAs in one"),
+        (rank_zero, "factors of rank 0"),
+        (bad_alpha, "is no LoRA's config .*'x'"),
+        (bad_pattern, "is no LoRA's config"),
+        (pissa, "init_lora_weights 'pissa_niter_4' the adapter goes with a changed base"),
         (loha, "is of LoHa, which is not supported"),
         (tucker, "is of LoCon in Tucker form"),
         (neither, "unet.mid_block.weight' is in no LoRA format"),
@@ -216,7 +285,7 @@ def not_json(tensors, header):
         (not_a_number, "NaN or infinity"),
         (empty, "holds no tensors"),
         (dora, "use_dora, which is not supported"),
-        (not_json, "lora_adapter_metadata .* is not JSON"),
+        (not_json, "lora_adapter_metadata .* is no LoRA's config"),
     ],
 )
 def test_bad_files(change, message, file, pipeline):

@@ -52,11 +52,31 @@ def cache(model_folder, tmp_path, monkeypatch):
     return folder / "snapshots" / commit
 
 
-def failing(monkeypatch, error):
-    def fail(self, repo):
-        raise error
+@pytest.fixture
+def online(cache, monkeypatch):
+    """A hub that has that model; `online(name=error)` makes one of its calls fail."""
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    def change(**failures):
+        def call(name, answer):
+            def answers(*args, **options):
+                if name in failures:
+                    raise failures[name]
+                asked.append((name, *args[-1:], options))
+                return answer
+
+            return answers
+
+        module, api = huggingface_hub, huggingface_hub.HfApi
+        index = str(cache / "model_index.json")
+        monkeypatch.setattr(module.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(module, "hf_hub_download", call("hf_hub_download", index))
+        monkeypatch.setattr(api, "list_repo_files", call("list_repo_files", NAMES))
+        monkeypatch.setattr(module, "snapshot_download", call("snapshot_download", str(cache)))
+        return asked
+
+    asked = []
+    change()
+    return change
 
 
 def refusal(kind):
@@ -76,23 +96,30 @@ def test_a_folder_of_that_name_comes_first(cache, model_folder, tmp_path, monkey
     assert str(load_pipeline("someone/tiny").path) == "someone/tiny"
 
 
-def test_says_that_it_could_not_look_for_something_newer(cache, monkeypatch):
-    failing(monkeypatch, OSError("no route"))
+def test_says_that_it_could_not_look_for_the_rest(online, cache):
+    online(list_repo_files=OSError("no route"))
     with pytest.warns(UserWarning, match=r"someone/tiny: the hub was not reached \(no route\)"):
         assert hub.download("someone/tiny") == cache
 
 
-def test_fetches_what_the_list_names(cache, monkeypatch):
-    asked = {}
-
-    def fetch(repo, allow_patterns=None, local_files_only=False):
-        asked.update(repo=repo, allow_patterns=allow_patterns)
-        return str(cache)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: NAMES)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+def test_fetches_what_the_list_names_of_one_commit(online, cache):
     assert hub.download("someone/tiny") == cache
-    assert asked == {"repo": "someone/tiny", "allow_patterns": hub.files_to_fetch(NAMES)}
+    assert online() == [
+        ("hf_hub_download", "model_index.json", {}),
+        ("list_repo_files", "someone/tiny", {"revision": cache.name}),
+        (
+            "snapshot_download",
+            "someone/tiny",
+            {"revision": cache.name, "allow_patterns": hub.files_to_fetch(NAMES)},
+        ),
+    ]
+
+
+def test_nothing_large_is_fetched_of_a_pipeline_that_is_not_supported(online, cache):
+    (cache / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UserError, match="a FluxPipeline is not supported"):
+        load_pipeline("someone/tiny")
+    assert [name for name, *_ in online()] == ["hf_hub_download"]
 
 
 def test_full_precision_comes_first():
@@ -109,7 +136,7 @@ def test_full_precision_comes_first():
 def test_half_precision_and_shards_where_there_is_nothing_else():
     shards = [f"unet/diffusion_pytorch_model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
     index = "unet/diffusion_pytorch_model.safetensors.index.fp16.json"
-    names = [*SMALL, *shards, index, "text_encoder_2/model.fp16.safetensors"]
+    names = [*SMALL, *shards, index, "text_encoder/model.fp16.safetensors"]
     assert sorted(hub.files_to_fetch(names)) == sorted(names)
 
 
@@ -124,10 +151,23 @@ def test_pickles_are_never_fetched():
     [
         (refusal(errors.RepositoryNotFoundError), MissingFileError, "no such model on the hub"),
         (refusal(errors.GatedRepoError), UserError, "licence accepted .*HF_TOKEN"),
-        (OSError("no route"), MissingFileError, "hub cannot be reached, and its cache"),
+        (refusal(errors.RemoteEntryNotFoundError), UserError, "no model_index.json in it"),
+        (refusal(errors.HfHubHTTPError), UserError, r"could not be fetched .*\(refused\)"),
+        (errors.LocalEntryNotFoundError("no route"), MissingFileError, r"not reached.*no route"),
     ],
 )
-def test_what_cannot_be_had(error, kind, message, cache, monkeypatch):
-    failing(monkeypatch, error)
+def test_what_cannot_be_had(error, kind, message, online):
+    online(hf_hub_download=error)
     with pytest.raises(kind, match=rf"someone/else: .*{message}"):
+        load_pipeline("someone/else")
+
+
+def test_a_disk_that_fills_up(online):
+    online(snapshot_download=OSError("No space left on device"))
+    with pytest.raises(UserError, match=r"No space left on device\); the same command goes on"):
+        load_pipeline("someone/tiny")
+
+
+def test_offline_and_not_in_the_cache(cache):
+    with pytest.raises(MissingFileError, match="someone/else: .* not in the hub's cache"):
         load_pipeline("someone/else")

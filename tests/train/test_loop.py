@@ -103,7 +103,7 @@ def test_goes_on_from_a_lora_of_another_run(run, small, tmp_path):
     file = tmp_path / "first" / EXPORT
     changes = {"steps": 1, "lora.init": str(file), "lora.rank": 5, "lora.alpha": 10.0}
     said = run("second", **changes)
-    assert f"adapters from {file} on" in said
+    assert f"adapters of rank 2 on 4 layers, 256 parameters, from {file}" in said
     line = logged_steps(tmp_path / "second")[0]
     assert line["margin"] != 0  # the policy is no longer the reference
     before, _ = lora.load_lora(file, small.unet_params)

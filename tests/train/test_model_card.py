@@ -35,6 +35,7 @@ def card(tmp_path):
                 folder / "pytorch_lora_weights.safetensors",
                 folder / "comfyui" / "safetydpo_hate.safetensors",
             ],
+            adapters="rank 16 on 40 layers",
             pairs=PAIRS,
             model_hash="m" * 64,
             exported="step 375 is exported: IP 2%",
@@ -65,6 +66,19 @@ def test_header_is_what_hubs_read(card):
     assert "`my sd15`, UNet" in sd15
     assert "/home/me" not in sd15
     assert "StableDiffusionXLPipeline" in card(base="sdxl")
+
+
+def test_a_lora_that_it_goes_on_from_is_named_without_its_folder(card, tmp_path):
+    file = tmp_path / "private" / "style.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"1")
+    text = card(**{"lora.init": str(file)})
+    assert str(tmp_path) not in text
+    assert "| lora.init | the LoRA `style.safetensors` that it goes on from (sha256 `6b86b2" in text
+    assert "| lora.rank" not in text
+    assert "That of the LoRA `style.safetensors`" in text.split("## Licence")[1]
+    assert "A LoRA of rank 16 on 40 layers of the UNet" in text
+    assert "lora.init" not in card()
 
 
 def test_hashes_recipe_and_command(card, tmp_path):
