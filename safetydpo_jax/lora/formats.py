@@ -215,7 +215,8 @@ def _alphas(path: pathlib.Path, header: Mapping[str, str], *, is_peft: bool) -> 
     try:
         config = json.loads(text or "{}")
         get = {key.removeprefix(prefix): value for key, value in config.items()}.get
-        usual = None if get("lora_alpha") is None else float(get("lora_alpha"))
+        given = get("lora_alpha")
+        usual = None if given is None else float(given)
         patterns = [
             (re.compile(rf"(.*\.)?({pattern})"), float(value))
             for pattern, value in (get("alpha_pattern") or {}).items()
