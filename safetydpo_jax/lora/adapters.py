@@ -19,6 +19,16 @@ from safetydpo_jax.errors import UserError
 Adapters = dict[str, Any]
 
 
+def kernels(unet_params: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Of every layer that can be adapted, by dotted path: where it is in the tree, kernel shape."""
+    flat: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(unet_params))
+    return {
+        ".".join(path[:-1]): (path[:-1], tuple(leaf.shape))
+        for path, leaf in flat.items()
+        if path[-1] == "kernel"
+    }
+
+
 def module_paths(unet_params: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
     r"""The dotted paths of the linear layers and convolutions that `targets` name, sorted.
 
@@ -31,11 +41,7 @@ def module_paths(unet_params: Mapping[str, Any], targets: Sequence[str]) -> list
     Raises:
       UserError: a target is no regular expression, or matches no layer.
     """
-    layers = [
-        ".".join(path[:-1])
-        for path in traverse_util.flatten_dict(unet_params)
-        if path[-1] == "kernel"
-    ]
+    layers = kernels(unet_params)
     found: set[str] = set()
     for target in targets:
         try:
@@ -71,12 +77,9 @@ def init_adapters(
     Raises:
       UserError: a target matches nothing, or the rank does not fit.
     """
-    kernels: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(unet_params))
-    by_dotted = {".".join(path): path for path in kernels}
-    adapters = {}
+    layers, adapters = kernels(unet_params), {}
     for path in module_paths(unet_params, targets):
-        *module, _ = by_dotted[f"{path}.kernel"]
-        *size, rows, columns = kernels[(*module, "kernel")].shape
+        module, (*size, rows, columns) = layers[path]
         if not 1 <= rank <= min(rows, columns):
             raise UserError(
                 f"lora.rank is {rank}, but {path} is {rows} x {columns}: "

@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.lora.adapters import Adapters
+from safetydpo_jax.lora.adapters import Adapters, kernels
 from safetydpo_jax.lora.keys import PEFT_PREFIX, KeyReader, is_of_text_encoder
 from safetydpo_jax.lora.tensor_file import read_tensors, write_tensors
 
@@ -122,13 +122,8 @@ def load_lora(
     if left := len(tensors) - len(ours):
         said = f"{path}: {left} of {len(tensors)} tensors are for text encoders and are left out"
         warnings.warn(said, stacklevel=2)
-    params: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(unet_params))
-    kernels = {
-        ".".join(module): (tuple(module), np.shape(leaf))
-        for (*module, name), leaf in params.items()
-        if name == "kernel"
-    }
-    read, found = KeyReader(kernels), collections.defaultdict(dict)
+    layers = kernels(unet_params)
+    read, found = KeyReader(layers), collections.defaultdict(dict)
     for key in ours:
         tensor = tensors[key]
         try:
@@ -148,7 +143,7 @@ def load_lora(
         if missing := {"a", "b"} - parts.keys():
             what = "lora_A (or down)" if "a" in missing else "lora_B (or up)"
             raise UserError(f"{path}: {layer} has no {what}; export the file again")
-        module, kernel = kernels[layer]
+        module, kernel = layers[layer]
         a, b = _fit(parts["a"], parts["b"], kernel, f"{path}: {layer}")
         rank = len(b)
         alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(layer, rank)
