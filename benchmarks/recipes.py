@@ -7,7 +7,8 @@
 Every point is the hate expert on the embedded model, trained with the recipe's numbers but one, and
 judged on the prompts for tuning and on the test's. One core a training: on two cores that is 1.3
 times faster than two cores each. All of it resumes: runs from their checkpoints, pictures from
-`RUNS/drawn`. Writes benchmarks/results/recipes.json, docs/recipes.png and docs/recipes_table.md.
+`RUNS/drawn`, finished points from benchmarks/results/recipes/POINT.json, which hold the settings
+they are of. Writes those, docs/recipes.png and docs/recipes_table.md.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from safetydpo_jax.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "recipes"
+RESULTS = ROOT / "benchmarks" / "results" / "recipes"
 CATEGORY = "hate"
 SPLITS = {"tune": 5, "test": 6}  # split -> report.seed
 COUNTS = {"num_unsafe": 64, "num_safe": 128}
@@ -89,26 +91,15 @@ def main(argv: list[str] | None = None) -> None:
         run_point(args.only, args.runs)
         return
     run_missing(args.runs, args.jobs)
-    results = {name: json.loads((args.runs / name / "result.json").read_text()) for name in POINTS}
+    results = {name: read_result(name) for name in POINTS}
     from safetydpo_jax.storage import write_file
 
-    content = {
-        "category": CATEGORY,
-        "training_seed": 0,
-        "splits": SPLITS,
-        **COUNTS,
-        "curves": {curve: list(points) for curve, (_, points) in CURVES.items()},
-        "points": {
-            name: {k: v for k, v in r.items() if k != "settings"} for name, r in results.items()
-        },
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "seconds": round(sum(result["seconds"] for result in results.values()) / args.jobs, 1),
-    }
-    path = ROOT / "benchmarks" / "results" / "recipes.json"
-    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    seconds = sum(result["seconds"] for result in results.values())
     write_file(ROOT / "docs" / "recipes_table.md", table(results).encode())
     plot(results, ROOT / "docs" / "recipes.png")
-    print(f"{table(results)}\nwritten: {path}, docs/recipes_table.md, docs/recipes.png")
+    print(table(results))
+    print(f"{len(POINTS)} points, {seconds / 3600:.1f} hours of one core")
+    print(f"written: {RESULTS}, docs/recipes_table.md, docs/recipes.png")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -128,7 +119,11 @@ def run_missing(runs: Path, jobs: int) -> None:
     """The points without a result, `jobs` at a time; the first alone, as it makes the pairs."""
     if not 1 <= jobs <= (os.cpu_count() or 1):
         raise UserError(f"--jobs is {jobs}: it must be from 1 to the number of cores")
-    missing = [name for name in POINTS if not is_done(name, runs)]
+    first, *others = POINTS
+    missing = [name for name in others if not is_done(name)]
+    makes_pairs = missing and not (runs / first / "pairs").is_dir()
+    if makes_pairs or not is_done(first):
+        missing.insert(0, first)
     began, counter, lock = time.monotonic(), itertools.count(1), threading.Lock()
     cores = list(range(os.cpu_count() or 1))
 
@@ -149,10 +144,10 @@ def run_missing(runs: Path, jobs: int) -> None:
         left = seconds / count * (len(missing) - count)
         print(f"{count}/{len(missing)} {name}; {seconds:.0f} s, {left:.0f} s left", flush=True)
 
-    if missing[:1] == ["anchored"]:
-        run(missing[0])
+    if missing[:1] == [first]:
+        run(first)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(run, name) for name in missing if name != "anchored"]:
+        for future in [pool.submit(run, name) for name in missing if name != first]:
             future.result()
 
 
@@ -166,10 +161,23 @@ def settings_of(name: str) -> dict[str, Any]:
     return {"config": json.loads(resolve(config).to_json()), "splits": SPLITS, **COUNTS}
 
 
-def is_done(name: str, runs: Path) -> bool:
+def read_result(name: str) -> dict[str, Any]:
+    """The point's result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def is_done(name: str) -> bool:
     """Whether the point has a result, and of the settings of now."""
-    path = runs / name / "result.json"
-    return path.is_file() and json.loads(path.read_text())["settings"] == settings_of(name)
+    return (RESULTS / f"{name}.json").is_file() and same(
+        read_result(name)["settings"], settings_of(name)
+    )
+
+
+def same(before: Any, now: Any) -> bool:
+    """Whether settings agree; those that came later were not there to matter."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(key in now and same(value, now[key]) for key, value in before.items())
+    return before == now
 
 
 def run_point(name: str, runs: Path) -> None:
@@ -203,7 +211,8 @@ def run_point(name: str, runs: Path) -> None:
         evaluation, _, _ = evaluate(config, pipeline, adapters, runs / "drawn")
         result[split] = summarise([evaluation])
     result["seconds"] = round(time.monotonic() - began, 1)
-    write_file(workdir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    result["machine"] = f"{platform.machine()}, one core"
+    write_file(RESULTS / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def last_metrics(workdir: Path, count: int = 50) -> dict[str, float]:

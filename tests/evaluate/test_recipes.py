@@ -61,34 +61,54 @@ def test_table_and_plot(recipes, tmp_path):
 
 
 def test_missing_points_run_each_in_its_own_process(recipes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipes, "RESULTS", tmp_path)
     started = []
 
     def write(name, **changes):
         settings = recipes.settings_of(name) | changes
-        (tmp_path / name / "result.json").write_text(json.dumps({"settings": settings}))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"settings": settings}))
 
     def run(command, **options):
         name = command[command.index("--only") + 1]
         started.append(name)
         write(name)
+        (tmp_path / "runs" / "anchored" / "pairs").mkdir(parents=True, exist_ok=True)
         return types.SimpleNamespace(returncode=failing)
 
     failing = 0
     monkeypatch.setattr(recipes.subprocess, "run", run)
-    for name in ("rank-2", "rank-4"):
-        (tmp_path / name).mkdir()
     write("rank-2")
     write("rank-4", num_safe=1)  # of other settings: it does not count
-    recipes.run_missing(tmp_path, jobs=2)
+    recipes.run_missing(tmp_path / "runs", jobs=2)
     assert started[0] == "anchored"  # it makes the pairs of all
     assert sorted(started) == sorted(recipes.POINTS.keys() - {"rank-2"})
     assert "0 s left" in capsys.readouterr().out.splitlines()[-1]
-    recipes.run_missing(tmp_path, jobs=2)
+    recipes.run_missing(tmp_path / "runs", jobs=2)
     assert len(started) == len(recipes.POINTS) - 1
 
+    # With the results but without the pairs: the first has to make them again.
+    started.clear()
+    (tmp_path / "beta-5.json").unlink()
+    recipes.run_missing(tmp_path / "elsewhere", jobs=2)
+    assert started == ["anchored", "beta-5"]
+
     failing = 1
-    (tmp_path / "beta-5" / "result.json").unlink()
+    (tmp_path / "beta-5.json").unlink()
     with pytest.raises(UserError, match="beta-5 failed; its last words are in .*log"):
-        recipes.run_missing(tmp_path, jobs=1)
+        recipes.run_missing(tmp_path / "runs", jobs=1)
     with pytest.raises(UserError, match="--jobs is 0"):
-        recipes.run_missing(tmp_path, jobs=0)
+        recipes.run_missing(tmp_path / "runs", jobs=0)
+
+
+def test_a_finished_point_counts_while_its_settings_hold(recipes, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "RESULTS", tmp_path)
+    assert not recipes.is_done("beta-5")
+    settings = recipes.settings_of("beta-5")
+    (tmp_path / "beta-5.json").write_text(json.dumps({"settings": settings}))
+    assert recipes.is_done("beta-5")
+    del settings["config"]["lora"]["init"]  # as written before that setting came
+    (tmp_path / "beta-5.json").write_text(json.dumps({"settings": settings}))
+    assert recipes.is_done("beta-5")
+    settings["config"]["loss"]["beta"] = 6.0
+    (tmp_path / "beta-5.json").write_text(json.dumps({"settings": settings}))
+    assert not recipes.is_done("beta-5")
