@@ -28,7 +28,9 @@ from configs import common
 from safetydpo_jax import lora, sharding
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.huge_pages import use_huge_pages
-from safetydpo_jax.models.pretrained import Pipeline, load_pipeline
+from safetydpo_jax.models.conditioning import Conditioning
+from safetydpo_jax.models.pipeline import Pipeline
+from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.storage import write_file
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
@@ -77,20 +79,20 @@ def measure(pipeline: Pipeline, recipe: str, precision: str, steps: int) -> dict
         jax.random.key(0), pipeline.unet_params, rank=config.lora.rank, targets=config.lora.targets
     )
     state = TrainState.create(adapters, make_optimizer(config))
-    text = jnp.zeros(pipeline.encode_prompts([""]).shape[1:])
-    batch = random_batch(config, pipeline.latent_shape, text.shape)
+    null = jax.tree.map(lambda x: x[0], pipeline.encode_negative([""]))
+    batch = random_batch(config, pipeline.latent_shape, null)
     step = make_train_step(pipeline.unet, pipeline.schedule, config, mesh)
     count = 2 * config.batch_size + config.preserve_batch_size
     with jax.default_matmul_precision(precision):
         rate = product_rate(precision)
         started = time.perf_counter()
-        compiled = step.lower(state, pipeline.unet_params, batch, text).compile()
+        compiled = step.lower(state, pipeline.unet_params, batch, null).compile()
         compile_seconds = time.perf_counter() - started
-        state, _ = compiled(state, pipeline.unet_params, batch, text)
+        state, _ = compiled(state, pipeline.unet_params, batch, null)
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()
-            state, metrics = compiled(state, pipeline.unet_params, batch, text)
+            state, metrics = compiled(state, pipeline.unet_params, batch, null)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - started)
     # Counted in float32: the forms for bfloat16 on a CPU hold additions that are no products.
@@ -98,7 +100,7 @@ def measure(pipeline: Pipeline, recipe: str, precision: str, steps: int) -> dict
         {"params": pipeline.unet_params},
         jnp.zeros((count, *pipeline.latent_shape)),
         jnp.zeros(count, jnp.int32),
-        jnp.zeros((count, *text.shape)),
+        *jax.tree.map(lambda x: jnp.zeros((count, *x.shape)), null),
     )
     passes = 3.0 + (2 * config.batch_size / count if config.loss.winner_anchor > 0 else 0.0)
     flops = passes * forward.cost_analysis()["flops"]
@@ -129,9 +131,7 @@ def product_rate(precision: str) -> float:
     return 2.0 * SIDE**3 / best
 
 
-def random_batch(
-    config: Any, latent_shape: tuple[int, ...], text_shape: tuple[int, ...]
-) -> dict[str, Any]:
+def random_batch(config: Any, latent_shape: tuple[int, ...], null: Conditioning) -> dict[str, Any]:
     """A batch of the shapes that `data.batches` yields."""
     rng = np.random.default_rng(0)
 
@@ -141,19 +141,19 @@ def random_batch(
 
     def rows(n: int, first: int) -> dict[str, np.ndarray]:
         return {
-            "prompt_embeds": texts(n),
+            "conditioning": texts(n),
             "row_id": np.arange(first, first + n, dtype=np.uint32),
             "draw": np.zeros(n, np.uint32),
         }
 
-    def texts(n: int) -> np.ndarray:
-        return rng.normal(size=(n, *text_shape)).astype(np.float32)
+    def texts(n: int) -> Conditioning:
+        return jax.tree.map(lambda x: rng.normal(size=(n, *x.shape)).astype(np.float32), null)
 
     n, m = config.batch_size, config.preserve_batch_size
-    pairs = {"winner": moments(n), "loser": moments(n), "winner_prompt_embeds": texts(n)}
+    pairs = {"winner": moments(n), "loser": moments(n), "winner_conditioning": texts(n)}
     batch: dict[str, Any] = pairs | rows(n, 0)
     if m:
-        batch["preserve"] = moments(m) | {"harm_embeds": texts(m)} | rows(m, n)
+        batch["preserve"] = moments(m) | {"harm": texts(m)} | rows(m, n)
     return batch
 
 

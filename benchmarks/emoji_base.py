@@ -35,7 +35,8 @@ from safetydpo_jax.evaluate import Bootstrap, detect
 from safetydpo_jax.evaluate.detections import EmojiJudge
 from safetydpo_jax.evaluate.pictures import blurred
 from safetydpo_jax.huge_pages import use_huge_pages
-from safetydpo_jax.models.pretrained import Pipeline, load_pipeline
+from safetydpo_jax.models.pipeline import Pipeline
+from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.pretrain.autoencoder import psnr
 from safetydpo_jax.storage import write_file
 

@@ -224,7 +224,7 @@ def last_metrics(workdir: Path, count: int = 50) -> dict[str, float]:
 
 
 def predictor(pipeline: Any) -> Any:
-    """`predict(adapters or None, latents, timestep, prompt_embeds)`, noise from the timestep."""
+    """`predict(adapters or None, latents, timestep, conditioning)`, noise from the timestep."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -234,12 +234,12 @@ def predictor(pipeline: Any) -> Any:
         params = {"params": pipeline.unet_params} | ({"lora": lora} if lora else {})
         return pipeline.unet.apply(params, *inputs)
 
-    def predict(lora: Any, latents: Any, timestep: int, prompt_embeds: Any) -> Any:
+    def predict(lora: Any, latents: Any, timestep: int, conditioning: Any) -> Any:
         alpha = pipeline.schedule.alphas_cumprod[timestep]
         noise = np.random.default_rng(timestep).normal(size=latents.shape)
         noisy = np.sqrt(alpha) * latents + np.sqrt(1 - alpha) * noise
         return apply(
-            lora, jnp.asarray(noisy, jnp.float32), jnp.full(len(latents), timestep), prompt_embeds
+            lora, jnp.asarray(noisy, jnp.float32), jnp.full(len(latents), timestep), *conditioning
         )
 
     return predict
@@ -259,7 +259,7 @@ def residual(pipeline: Any, adapters: Any, workdir: Path, count: int = 64) -> fl
     cache, predict = Cache(workdir / "cache"), predictor(pipeline)
     pairs = np.arange(min(count, cache.num_pairs))
     latents = cache.moments(pairs, np.zeros_like(pairs))["mean"]
-    unsafe, safe = (cache.prompt_embeds(pairs + i * cache.num_pairs) for i in (0, 1))
+    unsafe, safe = (cache.conditioning(pairs + i * cache.num_pairs) for i in (0, 1))
     shares = []
     for timestep in TIMESTEPS:
         policy = predict(adapters, latents, timestep, unsafe)
@@ -286,10 +286,10 @@ def drift(pipeline: Any, adapters: Any, config: Any, path: Path, count: int = 12
         mean, _ = pipeline.encode_images(pictures)
         write_file(path, safetensors.numpy.save({"latents": np.asarray(mean)}))
     latents = safetensors.numpy.load_file(path)["latents"]
-    predict, embeds = predictor(pipeline), pipeline.encode_prompts(texts)
+    predict, told = predictor(pipeline), pipeline.encode_prompts(texts)
     changes = []
     for timestep in TIMESTEPS:
-        before, after = (predict(lora, latents, timestep, embeds) for lora in (None, adapters))
+        before, after = (predict(lora, latents, timestep, told) for lora in (None, adapters))
         changes.append(float(((after - before) ** 2).mean()))
     return round(sum(changes) / len(changes), 6)
 

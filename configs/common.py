@@ -81,6 +81,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.license, config.hub_id = BASES[base]  # said in the model card
     # "emoji", the folder of a diffusers checkpoint, or the id of one on the Hugging Face hub.
     config.model = "emoji"
+    config.vae = ""  # another autoencoder for it: folder or hub id; "" is the model's own
     config.seed = 0
 
     config.steps = 500

@@ -5,13 +5,14 @@
                               the same order, the preservation pictures
     null_embeds.safetensors   {"prompt_embeds": (t, d)} of the empty prompt
 
-A record is the bytes of a safetensors file with two tensors: `moments` (orientations, 2, h, w, c),
-mean and log-variance of the scaled latents of the picture and, if config.cache.flip, of its mirror
-image; and `prompt_embeds` (t, d) of the prompt that the picture was drawn for.
+A record is the bytes of a safetensors file: `moments` (orientations, 2, h, w, c), mean and
+log-variance of the scaled latents of the picture and, if config.cache.flip, of its mirror image;
+and `prompt_embeds` (t, d) of the prompt that the picture was drawn for. SDXL adds to both files
+`text_embeds` (p,) and `time_ids` (6,), which stays float32 (`models.conditioning`).
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from jaxtyping import Float
 from safetydpo_jax import storage
 from safetydpo_jax.data.pairs import PairSet
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.models.conditioning import Conditioning
+from safetydpo_jax.models.pipeline import TOKENIZERS
 
 FORMAT = 1
 RECORDS, NULL = "pictures.array_record", "null_embeds.safetensors"
@@ -70,11 +73,12 @@ def make_cache(
     progress(f"cache: encoding {2 * pairs.num_pairs + pairs.num_preserve} pictures")
     dtype = DTYPES[config.cache.dtype]
     with storage.new_folder(folder) as partial:
-        null = {"prompt_embeds": pipeline.encode_prompts([""])[0].astype(np.float32)}
+        null = jax.tree.map(lambda x: x[0], pipeline.encode_negative([""]))
+        null = _named(null, np.float32)
         storage.write_file(partial / NULL, safetensors.numpy.save(null))
         writer = ArrayRecordWriter(str(partial / RECORDS), "group_size:1")
-        for moments, embeds in _encoded(pairs, pipeline, config.cache.flip):
-            record = {"moments": moments.astype(dtype), "prompt_embeds": embeds.astype(dtype)}
+        for moments, text in _encoded(pairs, pipeline, config.cache.flip):
+            record = {"moments": moments.astype(dtype), **_named(text, dtype)}
             writer.write(safetensors.numpy.save(record))
         writer.close()
         storage.write_card(
@@ -100,7 +104,7 @@ class Cache:
       num_pairs: number of pairs; unsafe pictures are records 0 .. num_pairs - 1, the safe ones
         the next num_pairs.
       num_preserve: number of preservation pictures, the records after those.
-      null_embeds: (t, d) float32, of the empty prompt.
+      null: what guidance steers away from, float32, without rows: (t, d), ...
       orientations: 2 if there are mirror images, else 1.
 
     Raises:
@@ -120,9 +124,7 @@ class Cache:
         self.num_pairs: int = card["num_pairs"]
         self.num_preserve: int = card["num_preserve"]
         self.orientations = 2 if card["flip"] else 1
-        self.null_embeds: Float[np.ndarray, "t d"] = safetensors.numpy.load_file(
-            self.folder / NULL
-        )["prompt_embeds"]
+        self.null = Conditioning(**safetensors.numpy.load_file(self.folder / NULL))
         path = self.folder / RECORDS
         self._reader = ArrayRecordReader(str(path))
         count = 2 * self.num_pairs + self.num_preserve
@@ -143,17 +145,20 @@ class Cache:
           records: (b,) record numbers.
           orientation: (b,) 0 for the picture itself, 1 for its mirror image.
         """
-        both = self._take("moments", records)[np.arange(len(records)), orientation]
+        both = self._take(["moments"], records)["moments"][np.arange(len(records)), orientation]
         return {"mean": both[:, 0].astype(np.float32), "logvar": both[:, 1].astype(np.float32)}
 
-    def prompt_embeds(self, records: np.ndarray) -> Float[np.ndarray, "b t d"]:
-        """Text embeddings of the prompts that some pictures were drawn for, float32."""
-        return self._take("prompt_embeds", records).astype(np.float32)
+    def conditioning(self, records: np.ndarray) -> Conditioning:
+        """What the prompts that some pictures were drawn for tell the UNet, float32."""
+        found = self._take(Conditioning._fields, records)
+        return Conditioning(**{name: x.astype(np.float32) for name, x in found.items()})
 
-    def _take(self, name: str, records: np.ndarray) -> np.ndarray:
+    def _take(self, names: Sequence[str], records: np.ndarray) -> dict[str, np.ndarray]:
+        """Those of the named tensors that the cache has."""
         if self._memory is not None:
-            return self._memory[name][records]
-        return self._load(records)[name]
+            return {name: self._memory[name][records] for name in names if name in self._memory}
+        found = self._load(records)
+        return {name: found[name] for name in names if name in found}
 
     def _load(self, records: np.ndarray) -> dict[str, np.ndarray]:
         try:
@@ -170,7 +175,8 @@ def _key(config: Any, pipeline: Any, pairs: PairSet) -> str:
         {
             "format": FORMAT,
             "pairs": pairs.card["content_hash"],
-            "model": storage.hash_model(pipeline.path, ("vae", "text_encoder", "tokenizer")),
+            "model": storage.hash_model(pipeline.path, _text_folders(pipeline)),
+            "vae": storage.hash_model(pipeline.vae_path),
             "computed_in": [str(jax.tree.leaves(params)[0].dtype) for params in networks],
             **config.cache.to_dict(),
         }
@@ -179,8 +185,8 @@ def _key(config: Any, pipeline: Any, pairs: PairSet) -> str:
 
 def _encoded(
     pairs: PairSet, pipeline: Any, flip: bool
-) -> Iterator[tuple[Float[np.ndarray, "o 2 h w c"], Float[np.ndarray, "t d"]]]:
-    """Moments and text embeddings of all pictures, in the order of the records."""
+) -> Iterator[tuple[Float[np.ndarray, "o 2 h w c"], Conditioning]]:
+    """Moments and conditioning of all pictures, in the order of the records."""
     pictures = (p for split in ("unsafe", "safe", "preserve") for p in pairs.pictures(split))
     shape = None
     while batch := list(itertools.islice(pictures, ENCODE_BATCH)):
@@ -196,9 +202,23 @@ def _encoded(
         moments = np.stack(
             [np.stack(pipeline.encode_images(view), axis=1) for view in views], axis=1
         )
-        yield from zip(
-            moments, pipeline.encode_prompts([picture.prompt for picture in batch]), strict=True
-        )
+        texts = pipeline.encode_prompts([picture.prompt for picture in batch])
+        for i, of_picture in enumerate(moments):
+            yield of_picture, jax.tree.map(lambda x, i=i: x[i], texts)
+
+
+def _named(text: Conditioning, dtype: Any) -> dict[str, np.ndarray]:
+    """The fields that are there; sizes in pixels are more than half precision can count."""
+    fields = {name: x for name, x in text._asdict().items() if x is not None}
+    return {
+        name: np.asarray(x, np.float32 if name == "time_ids" else dtype)
+        for name, x in fields.items()
+    }
+
+
+def _text_folders(pipeline: Any) -> tuple[str, ...]:
+    encoders = [name for name in TOKENIZERS if (pipeline.path / name).is_dir()]
+    return (*encoders, *(TOKENIZERS[name] for name in encoders))
 
 
 def _tensors(data: bytes) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from safetydpo_jax.data.cache import Cache
@@ -30,14 +31,14 @@ def batches(cache: Cache, config: Any, start_step: int = 0) -> Iterator[Batch]:
 
     Yields:
       winner, loser: {"mean", "logvar"} (B,h,w,c) float32, moments of the scaled latents.
-      prompt_embeds: (B,t,d) float32; the null prompt's are `cache.null_embeds`.
-      winner_prompt_embeds: (B,t,d) float32, the safe prompt's, whichever the row's own is.
+      conditioning: of the B rows' prompts, float32; the null prompt's is `cache.null`.
+      winner_conditioning: the safe prompts', whichever a row's own is.
       row_id: (B,) uint32, 2 * pair + (1 under the safe prompt), whatever the strategy.
       draw: (B,) uint32, how many times this row came before.
-      preserve: if asked for, {"mean", "logvar" (P,h,w,c), "prompt_embeds" (P,t,d), "harm_embeds"
-        (P,t,d), "row_id" (P,), "draw" (P,)}: safe pictures under their prompts, those of the pairs
-        and the others, in an order of their own. Their row_ids are no pair's. "harm_embeds" is the
-        unsafe prompt minus the safe one of some pair, of the next pair with every draw.
+      preserve: if asked for, {"mean", "logvar" (P,h,w,c), "conditioning", "harm", "row_id" (P,),
+        "draw" (P,)}: safe pictures under their prompts, those of the pairs and the others, in an
+        order of their own. Their row_ids are no pair's. "harm" is the unsafe prompt's conditioning
+        minus the safe one's, of some pair, and of the next pair with every draw.
 
     Raises:
       UserError: a value of the config that cannot be, or a damaged cache.
@@ -89,8 +90,8 @@ def _pair_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
     return {
         "winner": cache.moments(cache.num_pairs + pairs, orientation),
         "loser": cache.moments(pairs, orientation),
-        "prompt_embeds": cache.prompt_embeds(which * cache.num_pairs + pairs),
-        "winner_prompt_embeds": cache.prompt_embeds(cache.num_pairs + pairs),
+        "conditioning": cache.conditioning(which * cache.num_pairs + pairs),
+        "winner_conditioning": cache.conditioning(cache.num_pairs + pairs),
         "row_id": rows.astype(np.uint32),
         "draw": draws.astype(np.uint32),
     }
@@ -99,10 +100,10 @@ def _pair_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
 def _preserve_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
     records = rows - cache.num_pairs
     pairs = (rows + draws) % cache.num_pairs
-    unsafe, safe = cache.prompt_embeds(pairs), cache.prompt_embeds(cache.num_pairs + pairs)
+    unsafe, safe = cache.conditioning(pairs), cache.conditioning(cache.num_pairs + pairs)
     return cache.moments(records, (records + draws) % cache.orientations) | {
-        "prompt_embeds": cache.prompt_embeds(records),
-        "harm_embeds": unsafe - safe,
+        "conditioning": cache.conditioning(records),
+        "harm": jax.tree.map(np.subtract, unsafe, safe),
         "row_id": rows.astype(np.uint32),
         "draw": draws.astype(np.uint32),
     }

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, UInt8
 
 from safetydpo_jax.diffusion.schedule import DEFAULT_SPACING, NoiseSchedule
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.models.conditioning import Conditioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,10 @@ class SamplerTable:
     start: float = 1.0
 
     def rows(self) -> dict[str, Array]:
-        """What the scan runs over: each column as a float32 (steps,) array, whole t as int32."""
+        """What the scan runs over: each column as a float32 (steps,) array."""
         columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del columns["start"]
-        return {
-            name: jnp.asarray(x, jnp.int32 if x.dtype.kind == "i" else jnp.float32)
-            for name, x in columns.items()
-        }
+        return {name: jnp.asarray(x, jnp.float32) for name, x in columns.items()}
 
 
 def ddim_table(schedule: NoiseSchedule, num_steps: int) -> SamplerTable:
@@ -140,11 +138,10 @@ def _x0_columns(schedule: NoiseSchedule, alpha: np.ndarray, sigma: np.ndarray):
 
 SAMPLERS = {"ddim": ddim_table, "dpmsolver++": dpmsolver_table, "euler": euler_table}
 
-# (params, adapters or None, latents, prompt_embeds, negative_embeds or None) -> latents
+# (params, adapters or None, latents, conditioning, negative or None) -> latents
 Sampler = Callable[..., Float[Array, "b h w c"]]
 
 
-@functools.lru_cache(maxsize=16)
 def make_sampler(
     unet: Any,
     schedule: NoiseSchedule,
@@ -154,12 +151,10 @@ def make_sampler(
     guidance_scale: float = 7.5,
     guidance_rescale: float = 0.0,
 ) -> Sampler:
-    """Compiles a sampler: noise in, clean latents out.
-
-    The same arguments give the same function, so that it is traced once for a shape.
+    """A sampler: noise in, clean latents out; compiled at the first call of a shape.
 
     Args:
-      unet: a module with `apply(variables, latents, timesteps, prompt_embeds)`, hashable.
+      unet: a module with `apply(variables, latents, timesteps, *conditioning)`, hashable.
       schedule: the checkpoint's noise schedule.
       sampler: "ddim" (eta 0), "dpmsolver++" (2M) or "euler".
       num_steps: number of model evaluations.
@@ -167,9 +162,9 @@ def make_sampler(
       guidance_rescale: 0 to 1, Lin et al. 2023 (arXiv 2305.08891), section 3.4.
 
     Returns:
-      A jitted function `(params, adapters, latents (b,h,w,c), prompt_embeds (b,t,d),
-      negative_embeds (b,t,d))` -> latents (b,h,w,c) float32. `adapters` None is the base model;
-      `negative_embeds` may be None without guidance.
+      A function `(params, adapters, latents (b,h,w,c), conditioning, negative)` -> latents
+      (b,h,w,c) float32. `adapters` None is the base model; `negative`, the conditioning that
+      guidance steers away from, may be None without guidance.
 
     Raises:
       UserError: unknown sampler, or a number of steps the schedule cannot give.
@@ -177,44 +172,59 @@ def make_sampler(
     if sampler not in SAMPLERS:
         raise UserError(f"the sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
     table = SAMPLERS[sampler](schedule, num_steps)
+    guided = guidance_scale > 1
+    run = _scan(unet, guided, guided and guidance_rescale != 0)
 
-    def predict(variables, latents, timestep, prompt_embeds, negative_embeds):
-        if guidance_scale <= 1:
-            timesteps = jnp.full(len(latents), timestep)
-            return unet.apply(variables, latents, timesteps, prompt_embeds)
-        embeds = jnp.concatenate([negative_embeds, prompt_embeds])
-        timesteps = jnp.full(2 * len(latents), timestep)
-        both = unet.apply(variables, jnp.concatenate([latents, latents]), timesteps, embeds)
-        negative, positive = jnp.split(both.astype(jnp.float32), 2)
-        guided = negative + guidance_scale * (positive - negative)
-        if guidance_rescale == 0:
-            return guided
-        axes = tuple(range(1, guided.ndim))
-        ratio = positive.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
-        return guided * (guidance_rescale * ratio + 1 - guidance_rescale)
-
-    @jax.jit
     def sample(
         params: Mapping,
         adapters: Mapping | None,
         latents: Float[Array, "b h w c"],
-        prompt_embeds: Float[Array, "b t d"],
-        negative_embeds: Float[Array, "b t d"] | None,
+        conditioning: Conditioning,
+        negative: Conditioning | None,
     ) -> Float[Array, "b h w c"]:
         variables = {"params": params} if adapters is None else {"params": params, "lora": adapters}
+        latents = jnp.asarray(latents, jnp.float32) * jnp.float32(table.start)
+        guidance = jnp.float32(guidance_scale), jnp.float32(guidance_rescale)
+        return run(variables, latents, conditioning, negative, table.rows(), guidance)
 
+    return sample
+
+
+@functools.lru_cache(maxsize=16)
+def _scan(unet: Any, guided: bool, rescaled: bool) -> Callable[..., Array]:
+    """The compiled loop; samplers of as many steps are one program with other numbers."""
+
+    def predict(variables, latents, timestep, conditioning, negative, guidance):
+        if not guided:
+            timesteps = jnp.full(len(latents), timestep)
+            return unet.apply(variables, latents, timesteps, *conditioning)
+        told = jax.tree.map(lambda *both: jnp.concatenate(both), negative, conditioning)
+        timesteps = jnp.full(2 * len(latents), timestep)
+        both = unet.apply(variables, jnp.concatenate([latents, latents]), timesteps, *told)
+        negative, positive = jnp.split(both.astype(jnp.float32), 2)
+        scale, rescale = guidance
+        answer = negative + scale * (positive - negative)
+        if not rescaled:
+            return answer
+        axes = tuple(range(1, answer.ndim))
+        ratio = positive.std(axes, keepdims=True) / answer.std(axes, keepdims=True)
+        return answer * (rescale * ratio + 1 - rescale)
+
+    @jax.jit
+    def run(variables, latents, conditioning, negative, rows, guidance):
         def step(carry, row):
             x, x0_before = carry
-            output = predict(variables, x, row["timesteps"], prompt_embeds, negative_embeds)
-            x0 = row["x_to_x0"] * x + row["out_to_x0"] * output.astype(jnp.float32)
+            output = predict(
+                variables, x, row["timesteps"], conditioning, negative, guidance
+            ).astype(jnp.float32)
+            x0 = row["x_to_x0"] * x + row["out_to_x0"] * output
             x = row["keep"] * x + row["pull"] * x0 + row["memory"] * x0_before
             return (x, x0), None
 
-        latents = latents.astype(jnp.float32) * jnp.float32(table.start)
-        (latents, _), _ = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), table.rows())
+        (latents, _), _ = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), rows)
         return latents
 
-    return sample
+    return run
 
 
 def initial_latents(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...]) -> Array:
@@ -276,16 +286,16 @@ def iterate_pictures(
         guidance_rescale=guidance_rescale,
     )
     size, seeds = min(batch_size, len(prompts)), _checked(seeds)
-    negative = pipeline.encode_prompts([negative_prompt] * size)
+    negative = pipeline.encode_negative([negative_prompt] * size)
     for start in range(0, len(prompts), size):
         wanted = min(size, len(prompts) - start)
         # The last batch is filled up with copies of its last picture: one shape, one compilation.
         index = start + np.minimum(np.arange(size), wanted - 1)
-        embeds = pipeline.encode_prompts([prompts[i] for i in index])
+        conditioning = pipeline.encode_prompts([prompts[i] for i in index])
         noise = initial_latents(seeds[index], pipeline.latent_shape)
         # A context around a yield would leak into the caller, so it closes before.
         with jax.default_matmul_precision(matmul_precision):
-            latents = sample(pipeline.unet_params, adapters, noise, embeds, negative)
+            latents = sample(pipeline.unet_params, adapters, noise, conditioning, negative)
             if not jnp.isfinite(latents).all():
                 raise UserError(
                     f"the model drew NaN or infinity among pictures {start} to "

@@ -7,6 +7,7 @@ import pathlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from safetydpo_jax.errors import MissingFileError, UserError
 
@@ -14,18 +15,23 @@ ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 INDEX = "model_index.json"
 # What of a checkpoint is read; other folders of a repository (safety_checker, ...) are not fetched.
 _SMALL = re.compile(
-    r"model_index\.json|(unet|vae|text_encoder)/config\.json"
-    r"|scheduler/scheduler_config\.json|tokenizer/[^/]+\.(json|txt)"
+    r"model_index\.json|(unet|vae|text_encoder(_2)?)/config\.json"
+    r"|scheduler/scheduler_config\.json|tokenizer(_2)?/[^/]+\.(json|txt)"
 )
-_NETWORKS = ("unet", "vae", "text_encoder")
+_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-def download(repo: str, check: Callable[[pathlib.Path], None] = lambda index: None) -> pathlib.Path:
+def download(
+    repo: str,
+    check: Callable[[pathlib.Path], Any] = lambda index: None,
+    index_name: str = INDEX,
+) -> pathlib.Path:
     """The folder of a checkpoint in the cache; fetches what of it is not there yet.
 
     Args:
       repo: its id, as in "stable-diffusion-v1-5/stable-diffusion-v1-5".
-      check: called with the model_index.json before anything large is fetched.
+      check: called with the index before anything large is fetched.
+      index_name: model_index.json for a whole checkpoint, config.json for a single network.
 
     Raises:
       MissingFileError: there is no such model, or no network and no cached copy.
@@ -36,7 +42,7 @@ def download(repo: str, check: Callable[[pathlib.Path], None] = lambda index: No
 
     try:
         # Takes the cached one if the hub cannot be reached.
-        index = pathlib.Path(huggingface_hub.hf_hub_download(repo, INDEX))
+        index = pathlib.Path(huggingface_hub.hf_hub_download(repo, index_name))
     except errors.GatedRepoError as error:
         raise UserError(
             f"{repo}: its owner wants a licence accepted first: do so on its page at the hub, then "
@@ -55,7 +61,7 @@ def download(repo: str, check: Callable[[pathlib.Path], None] = lambda index: No
         ) from error
     except errors.EntryNotFoundError as error:
         raise UserError(
-            f"{repo}: no {INDEX} in it: on the hub, but no checkpoint in the diffusers layout"
+            f"{repo}: no {index_name} in it: on the hub, but not in the diffusers layout"
         ) from error
     except Exception as error:
         raise UserError(_failed(repo, error)) from error
@@ -70,7 +76,10 @@ def download(repo: str, check: Callable[[pathlib.Path], None] = lambda index: No
         said = f"{repo}: the hub was not reached ({_reason(error)}); using {folder}"
         warnings.warn(said, stacklevel=2)
         return folder
-    wanted = files_to_fetch(names, repo)
+    if index_name == INDEX:
+        wanted = files_to_fetch(names, repo)
+    else:
+        wanted = [index_name, *_network_files([n for n in names if "/" not in n], repo)]
     try:
         huggingface_hub.snapshot_download(repo, revision=folder.name, allow_patterns=wanted)
     except Exception as error:
@@ -91,21 +100,26 @@ def files_to_fetch(names: Iterable[str], repo: str = "") -> list[str]:
     chosen = [name for name in names if _SMALL.fullmatch(name)]
     for network in _NETWORKS:
         inside = [name for name in names if name.startswith(f"{network}/")]
-        weights = _weights(inside)
-        if any(name.endswith((".bin", ".ckpt")) for name in inside) and not weights:
-            raise UserError(
-                f"{repo}/{network}: the hub has only pickled weights, which can run code and are "
-                "never read here; convert them once in PyTorch: "
-                "pipeline.save_pretrained(folder, safe_serialization=True)"
-            )
-        chosen += weights
+        chosen += _network_files(inside, f"{repo}/{network}")
     return chosen
+
+
+def _network_files(names: Sequence[str], where: str) -> list[str]:
+    """The weights among the files of one network."""
+    weights = _weights(names)
+    if any(name.endswith((".bin", ".ckpt")) for name in names) and not weights:
+        raise UserError(
+            f"{where}: the hub has only pickled weights, which can run code and are never read "
+            "here; convert them once in PyTorch: "
+            "pipeline.save_pretrained(folder, safe_serialization=True)"
+        )
+    return weights
 
 
 def _weights(names: Sequence[str]) -> list[str]:
     for variant in ("", r"\.fp16"):
         pattern = re.compile(
-            rf"[^/]+/(diffusion_pytorch_model|model)({variant}(-\d+-of-\d+)?\.safetensors"
+            rf"([^/]+/)?(diffusion_pytorch_model|model)({variant}(-\d+-of-\d+)?\.safetensors"
             rf"|\.safetensors\.index{variant}\.json)"
         )
         if found := [name for name in names if pattern.fullmatch(name)]:

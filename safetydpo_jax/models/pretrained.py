@@ -1,134 +1,32 @@
 """A Stable Diffusion checkpoint in the diffusers directory layout, in and out.
 
 A checkpoint is model_index.json and the folders unet, vae, text_encoder, tokenizer and scheduler,
-each with its own config; `Pipeline` holds the five of them, ready to apply.
+in SDXL text_encoder_2 and tokenizer_2 too, each with its own config; a `Pipeline` holds them all.
 """
 
-import dataclasses
-import functools
 import importlib.resources
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, UInt8
 
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.models import hub
-from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, to_pixels
+from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from safetydpo_jax.models.pipeline import TOKENIZERS, Pipeline
 from safetydpo_jax.models.state_dict import load_params, save_params
 from safetydpo_jax.models.text_encoder import CLIPTextConfig, CLIPTextModel
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 
-_WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
+# Class in model_index.json -> the folders of its networks.
+CLASSES = {
+    "StableDiffusionPipeline": ("unet", "vae", "text_encoder"),
+    "StableDiffusionXLPipeline": ("unet", "vae", "text_encoder", "text_encoder_2"),
 }
-
-
-@dataclasses.dataclass(eq=False)
-class Pipeline:
-    """The networks of a checkpoint with their parameters, its tokenizer and its noise schedule.
-
-    Attributes:
-      configs: the parsed config files by folder name ("unet", "vae", "text_encoder", "scheduler").
-      path: the folder it was loaded from, or None.
-    """
-
-    unet: UNet2DConditionModel
-    unet_params: dict[str, Any]
-    vae: AutoencoderKL
-    vae_params: dict[str, Any]
-    text_encoder: CLIPTextModel
-    text_params: dict[str, Any]
-    tokenizer: Any
-    schedule: NoiseSchedule
-    configs: dict[str, dict[str, Any]]
-    path: pathlib.Path | None = None
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of the latents that the UNet was trained on."""
-        size = self.unet.config.sample_size
-        return (size, size, self.unet.config.in_channels)
-
-    @property
-    def resolution(self) -> int:
-        """Pixels along one side of the pictures that the UNet was trained on."""
-        return self.unet.config.sample_size * self.vae.config.downscale
-
-    @functools.cached_property
-    def _encode_text(self) -> Callable[..., Any]:
-        def encode(params: Any, ids: Array) -> Array:
-            output: Any = self.text_encoder.apply({"params": params}, ids)
-            return output.last_hidden_state
-
-        return jax.jit(encode)
-
-    @functools.cached_property
-    def _encode_pixels(self) -> Callable[..., Any]:
-        def encode(params: Any, pictures: Array) -> tuple[Array, Array]:
-            pixels = to_pixels(pictures)
-            mean, logvar = self.vae.apply({"params": params}, pixels, method="encode")
-            scale = self.vae.config.scaling_factor
-            return mean * scale, logvar + 2.0 * np.log(scale)
-
-        return jax.jit(encode)
-
-    @functools.cached_property
-    def _decode_latents(self) -> Callable[..., Any]:
-        def decode(params: Any, latents: Array) -> Array:
-            latents = latents / self.vae.config.scaling_factor
-            pixels: Any = self.vae.apply({"params": params}, latents, method="decode")
-            return jnp.round(jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
-
-        return jax.jit(decode)
-
-    def encode_prompts(
-        self, prompts: Sequence[str], *, batch_size: int = 64
-    ) -> Float[np.ndarray, "n t d"]:
-        """Text encoder states of prompts, padded or cut to the tokenizer's length."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="np",
-        )
-        ids = np.asarray(tokens["input_ids"], np.int32)
-        return _in_batches(lambda x: self._encode_text(self.text_params, x), ids, batch_size)
-
-    def encode_images(
-        self, pictures: UInt8[np.ndarray, "n h w 3"], *, batch_size: int = 32
-    ) -> tuple[Float[np.ndarray, "n h2 w2 c"], Float[np.ndarray, "n h2 w2 c"]]:
-        """Mean and log-variance of the pictures' latents, scaled by `scaling_factor`."""
-        return _in_batches(lambda x: self._encode_pixels(self.vae_params, x), pictures, batch_size)
-
-    def decode_latents(
-        self, latents: Float[np.ndarray | Array, "n h w c"], *, batch_size: int = 32
-    ) -> UInt8[np.ndarray, "n h2 w2 3"]:
-        """Pictures of scaled latents."""
-        decode = functools.partial(self._decode_latents, self.vae_params)
-        return _in_batches(decode, np.asarray(latents), batch_size)
-
-
-def _in_batches(fn: Callable[..., Any], x: np.ndarray, batch_size: int) -> Any:
-    """Applies `fn` to slices of one size, so that one shape is compiled; joins the results."""
-    if not len(x):
-        raise UserError("nothing to encode or decode: the list is empty")
-    size = min(batch_size, len(x))
-    results = []
-    for start in range(0, len(x), size):
-        part = x[start : start + size]
-        padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
-        results.append(jax.tree.map(np.asarray, fn(padded)))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(x)], *results)
 
 
 def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
@@ -163,11 +61,31 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def check_index(index: pathlib.Path) -> None:
-    """Raises UserError unless this model_index.json is of a pipeline that is supported."""
-    kind = read_json(index).get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise UserError(f"{index}: a {kind} is not supported; supported: StableDiffusionPipeline")
+def resolve_vae(path: str | pathlib.Path) -> pathlib.Path:
+    """The folder of an autoencoder: one with config.json in it, a checkpoint's, or a hub id.
+
+    Raises:
+      MissingFileError: there is none.
+      UserError: the model on the hub cannot be read.
+    """
+    folder = pathlib.Path(path)
+    if not folder.exists() and hub.ID.fullmatch(str(path)):
+        return hub.download(str(path), read_json, index_name="config.json")
+    for place in (folder, folder / "vae"):
+        if (place / "config.json").is_file():
+            return place
+    what = "no config.json in it" if folder.is_dir() else "no such folder"
+    raise MissingFileError(
+        f"{folder}: {what}; give an autoencoder's folder (diffusers layout) or its hub id"
+    )
+
+
+def check_index(index: pathlib.Path) -> dict[str, Any]:
+    """The content of a model_index.json; UserError unless it is of a supported pipeline."""
+    content = read_json(index)
+    if (kind := content.get("_class_name")) not in CLASSES:
+        raise UserError(f"{index}: a {kind} is not supported; supported: {', '.join(CLASSES)}")
+    return content
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -184,50 +102,86 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def build_networks(
-    configs: dict[str, dict[str, Any]], where: str = "."
-) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel, NoiseSchedule]:
-    """The networks and the noise schedule that the config files describe, without parameters.
+    configs: Mapping[str, dict[str, Any]], where: str = "."
+) -> tuple[dict[str, Any], NoiseSchedule]:
+    """The networks that the config files describe, without parameters, and the noise schedule.
+
+    Args:
+      configs: by folder: unet, vae, text_encoder, perhaps text_encoder_2, and scheduler.
+      where: said in error messages.
 
     Raises:
       UserError: a config is not supported, or two of them do not fit each other.
     """
     unet = UNetConfig.from_dict(configs["unet"], f"{where}/unet/config.json")
     vae = AutoencoderConfig.from_dict(configs["vae"], f"{where}/vae/config.json")
-    text = CLIPTextConfig.from_dict(configs["text_encoder"], f"{where}/text_encoder/config.json")
-    for key, size, source, wanted in (
-        ("in_channels", unet.in_channels, "the autoencoder's latent_channels", vae.latent_channels),
-        ("cross_attention_dim", unet.cross_attention_dim, "the text encoder's", text.hidden_size),
-    ):
+    texts = {
+        name: CLIPTextConfig.from_dict(configs[name], f"{where}/{name}/config.json")
+        for name in TOKENIZERS
+        if name in configs
+    }
+    width = sum(text.hidden_size for text in texts.values())
+    fits: list[tuple[str, int | None, str, int]] = [
+        (
+            "in_channels",
+            unet.in_channels,
+            "the autoencoder's latent_channels are",
+            vae.latent_channels,
+        ),
+        ("cross_attention_dim", unet.cross_attention_dim, "the text encoders' width is", width),
+    ]
+    if unet.addition_time_embed_dim is not None:
+        pooled = list(texts.values())[-1].projection_dim or 0
+        fits.append(
+            (
+                "projection_class_embeddings_input_dim",
+                unet.projection_class_embeddings_input_dim,
+                "6 x addition_time_embed_dim and the last text encoder's projection_dim make",
+                6 * unet.addition_time_embed_dim + pooled,
+            )
+        )
+    for key, size, source, wanted in fits:
         if size != wanted:
             raise UserError(
-                f"{where}: the UNet's {key} is {size}, but {source} size is {wanted}; the folders"
-                " belong to different checkpoints"
+                f"{where}: the UNet's {key} is {size}, but {source} {wanted}; the folders "
+                "belong to different checkpoints"
             )
-    schedule = NoiseSchedule.from_config(configs["scheduler"])
-    return UNet2DConditionModel(unet), AutoencoderKL(vae), CLIPTextModel(text), schedule
+    networks: dict[str, Any] = {"unet": UNet2DConditionModel(unet), "vae": AutoencoderKL(vae)}
+    networks |= {name: CLIPTextModel(text) for name, text in texts.items()}
+    return networks, NoiseSchedule.from_config(configs["scheduler"])
 
 
-def init_inputs(
-    unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel
-) -> dict[str, tuple[Any, ...]]:
-    """Example inputs of each network, by folder name, for `init` or `eval_shape`."""
-    cfg = unet.config
-    added = None
-    if cfg.addition_time_embed_dim is not None and cfg.projection_class_embeddings_input_dim:
-        pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
-        added = {"text_embeds": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
-    side = 2 ** (len(cfg.block_out_channels) - 1)
-    return {
-        "unet": (
+def init_inputs(networks: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Example inputs of each network, by its name, for `init` or `eval_shape`."""
+
+    def of_unet(cfg: UNetConfig) -> tuple[Any, ...]:
+        side = 2 ** (len(cfg.block_out_channels) - 1)
+        inputs = (
             jnp.zeros((1, side, side, cfg.in_channels)),
             jnp.zeros((1,), jnp.int32),
             jnp.zeros((1, 2, cfg.cross_attention_dim)),
-            added,
-        ),
-        "vae": (
-            jnp.zeros((1, vae.config.downscale, vae.config.downscale, vae.config.in_channels)),
-        ),
-        "text_encoder": (jnp.zeros((1, 2), jnp.int32),),
+        )
+        if cfg.addition_time_embed_dim is None or not cfg.projection_class_embeddings_input_dim:
+            return inputs
+        pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
+        return (*inputs, jnp.zeros((1, pooled)), jnp.zeros((1, 6)))
+
+    def of_vae(cfg: AutoencoderConfig) -> tuple[Any, ...]:
+        return (jnp.zeros((1, cfg.downscale, cfg.downscale, cfg.in_channels)),)
+
+    def of_text(cfg: CLIPTextConfig) -> tuple[Any, ...]:
+        return (jnp.zeros((1, 2), jnp.int32),)
+
+    makers = {"unet": of_unet, "vae": of_vae}
+    return {name: makers.get(name, of_text)(net.config) for name, net in networks.items()}
+
+
+def param_shapes(networks: Mapping[str, Any]) -> dict[str, Any]:
+    """The shapes of each network's parameters, by its name; nothing is computed."""
+    inputs = init_inputs(networks)
+    return {
+        name: jax.eval_shape(network.init, jax.random.key(0), *inputs[name])["params"]
+        for name, network in networks.items()
     }
 
 
@@ -235,6 +189,7 @@ def load_pipeline(
     path: str | pathlib.Path,
     dtype: Any = jnp.float32,
     *,
+    vae: str = "",
     unet_shardings: Callable[[Any], Any] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Pipeline:
@@ -243,8 +198,10 @@ def load_pipeline(
     Args:
       path: the checkpoint's folder, its id on the Hugging Face hub, or "emoji" for the embedded
         pipeline.
-      dtype: the type to hold the UNet's and the text encoder's parameters in, and to compute in;
+      dtype: the type to hold the UNet's and the text encoders' parameters in, and to compute in;
         the autoencoder stays in float32, since half precision overflows in some of them.
+      vae: another autoencoder's folder or hub id, such as "madebyollin/sdxl-vae-fp16-fix"; "" is
+        the checkpoint's own.
       unet_shardings: from the tree of the UNet's shapes to one of shardings, to which its weights
         go straight from the disk; without it, all of them are on the default device.
       progress: takes lines of text while large files are read.
@@ -253,31 +210,28 @@ def load_pipeline(
       UserError, MissingFileError: a file or key is missing, unknown, damaged or not supported.
     """
     folder = resolve_checkpoint(path)
-    check_index(folder / hub.INDEX)
-    configs = {name: read_json(folder / name / "config.json") for name in _WEIGHTS}
+    index = check_index(folder / hub.INDEX)
+    folders = {name: folder / name for name in CLASSES[index["_class_name"]]}
+    if vae:
+        folders["vae"] = resolve_vae(vae)
+    configs = {name: read_json(place / "config.json") for name, place in folders.items()}
     configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
-    unet, vae, text_encoder, schedule = build_networks(configs, str(folder))
-    unet, text_encoder = unet.clone(dtype=dtype), text_encoder.clone(dtype=dtype)
-    networks = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    networks, schedule = build_networks(configs, str(folder))
+    networks = {
+        name: net if name == "vae" else net.clone(dtype=dtype) for name, net in networks.items()
+    }
     params = {}
-    for name, inputs in init_inputs(unet, vae, text_encoder).items():
-        shapes = jax.eval_shape(networks[name].init, jax.random.key(0), *inputs)["params"]
+    for name, shapes in param_shapes(networks).items():
         kept = jnp.float32 if name == "vae" else dtype
         shardings = unet_shardings(shapes) if unet_shardings and name == "unet" else None
-        params[name] = load_params(folder / name, shapes, kept, shardings, progress)
-    tokenizer = _load_tokenizer(folder / "tokenizer", text_encoder.config)
-    return Pipeline(
-        unet,
-        params["unet"],
-        vae,
-        params["vae"],
-        text_encoder,
-        params["text_encoder"],
-        tokenizer,
-        schedule,
-        configs,
-        folder,
-    )
+        params[name] = load_params(folders[name], shapes, kept, shardings, progress)
+    tokenizers = [
+        _load_tokenizer(folder / tokenizer, networks[encoder].config)
+        for encoder, tokenizer in TOKENIZERS.items()
+        if encoder in networks
+    ]
+    configs["model_index"] = index
+    return Pipeline(networks, params, tokenizers, schedule, configs, folder, folders["vae"])
 
 
 def _load_tokenizer(folder: pathlib.Path, text: CLIPTextConfig) -> Any:
@@ -302,7 +256,7 @@ def _load_tokenizer(folder: pathlib.Path, text: CLIPTextConfig) -> Any:
 
 
 def save_pipeline(pipeline: Pipeline, path: str | pathlib.Path, dtype: Any = jnp.float32) -> None:
-    """Writes a checkpoint that `diffusers.StableDiffusionPipeline.from_pretrained` loads.
+    """Writes a checkpoint that diffusers' `DiffusionPipeline.from_pretrained` loads.
 
     Args:
       pipeline: what to write.
@@ -310,33 +264,46 @@ def save_pipeline(pipeline: Pipeline, path: str | pathlib.Path, dtype: Any = jnp
       dtype: the type of the weights on disk.
     """
     folder = pathlib.Path(path)
-    params = (pipeline.unet_params, pipeline.vae_params, pipeline.text_params)
-    for (name, weights), tree in zip(_WEIGHTS.items(), params, strict=True):
-        save_params(tree, folder / name / weights, dtype)
+    for name, tree in pipeline.params.items():
+        file = "model" if name in TOKENIZERS else "diffusion_pytorch_model"
+        save_params(tree, folder / name / f"{file}.safetensors", dtype)
         _write_json(folder / name / "config.json", pipeline.configs[name])
     _write_json(folder / "scheduler" / "scheduler_config.json", pipeline.configs["scheduler"])
-    pipeline.tokenizer.save_pretrained(str(folder / "tokenizer"))
-    # transformers 5 writes tokenizer.json alone; older readers want vocab.json and merges.txt.
-    pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    names = [name for encoder, name in TOKENIZERS.items() if encoder in pipeline.networks]
+    for name, tokenizer in zip(names, pipeline.tokenizers, strict=True):
+        tokenizer.save_pretrained(str(folder / name))
+        # transformers 5 writes tokenizer.json alone; older readers want vocab.json and merges.txt.
+        tokenizer.backend_tokenizer.model.save(str(folder / name))
     _write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": "0.42.1",
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": [
-                "diffusers",
-                pipeline.configs["scheduler"].get("_class_name", "DDIMScheduler"),
-            ],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
+        folder / "model_index.json", pipeline.configs.get("model_index") or _index(pipeline)
     )
+
+
+def _index(pipeline: Pipeline) -> dict[str, Any]:
+    """A model_index.json for a pipeline that was not read from one."""
+    scheduler = pipeline.configs["scheduler"].get("_class_name", "DDIMScheduler")
+    index: dict[str, Any] = {
+        "_diffusers_version": "0.42.1",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if pipeline.is_sdxl:
+        return index | {
+            "_class_name": "StableDiffusionXLPipeline",
+            "force_zeros_for_empty_prompt": True,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+    return index | {
+        "_class_name": "StableDiffusionPipeline",
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+    }
 
 
 def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:

@@ -225,7 +225,8 @@ class UNet2DConditionModel(nn.Module):
         latents: Float[Array, "b h w c"],
         timesteps: Real[Array, "b"],
         prompt_embeds: Float[Array, "b s d"],
-        added_cond: dict[str, Array] | None = None,
+        text_embeds: Float[Array, "b p"] | None = None,
+        time_ids: Real[Array, "b 6"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """Predicts noise or velocity.
 
@@ -233,14 +234,15 @@ class UNet2DConditionModel(nn.Module):
           latents: noisy latents, scaled as in training.
           timesteps: 0 .. num_train_timesteps - 1, one an example; Euler's need not be whole.
           prompt_embeds: text encoder states.
-          added_cond: SDXL's {"text_embeds": (b, p), "time_ids": (b, 6)}.
+          text_embeds: SDXL's pooled text (`conditioning.Conditioning`).
+          time_ids: SDXL's sizes in pixels.
 
         Returns:
           The model output in float32, of the shape of `latents`.
         """
         cfg, dtype = self.config, self.dtype
         channels = cfg.block_out_channels
-        temb = self._time_embedding(timesteps, added_cond)
+        temb = self._time_embedding(timesteps, text_embeds, time_ids)
         context = prompt_embeds.astype(dtype)
         x = Conv(channels[0], dtype=dtype, name="conv_in")(latents)
         stack = [x]
@@ -272,7 +274,7 @@ class UNet2DConditionModel(nn.Module):
         return Conv(cfg.out_channels, dtype=dtype, name="conv_out")(x).astype(jnp.float32)
 
     def _time_embedding(
-        self, timesteps: Real[Array, "b"], added_cond: dict[str, Array] | None
+        self, timesteps: Real[Array, "b"], text_embeds: Array | None, time_ids: Array | None
     ) -> Float[Array, "b e"]:
         cfg, width = self.config, 4 * self.config.block_out_channels[0]
 
@@ -288,12 +290,9 @@ class UNet2DConditionModel(nn.Module):
         temb = mlp(sinusoids(timesteps, cfg.block_out_channels[0]), "time_embedding")
         if cfg.addition_time_embed_dim is None:
             return temb
-        if added_cond is None:
-            raise ValueError(
-                "this UNet (SDXL) also needs added_cond with 'text_embeds' (b, p) and 'time_ids'"
-                " (b, 6)"
-            )
-        ids = added_cond["time_ids"]
-        times = sinusoids(ids.reshape(-1), cfg.addition_time_embed_dim).reshape(ids.shape[0], -1)
-        extra = jnp.concatenate([added_cond["text_embeds"].astype(jnp.float32), times], -1)
+        if text_embeds is None or time_ids is None:
+            raise ValueError("this UNet (SDXL) also needs text_embeds (b, p) and time_ids (b, 6)")
+        times = sinusoids(time_ids.reshape(-1), cfg.addition_time_embed_dim)
+        times = times.reshape(len(time_ids), -1)
+        extra = jnp.concatenate([text_embeds.astype(jnp.float32), times], -1)
         return temb + mlp(extra, "add_embedding")

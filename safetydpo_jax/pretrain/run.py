@@ -9,12 +9,8 @@ import numpy as np
 
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from safetydpo_jax.models.pretrained import (
-    Pipeline,
-    build_networks,
-    load_pipeline,
-    save_pipeline,
-)
+from safetydpo_jax.models.pipeline import Pipeline, tokenize
+from safetydpo_jax.models.pretrained import build_networks, load_pipeline, save_pipeline
 from safetydpo_jax.pretrain.autoencoder import encode_pictures, train_autoencoder
 from safetydpo_jax.pretrain.denoiser import train_denoiser
 from safetydpo_jax.pretrain.pictures import prepare_pictures
@@ -61,12 +57,12 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     print(f"pictures: {len(pictures)} of {config.data.resolution} px", flush=True)
 
     if base is not None and "text_encoder" in parts:
-        tokenizer = base.tokenizer
+        [tokenizer] = base.tokenizers
     else:
         words = sorted({word for text in captions for word in text.replace(",", " ").split()})
         tokenizer = train_tokenizer(words, workdir / "tokenizer", **config.tokenizer)
-    tokens = np.asarray(_tokenize(tokenizer, captions), np.int32)
-    empty = np.asarray(_tokenize(tokenizer, [""])[0], np.int32)
+    tokens = tokenize(tokenizer, captions)
+    empty = tokenize(tokenizer, [""])[0]
     print(f"tokenizer: {len(tokenizer)} tokens", flush=True)
 
     made_from |= {"seed": config.seed, "init": _plain(config.init)}
@@ -101,24 +97,13 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     start = {}
     if base is not None:
         configs |= {part: base.configs[part] for part in parts - {"vae"}}
-        given = {"unet": base.unet_params, "text_encoder": base.text_params}
-        start = {part: given[part] for part in parts - {"vae"}}
+        start = {part: base.params[part] for part in parts - {"vae"}}
     made_from |= {**configs, "denoiser_training": _plain(config.denoiser_training)}
     _claim(workdir / "denoiser", made_from)
-    unet, vae, text_encoder, schedule = build_networks(configs, str(workdir))
+    networks, schedule = build_networks(configs, str(workdir))
 
     def write(params: Any, name: str) -> pathlib.Path:
-        pipeline = Pipeline(
-            unet,
-            params["unet"],
-            vae,
-            vae_params,
-            text_encoder,
-            params["text_encoder"],
-            tokenizer,
-            schedule,
-            configs,
-        )
+        pipeline = Pipeline(networks, params | {"vae": vae_params}, [tokenizer], schedule, configs)
         save_pipeline(pipeline, workdir / name, np.float16)
         return workdir / name
 
@@ -128,8 +113,8 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
 
     params = train_denoiser(
         config.denoiser_training,
-        unet,
-        text_encoder,
+        networks["unet"],
+        networks["text_encoder"],
         schedule,
         (mean, std),
         factor,
@@ -170,12 +155,6 @@ def _claim(folder: pathlib.Path, settings: dict[str, dict[str, Any]]) -> None:
         now,
         "choose another --workdir, or delete that folder and those of the stages after it",
     )
-
-
-def _tokenize(tokenizer: Any, texts: list[str]) -> Any:
-    return tokenizer(
-        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length
-    )["input_ids"]
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def run(
         progress(f"{config.category}, {workdir}, {source.name}")
 
         phases.begin("base model")
-        pipeline = load_pipeline(config.model)
+        pipeline = load_pipeline(config.model, vae=config.vae)
         progress(f"{config.model}, {pipeline.resolution} px")
 
         phases.begin("pairs")

@@ -69,6 +69,7 @@ def run(
         # Everything that can be wrong with the config is found before hours of drawing.
         pipeline = load_pipeline(
             config.model,
+            vae=config.vae,
             unet_shardings=lambda shapes: sharding.param_shardings(mesh, shapes, config.mesh.rules),
             progress=progress,
         )
@@ -204,7 +205,7 @@ def _train(
 
     phases.begin("compile")
     batches = data.batches(cache, config, start)
-    null_embeds = jax.device_put(cache.null_embeds, sharding.replicated(mesh))
+    null = jax.device_put(cache.null, sharding.replicated(mesh))
 
     def on_mesh(batch: Batch) -> Batch:
         return jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -212,7 +213,7 @@ def _train(
     batch = on_mesh(next(batches))
     began = time.monotonic()
     with jax.default_matmul_precision(config.matmul_precision):
-        lowered = step_fn.lower(state, pipeline.unet_params, batch, null_embeds)
+        lowered = step_fn.lower(state, pipeline.unet_params, batch, null)
     compiled = lowered.compile()
     # Before partitioning, so of all devices together; a scan's body is counted once.
     flops = lowered.cost_analysis()["flops"] * config.accumulation
@@ -248,7 +249,7 @@ def _train(
             return state
         pending = None
         for step in range(start + 1, config.steps + 1):
-            state, metrics = compiled(state, pipeline.unet_params, batch, null_embeds)
+            state, metrics = compiled(state, pipeline.unet_params, batch, null)
             # While the device works on this step, read the last one's numbers and the next batch.
             if pending:
                 guard.check(*log.write(*pending))

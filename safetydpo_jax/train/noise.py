@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
+from safetydpo_jax.models.conditioning import Conditioning, where
 
 Moments = Mapping[str, Any]  # "mean" and "logvar" (b, h, w, c) of scaled latents
 
@@ -24,14 +25,14 @@ class NoisyRows(NamedTuple):
       latents: x_t of each of a row's pictures, all at the row's one timestep and noise.
       targets: the right answers to them.
       timesteps: of the rows.
-      prompt_embeds: the captions, some dropped.
+      conditioning: of the captions, some dropped.
       dropped: which.
     """
 
     latents: list[Float[Array, "b h w c"]]
     targets: list[Float[Array, "b h w c"]]
     timesteps: Int[Array, "b"]
-    prompt_embeds: Float[Array, "b t d"]
+    conditioning: Conditioning
     dropped: Bool[Array, "b"]
 
 
@@ -47,28 +48,28 @@ def row_keys(
 def noisy_rows(
     keys: Key[Array, "b"],
     pictures: Sequence[Moments],
-    prompt_embeds: Float[Array | np.ndarray, "b t d"],
-    null_embeds: Float[Array | np.ndarray, "t d"],
+    conditioning: Conditioning,
+    null: Conditioning,
     schedule: NoiseSchedule,
     *,
     t_min: int,
     t_max: int,
     caption_dropout: float,
     text_noise: float = 0.0,
-    lean: Float[Array | np.ndarray, "b t d"] | None = None,
+    lean: Conditioning | None = None,
 ) -> NoisyRows:
     """Draws latents from the moments, noises them, and drops captions.
 
     Args:
       keys: from `row_keys`.
       pictures: the moments of each of a row's pictures, as winner and loser.
-      prompt_embeds: the captions.
-      null_embeds: what takes the place of a dropped caption.
+      conditioning: of the captions.
+      null: what takes the place of a dropped caption's, without rows.
       schedule: of the base model.
       t_min: the first timestep that may be drawn.
       t_max: one past the last.
       caption_dropout: probability of dropping a caption.
-      text_noise: standard deviation of what is added to the captions that stay.
+      text_noise: standard deviation of what is added to the text states of captions that stay.
       lean: what is added to them too, times a number drawn from -1 to 1.
     """
     shape = pictures[0]["mean"].shape[1:]
@@ -85,14 +86,20 @@ def noisy_rows(
     noise, samples = normals[:, 0], normals[:, 1:]
     x0s = [m["mean"] + jnp.exp(0.5 * m["logvar"]) * samples[:, i] for i, m in enumerate(pictures)]
     if text_noise > 0:
-        noise_of = jax.vmap(lambda key: jax.random.normal(key, prompt_embeds.shape[1:]))
-        prompt_embeds = prompt_embeds + text_noise * noise_of(text_keys)
+        states = conditioning.prompt_embeds
+        noise_of = jax.vmap(lambda key: jax.random.normal(key, states.shape[1:]))
+        conditioning = conditioning._replace(
+            prompt_embeds=states + text_noise * noise_of(text_keys)
+        )
     if lean is not None:
-        prompt_embeds = prompt_embeds + (2 * uniforms[:, 2] - 1)[:, None, None] * lean
+        share = 2 * uniforms[:, 2] - 1
+        conditioning = jax.tree.map(
+            lambda x, way: x + share.reshape(-1, *[1] * (x.ndim - 1)) * way, conditioning, lean
+        )
     return NoisyRows(
         [schedule.add_noise(x0, noise, t) for x0 in x0s],
         [schedule.target(x0, noise, t) for x0 in x0s],
         t,
-        jnp.where(dropped[:, None, None], null_embeds, prompt_embeds),
+        where(dropped, null, conditioning),
         dropped,
     )

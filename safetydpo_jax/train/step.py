@@ -16,6 +16,7 @@ from safetydpo_jax import sharding
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora.adapters import Adapters, scaled
+from safetydpo_jax.models.conditioning import Conditioning, where
 from safetydpo_jax.train.losses import (
     PREFERENCES,
     preference_margin,
@@ -28,14 +29,14 @@ from safetydpo_jax.train.state import TrainState, learning_rate, make_optimizer
 Batch = Mapping[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 Parts = dict[str, Float[Array, ""]]
-LossFn = Callable[[Adapters, Any, Batch, Float[Array, "t d"]], tuple[Parts, Metrics]]
+LossFn = Callable[[Adapters, Any, Batch, Conditioning], tuple[Parts, Metrics]]
 
 
 def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh: Mesh) -> LossFn:
     """The loss of one batch as a function of the adapters; arguments as of `make_train_step`.
 
     Returns:
-      `loss(adapters, base_params, batch, null_embeds) -> (parts, metrics)`, the parts as
+      `loss(adapters, base_params, batch, null) -> (parts, metrics)`, the parts as
       `part_names` has them.
     """
     weights = config.loss
@@ -44,48 +45,51 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
     seed = jax.random.key(config.seed, impl="threefry2x32")
 
     def loss(
-        adapters: Adapters, base_params: Any, batch: Batch, null_embeds: Float[Array, "t d"]
+        adapters: Adapters, base_params: Any, batch: Batch, null: Conditioning
     ) -> tuple[Parts, Metrics]:
         pairs = noisy_rows(
             row_keys(seed, batch["row_id"], batch["draw"]),
             [batch["winner"], batch["loser"]],
-            batch["prompt_embeds"],
-            null_embeds,
+            batch["conditioning"],
+            null,
             schedule=schedule,
             t_min=weights.t_min,
             t_max=weights.t_max,
             caption_dropout=weights.caption_dropout,
         )
 
-        def stack(inputs: Sequence[tuple[Array, Array, Array]]) -> list[Array]:
-            stacked = [jnp.concatenate(x) for x in zip(*inputs, strict=True)]
-            return jax.lax.with_sharding_constraint(stacked, sharding.batch_sharding(mesh))
+        def predict(variables: Any, inputs: Sequence[tuple[Array, Array, Conditioning]]) -> Any:
+            stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *inputs)
+            latents, timesteps, conditioning = jax.lax.with_sharding_constraint(
+                stacked, sharding.batch_sharding(mesh)
+            )
+            return unet.apply(variables, latents, timesteps, *conditioning)
 
-        def reference_of(inputs: Sequence[tuple[Array, Array, Array]]) -> Any:
-            return jax.lax.stop_gradient(unet.apply({"params": base_params}, *stack(inputs)))
+        def reference_of(inputs: Sequence[tuple[Array, Array, Conditioning]]) -> Any:
+            return jax.lax.stop_gradient(predict({"params": base_params}, inputs))
 
-        inputs = [(x, pairs.timesteps, pairs.prompt_embeds) for x in pairs.latents]
+        inputs = [(x, pairs.timesteps, pairs.conditioning) for x in pairs.latents]
         if weights.preservation > 0:
             rows = batch["preserve"]
             # The adapter acts at every timestep, so that is where the base must be preserved.
             preserve = noisy_rows(
                 row_keys(seed, rows["row_id"], rows["draw"]),
                 [rows],
-                rows["prompt_embeds"],
-                null_embeds,
+                rows["conditioning"],
+                null,
                 schedule=schedule,
                 t_min=0,
                 t_max=schedule.num_train_timesteps,
                 caption_dropout=weights.preservation_dropout,
                 text_noise=weights.preservation_text_noise,
-                lean=weights.preservation_lean * rows["harm_embeds"],
+                lean=jax.tree.map(lambda x: weights.preservation_lean * x, rows["harm"]),
             )
-            inputs.append((preserve.latents[0], preserve.timesteps, preserve.prompt_embeds))
+            inputs.append((preserve.latents[0], preserve.timesteps, preserve.conditioning))
 
         # One forward pass for all, and the reference through the same code at the same shapes: what
         # their rounding has in common cancels in the margin.
         lora = scaled(adapters, config.lora.alpha, config.lora.rank)
-        policy: Any = unet.apply({"params": base_params, "lora": lora}, *stack(inputs))
+        policy = predict({"params": base_params, "lora": lora}, inputs)
         reference = reference_of(inputs)
 
         ends = [len(pairs.timesteps), 2 * len(pairs.timesteps)]
@@ -102,9 +106,7 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
         if weights.winner_anchor > 0:
             # What is to be drawn instead of the loser: the base's own answers under the winner's
             # prompt, on both pictures. The true noise is known for the winner only, and varies.
-            prompts = jnp.where(
-                pairs.dropped[:, None, None], null_embeds, batch["winner_prompt_embeds"]
-            )
+            prompts = where(pairs.dropped, null, batch["winner_conditioning"])
             wanted = reference_of([(x, pairs.timesteps, prompts) for x in pairs.latents])
             drawn = jnp.concatenate([winner, loser])
             terms["winner_anchor"] = squared_error(drawn, wanted).mean()
@@ -153,18 +155,19 @@ def make_train_step(
     """Compiles one optimiser step.
 
     Args:
-      unet: called as `unet.apply({"params", "lora"?}, latents, timesteps, prompt_embeds)`.
+      unet: called as `unet.apply({"params", "lora"?}, latents, timesteps, *conditioning)`.
       schedule: the base model's noise schedule.
       config: from `settings.resolve`.
       mesh: from `sharding.make_mesh`; the batch is split over its "data" axis.
 
     Returns:
-      A jitted `step(state, base_params, batch, null_embeds) -> (state, metrics)`, which donates
-      `state`. The batch, as `data.batches` yields it, holds batch_size * accumulation rows and
-      preserve_batch_size * accumulation preserve rows; null_embeds (t, d) is the empty prompt. The
-      gradient is the mean over the accumulated batches, that of one big batch. Metrics are float32
-      scalars: the terms unweighted, "winner_error" and "loser_error" the policy's minus the
-      reference's, "loser_scale" that of `losses.preserve_winner`, "grad_norm" before clipping.
+      A jitted `step(state, base_params, batch, null) -> (state, metrics)`, which donates `state`.
+      The batch, as `data.batches` yields it, holds batch_size * accumulation rows and
+      preserve_batch_size * accumulation preserve rows; null, without rows, is what takes the place
+      of a dropped prompt. The gradient is the mean over the accumulated batches, that of one big
+      batch. Metrics are float32 scalars: the terms unweighted, "winner_error" and "loser_error" the
+      policy's minus the reference's, "loser_scale" that of `losses.preserve_winner`, "grad_norm"
+      before clipping.
 
     Raises:
       UserError: the batch does not divide over the mesh, or the timestep range is empty.
@@ -186,12 +189,12 @@ def make_train_step(
     loss, names = make_loss(unet, schedule, config, mesh), part_names(config)
 
     def step(
-        state: TrainState, base_params: Any, batch: Batch, null_embeds: Float[Array, "t d"]
+        state: TrainState, base_params: Any, batch: Batch, null: Conditioning
     ) -> tuple[TrainState, Metrics]:
         def gradients_of(batch: Batch) -> tuple[dict[str, Adapters], Metrics]:
             """Of each part: one forward pass for all, a backward pass for each."""
             _, pull_back, metrics = jax.vjp(
-                lambda adapters: loss(adapters, base_params, batch, null_embeds),
+                lambda adapters: loss(adapters, base_params, batch, null),
                 state.adapters,
                 has_aux=True,
             )

@@ -12,6 +12,7 @@ import pytest
 
 from safetydpo_jax.data import PairSource, Picture, write_pairs
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
+from safetydpo_jax.models.conditioning import Conditioning
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 
@@ -19,7 +20,7 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 class TinyUNet:
     """Adds the prompt's mean to the noise it is given."""
 
-    def apply(self, variables, latents, timesteps, prompt_embeds):
+    def apply(self, variables, latents, timesteps, prompt_embeds, *added):
         return latents + jnp.mean(prompt_embeds, axis=(1, 2))[:, None, None, None]
 
 
@@ -44,9 +45,14 @@ class TinyPipeline:
 
     def encode_prompts(self, prompts):
         seeds = [list(hashlib.sha256(prompt.encode()).digest()) for prompt in prompts]
-        return np.stack([np.random.default_rng(seed).normal(size=(5, 6)) for seed in seeds]).astype(
-            np.float32
-        )
+        states = [np.random.default_rng(seed).normal(size=(5, 6)) for seed in seeds]
+        return Conditioning(np.stack(states).astype(np.float32))
+
+    encode_negative = encode_prompts
+
+    @property
+    def vae_path(self):
+        return self.path / "vae"
 
     def encode_images(self, pictures):
         small = pictures[:, ::4, ::4].astype(np.float32) / 127.5 - 1

@@ -30,9 +30,10 @@ def test_records_are_what_the_model_computes(made, write, pipeline, monkeypatch)
     found = stored.moments(records, np.zeros(3, int))
     np.testing.assert_array_equal(found["mean"], mean[records])
     np.testing.assert_array_equal(found["logvar"], logvar[records])
-    embeds = pipeline.encode_prompts([pictures[i].prompt for i in records])
-    np.testing.assert_array_equal(stored.prompt_embeds(records), embeds)
-    np.testing.assert_array_equal(stored.null_embeds, pipeline.encode_prompts([""])[0])
+    embeds = pipeline.encode_prompts([pictures[i].prompt for i in records]).prompt_embeds
+    np.testing.assert_array_equal(stored.conditioning(records).prompt_embeds, embeds)
+    wanted = pipeline.encode_negative([""]).prompt_embeds[0]
+    np.testing.assert_array_equal(stored.null.prompt_embeds, wanted)
 
 
 def test_mirror_images(made, write, config):
@@ -54,9 +55,9 @@ def test_mirror_images(made, write, config):
 def test_half_precision(made, write, config, dtype, numpy_dtype):
     write()
     config.cache.dtype = "float32"
-    exact = made()[0].prompt_embeds(np.arange(13))
+    exact = made()[0].conditioning(np.arange(13)).prompt_embeds
     config.cache.dtype = dtype
-    half = made()[0].prompt_embeds(np.arange(13))
+    half = made()[0].conditioning(np.arange(13)).prompt_embeds
     assert half.dtype == np.float32
     np.testing.assert_array_equal(half, exact.astype(numpy_dtype).astype(np.float32))
 
@@ -67,7 +68,8 @@ def test_read_from_disk_as_from_memory(made, write, monkeypatch):
     monkeypatch.setattr(cache, "IN_MEMORY_BYTES", 0)
     on_disk = made()[0]
     records = np.array([3, 3, 11])
-    np.testing.assert_array_equal(on_disk.prompt_embeds(records), held.prompt_embeds(records))
+    read = [cache.conditioning(records).prompt_embeds for cache in (on_disk, held)]
+    np.testing.assert_array_equal(*read)
 
 
 def test_computed_once(made, write, pipeline, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 
 from safetydpo_jax.data import STRATEGIES, batches, make_cache
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.models.conditioning import Conditioning
 
 
 @pytest.fixture
@@ -29,13 +30,13 @@ def test_shapes_and_types(stored, config):
     (batch,) = take(stored, config, 1)
     f32, u32 = "float32", "uint32"
     moments = {"mean": (f32, 4, 4, 3), "logvar": (f32, 4, 4, 3)}
-    row = {"prompt_embeds": (f32, 5, 6), "row_id": (u32,), "draw": (u32,)}
+    row = {"conditioning": Conditioning((f32, 5, 6)), "row_id": (u32,), "draw": (u32,)}
     assert jax.tree.map(lambda x: (x.dtype.name, *x.shape[1:]), batch) == {
         "winner": moments,
         "loser": moments,
-        "winner_prompt_embeds": row["prompt_embeds"],
+        "winner_conditioning": row["conditioning"],
         **row,
-        "preserve": moments | row | {"harm_embeds": row["prompt_embeds"]},
+        "preserve": moments | row | {"harm": row["conditioning"]},
     }
     assert len(batch["row_id"]) == 8
     assert len(batch["preserve"]["row_id"]) == 6
@@ -82,26 +83,27 @@ def test_rows_hold_their_own_pictures_and_prompt(stored, config):
         assert jax.tree.all(
             jax.tree.map(
                 np.array_equal,
-                [
-                    batch[key]
-                    for key in ("loser", "winner", "prompt_embeds", "winner_prompt_embeds")
-                ],
+                [batch[key] for key in ("loser", "winner", "conditioning", "winner_conditioning")],
                 [
                     stored.moments(pairs, still),
                     stored.moments(5 + pairs, still),
-                    stored.prompt_embeds(5 * which + pairs),
-                    stored.prompt_embeds(5 + pairs),
+                    stored.conditioning(5 * which + pairs),
+                    stored.conditioning(5 + pairs),
                 ],
             )
         )
         rows = batch["preserve"]["row_id"].astype(int)
         means = stored.moments(rows - 5, np.zeros(3, int))["mean"]
         np.testing.assert_array_equal(batch["preserve"]["mean"], means)
-        embeds = stored.prompt_embeds(rows - 5)
-        np.testing.assert_array_equal(batch["preserve"]["prompt_embeds"], embeds)
+        told = stored.conditioning(rows - 5)
+        np.testing.assert_array_equal(
+            batch["preserve"]["conditioning"].prompt_embeds, told.prompt_embeds
+        )
         pairs = (rows + batch["preserve"]["draw"].astype(int)) % 5
-        harm = stored.prompt_embeds(pairs) - stored.prompt_embeds(5 + pairs)
-        np.testing.assert_array_equal(batch["preserve"]["harm_embeds"], harm)
+        unsafe, safe = stored.conditioning(pairs), stored.conditioning(5 + pairs)
+        np.testing.assert_array_equal(
+            batch["preserve"]["harm"].prompt_embeds, unsafe.prompt_embeds - safe.prompt_embeds
+        )
 
 
 def test_both_pictures_are_mirrored_every_other_visit(config, pipeline, write, silent, tmp_path):

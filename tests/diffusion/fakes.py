@@ -15,7 +15,7 @@ LATENTS = RNG.normal(size=(3, *SHAPE)).astype(np.float32)
 class FakeUNet:
     """`apply` as the real UNet has it; "params" scales the answer, "lora" shifts it."""
 
-    def apply(self, variables, latents, timesteps, prompt_embeds):
+    def apply(self, variables, latents, timesteps, prompt_embeds, *added):
         when = jnp.sin(timesteps / 200)[:, None, None, None]
         text = (prompt_embeds.mean(1) @ READ)[:, None, None, :]
         answer = jnp.tanh(latents @ MIX + 0.3 * jnp.roll(latents, 1, 1) + when + text)

@@ -11,8 +11,10 @@ from safetydpo_jax.diffusion import (
     draw_pictures,
     initial_latents,
     make_sampler,
+    samplers,
 )
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.models.conditioning import Conditioning
 from tests.diffusion.fakes import EMBEDS, LATENTS, NEGATIVE, SHAPE, FakeUNet, torch_unet
 
 # diffusers' DPM-Solver hands NumPy 2 a torch tensor in the old way.
@@ -90,8 +92,8 @@ def jax_sample(schedule, sampler, num_steps, guidance_scale, guidance_rescale=0.
         "params": PARAMS,
         "adapters": None,
         "latents": jnp.asarray(LATENTS),
-        "prompt_embeds": jnp.asarray(EMBEDS),
-        "negative_embeds": jnp.asarray(NEGATIVE),
+        "conditioning": Conditioning(jnp.asarray(EMBEDS)),
+        "negative": Conditioning(jnp.asarray(NEGATIVE)),
     }
     return np.asarray(sample(**(inputs | arguments)))
 
@@ -165,14 +167,14 @@ def test_a_perfect_model_gives_the_picture_back(sampler):
     picture = jnp.asarray(LATENTS[::-1].copy())
 
     class Oracle:
-        def apply(self, variables, latents, timesteps, prompt_embeds):
+        def apply(self, variables, latents, timesteps, *conditioning):
             abar = schedule.alphas_cumprod  # of whole timesteps; Euler goes between them
             sigma = jnp.interp(timesteps[0], jnp.arange(1000), jnp.sqrt((1 - abar) / abar))
             alpha = 1 / jnp.sqrt(1 + sigma**2)
             return (latents - alpha * picture) / (sigma * alpha)
 
     sample = make_sampler(Oracle(), schedule, sampler=sampler, num_steps=12, guidance_scale=1.0)
-    result = sample({}, None, jnp.asarray(LATENTS), jnp.asarray(EMBEDS), None)
+    result = sample({}, None, jnp.asarray(LATENTS), Conditioning(jnp.asarray(EMBEDS)), None)
     np.testing.assert_allclose(result, picture, atol=1e-4)
 
 
@@ -187,14 +189,20 @@ def test_adapters_reach_the_model_and_none_is_the_base():
 
 def test_guidance_of_one_never_reads_the_negative():
     schedule = NoiseSchedule()
-    got = jax_sample(schedule, "ddim", 4, 1.0, negative_embeds=None)
+    got = jax_sample(schedule, "ddim", 4, 1.0, negative=None)
     np.testing.assert_array_equal(got, jax_sample(schedule, "ddim", 4, 1.0))
 
 
-def test_the_same_arguments_are_compiled_once():
+def test_samplers_of_as_many_steps_are_compiled_once():
     schedule = NoiseSchedule.from_config({"clip_sample": False})
     again = NoiseSchedule.from_config({"clip_sample": False})
-    assert make_sampler(UNET, schedule, num_steps=3) is make_sampler(UNET, again, num_steps=3)
+    samplers._scan.cache_clear()
+    for sampler, guidance_scale in itertools.product(SCHEDULERS, (2.0, 3.0)):
+        for noise in (schedule, again):
+            jax_sample(noise, sampler, 3, guidance_scale)
+    assert samplers._scan(UNET, True, False)._cache_size() == 1
+    jax_sample(schedule, "ddim", 4, 2.0)
+    assert samplers._scan(UNET, True, False)._cache_size() == 2
 
 
 def test_noise_belongs_to_the_seed_not_to_the_batch():
@@ -221,7 +229,9 @@ class FakePipeline:
     def encode_prompts(self, prompts):
         self.sizes.append(len(prompts))
         codes = [[len(text), text.count("a")] for text in prompts]
-        return jnp.asarray(codes, jnp.float32)[:, :, None] * jnp.ones(6) / 10
+        return Conditioning(jnp.asarray(codes, jnp.float32)[:, :, None] * jnp.ones(6) / 10)
+
+    encode_negative = encode_prompts
 
     def decode_latents(self, latents):
         return np.asarray(jnp.clip(latents[..., :3] * 50 + 128, 0, 255)).astype(np.uint8)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import CLIPTokenizer
 
-from safetydpo_jax.models.pretrained import Pipeline, build_networks, init_inputs, save_pipeline
+from safetydpo_jax.models.pipeline import Pipeline
+from safetydpo_jax.models.pretrained import build_networks, param_shapes, save_pipeline
 
 VENDORED = Path(__file__).parent.parent / "vendored" / "sd15"
 CHANGES = {
@@ -52,8 +53,7 @@ def write_tiny_pipeline(folder: Path) -> Path:
         name.split("/")[0]: json.loads((VENDORED / name).read_text()) | changes
         for name, changes in CHANGES.items()
     }
-    *networks, schedule = build_networks(configs)
-    unet, vae, text_encoder = networks
+    networks, schedule = build_networks(configs)
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -64,23 +64,9 @@ def write_tiny_pipeline(folder: Path) -> Path:
             noise = 0.1 * noise + (path[-1].key == "scale")
         return jnp.asarray(noise, jnp.float32)
 
-    params = {}
-    for name, inputs in init_inputs(*networks).items():
-        network = {"unet": unet, "vae": vae, "text_encoder": text_encoder}[name]
-        shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
-        params[name] = jax.tree_util.tree_map_with_path(draw, shapes)
+    params = jax.tree_util.tree_map_with_path(draw, param_shapes(networks))
     tokenizer = write_letter_tokenizer(folder / "tokenizer")
-    pipeline = Pipeline(
-        unet,
-        params["unet"],
-        vae,
-        params["vae"],
-        text_encoder,
-        params["text_encoder"],
-        tokenizer,
-        schedule,
-        configs,
-    )
+    pipeline = Pipeline(networks, params, [tokenizer], schedule, configs)
     save_pipeline(pipeline, folder)
     return folder
 

@@ -151,7 +151,7 @@ CASES = {
     "heads that do not divide": (settings(TEXT_CONFIG, num_attention_heads=5), "attention_heads"),
     "folders of two checkpoints": (
         settings(TEXT_CONFIG, hidden_size=64),
-        "cross_attention_dim is 48, but the text encoder's size is 64",
+        "cross_attention_dim is 48, but the text encoders' width is 64",
     ),
     "another checkpoint's latents": (settings(VAE_CONFIG, latent_channels=8), "in_channels is 4"),
     "another checkpoint's tokenizer": (

@@ -51,7 +51,7 @@ def test_unet(checkpoint, size, rng, tmp_path):
     latents = rng.normal(size=(2, *size, 4)).astype(np.float32)
     timesteps = np.array([3, 981])
     embeds = rng.normal(size=(2, 7, 48)).astype(np.float32)
-    added = None
+    added = {}
     if checkpoint == "sdxl":
         text = rng.normal(size=(2, 24)).astype(np.float32)
         added = {"text_embeds": text, "time_ids": np.array([[1024, 768, 0, 4, 1024, 1024]] * 2)}
@@ -62,9 +62,9 @@ def test_unet(checkpoint, size, rng, tmp_path):
             to_torch(latents),
             torch.from_numpy(timesteps),
             torch.from_numpy(embeds),
-            added_cond_kwargs=added and {k: torch.from_numpy(v) for k, v in added.items()},
+            added_cond_kwargs={k: torch.from_numpy(v) for k, v in added.items()},
         ).sample
-    inputs = jax.tree.map(jnp.asarray, (latents, timesteps, embeds, added))
+    inputs = jax.tree.map(jnp.asarray, (latents, timesteps, embeds, *added.values()))
     ours = UNet2DConditionModel(config)
     assert_close(jax.jit(ours.apply)(variables(theirs, tmp_path, ours, *inputs), *inputs), wanted)
 

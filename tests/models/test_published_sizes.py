@@ -43,10 +43,9 @@ def test_parameters(checkpoint, text_encoder, unet_millions, text_millions):
             text_model(transformers.CLIPTextConfig(**configs[2])),
         )
     sizes = (unet_millions, VAE_MILLIONS, text_millions)
-    for module, inputs, torch_module, millions in zip(
-        ours, init_inputs(*ours).values(), theirs, sizes, strict=True
-    ):
-        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    inputs = init_inputs(dict(zip(("unet", "vae", "text_encoder"), ours, strict=True))).values()
+    for module, example, torch_module, millions in zip(ours, inputs, theirs, sizes, strict=True):
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
         got = {_plain(torch_key(p)): sorted(x.shape) for p, x in flatten_dict(shapes).items()}
         state = torch_module.state_dict().items()
         assert got == {_plain(key): sorted(x.shape) for key, x in state}

@@ -31,8 +31,9 @@ def config(checkpoint: str, component: str, **changes) -> dict:
     return json.loads((VENDORED / checkpoint / component / "config.json").read_text()) | changes
 
 
-def unet_config(checkpoint: str) -> dict:
-    return config(checkpoint, "unet", cross_attention_dim=48, sample_size=16, **_UNET[checkpoint])
+def unet_config(checkpoint: str, **changes) -> dict:
+    changes = {"cross_attention_dim": 48, "sample_size": 16, **_UNET[checkpoint]} | changes
+    return config(checkpoint, "unet", **changes)
 
 
 def vae_config(checkpoint: str) -> dict:
@@ -113,11 +114,37 @@ def torch_pipeline(tokenizer_folder: Path) -> diffusers.StableDiffusionPipeline:
     )
 
 
-def tokenizer(folder: Path) -> transformers.CLIPTokenizer:
+def tokenizer(folder: Path, **settings) -> transformers.CLIPTokenizer:
     """CLIP's tokenizer without a single merge: every byte is a token."""
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "tokenizer_config.json").write_text('{"model_max_length": 77}')
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77} | settings))
     return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+def family_pipeline(checkpoint: str, folder: Path) -> diffusers.DiffusionPipeline:
+    """A whole pipeline of the published structure and scheduler, but narrow; 128 x 128 pixels."""
+    # In files of before 0.9 diffusers takes a size below 64 for a mistake.
+    changes = {"_diffusers_version": diffusers.__version__}
+    (folder / "tokenizer").mkdir()
+    parts = {
+        "vae": torch_vae(checkpoint),
+        "text_encoder": torch_text_encoder(checkpoint),
+        "tokenizer": tokenizer(folder / "tokenizer"),
+    }
+    kind = diffusers.StableDiffusionPipeline
+    if checkpoint == "sdxl":
+        kind, changes["cross_attention_dim"] = diffusers.StableDiffusionXLPipeline, 2 * 48
+        (folder / "tokenizer_2").mkdir()
+        parts["text_encoder_2"] = torch_text_encoder(checkpoint, "text_encoder_2")
+        parts["tokenizer_2"] = tokenizer(folder / "tokenizer_2", pad_token="!")
+        parts["force_zeros_for_empty_prompt"] = True
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        parts["requires_safety_checker"] = False
+    unet = diffusers.UNet2DConditionModel.from_config(unet_config(checkpoint, **changes))
+    settings = json.loads((VENDORED / checkpoint / "scheduler/scheduler_config.json").read_text())
+    scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
+    return kind(unet=randomise(unet), scheduler=scheduler, **parts)

@@ -14,6 +14,7 @@ from safetydpo_jax import lora
 from safetydpo_jax.data import Picture, write_pairs
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.models.attention import Attention
+from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.models.layers import Dense
 
 
@@ -54,7 +55,7 @@ class SmallUNet(nn.Module):
     """One attention layer between Dense ones: what the step needs of a UNet, compiled at once."""
 
     @nn.compact
-    def __call__(self, latents, timesteps, prompt_embeds):
+    def __call__(self, latents, timesteps, prompt_embeds, *added):
         b, h, w, c = latents.shape
         time = jnp.sin(timesteps[:, None] / jnp.array([3.0, 30.0, 300.0]))
         x = Dense(16, name="proj_in")(latents.reshape(b, h * w, c))
@@ -80,7 +81,13 @@ class SmallPipeline:
 
     def encode_prompts(self, prompts):
         rows = [np.random.default_rng(len(p)).normal(size=(5, 16)) for p in prompts]
-        return np.stack(rows).astype(np.float32)
+        return Conditioning(np.stack(rows).astype(np.float32))
+
+    encode_negative = encode_prompts
+
+    @property
+    def vae_path(self):
+        return self.path / "vae"
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +132,12 @@ def batch():
             "logvar": np.full(shape, -4, np.float32),
         }
 
+    def prompts():
+        return Conditioning(rng.normal(size=(32, 5, 16)).astype(np.float32))
+
     def rows(first):
         return {
-            "prompt_embeds": rng.normal(size=(32, 5, 16)).astype(np.float32),
+            "conditioning": prompts(),
             "row_id": np.arange(first, first + 32, dtype=np.uint32),
             "draw": np.arange(32, dtype=np.uint32) // 4,
         }
@@ -135,16 +145,16 @@ def batch():
     return {
         "winner": moments(),
         "loser": moments(),
-        "winner_prompt_embeds": rng.normal(size=(32, 5, 16)).astype(np.float32),
+        "winner_conditioning": prompts(),
         **rows(0),
         "preserve": {
             **moments(),
-            "harm_embeds": rng.normal(size=(32, 5, 16)).astype(np.float32),
+            "harm": prompts(),
             **rows(1000),
         },
     }
 
 
 @pytest.fixture(scope="session")
-def null_embeds():
-    return jnp.zeros((5, 16))
+def null():
+    return Conditioning(jnp.zeros((5, 16)))

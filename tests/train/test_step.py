@@ -18,7 +18,7 @@ def mesh_of(count):
     return sharding.make_mesh(devices=jax.devices()[:count])
 
 
-def train(small, config, adapters, batches, null_embeds, devices=1):
+def train(small, config, adapters, batches, null, devices=1):
     """The state and the metrics after each of these batches."""
     mesh = mesh_of(devices)
     step = make_train_step(small.unet, small.schedule, config, mesh)
@@ -27,7 +27,7 @@ def train(small, config, adapters, batches, null_embeds, devices=1):
     base = jax.device_put(small.unet_params, sharding.replicated(mesh))
     states, history = [], []
     for batch in batches:
-        state, metrics = step(state, base, batch, null_embeds)
+        state, metrics = step(state, base, batch, null)
         states.append(jax.tree.map(np.array, state))  # a copy: the next step takes the buffers
         history.append(jax.device_get(metrics))
     return states, history
@@ -48,11 +48,11 @@ def distance(x, y):
     return np.linalg.norm(x - y) / np.linalg.norm(y)
 
 
-def one_step(config, small, adapters, batch, null_embeds, devices=1):
+def one_step(config, small, adapters, batch, null, devices=1):
     """The gradient of a step, of which Adam's first moment is the share 1 - b1, and its metrics."""
     config.optimizer.clip_norm = 1e9
     config = resolve(config)
-    [state], [metrics] = train(small, config, adapters, [batch], null_embeds, devices)
+    [state], [metrics] = train(small, config, adapters, [batch], null, devices)
     return jax.tree.map(lambda x: x / (1 - config.optimizer.b1), state.opt_state[1][0].mu), metrics
 
 
@@ -67,7 +67,7 @@ def one_step(config, small, adapters, batch, null_embeds, devices=1):
     ],
 )
 def test_policy_is_the_reference_at_the_start(
-    recipe, preference, at_zero, config, small, batch, null_embeds
+    recipe, preference, at_zero, config, small, batch, null
 ):
     config.recipe, config.batch_size, config.preserve_batch_size = recipe, 32, 32
     config.loss.beta, config.loss.preference = 5000.0, preference
@@ -75,7 +75,7 @@ def test_policy_is_the_reference_at_the_start(
     adapters = lora.init_adapters(
         jax.random.key(0), small.unet_params, rank=2, targets=config.lora.targets
     )
-    _, [metrics] = train(small, config, adapters, [batch], null_embeds)
+    _, [metrics] = train(small, config, adapters, [batch], null)
     assert abs(metrics["margin"]) < 1e-3
     assert abs(metrics["preference_loss"] - at_zero) < 1e-3
     assert metrics["grad_norm"] > 0
@@ -86,12 +86,12 @@ def test_policy_is_the_reference_at_the_start(
         assert (term in metrics) == (recipe == "anchored")
 
 
-def test_training_prefers_the_winner(config, small, adapters, batch, null_embeds):
+def test_training_prefers_the_winner(config, small, adapters, batch, null):
     config.recipe, config.batch_size = "paper", 32
     config.optimizer.learning_rate = 1e-2
     config.loss.beta = 50.0
     config = resolve(config)
-    _, history = train(small, config, adapters, draws(batch, 25), null_embeds)
+    _, history = train(small, config, adapters, draws(batch, 25), null)
     assert history[-1]["loss"] < 0.9 * history[0]["loss"]
     assert history[-1]["margin"] > history[0]["margin"]
     assert history[-1]["winner_error"] < history[-1]["loser_error"]
@@ -106,20 +106,20 @@ def config_of(config, size, accumulation=1):
 
 
 @pytest.fixture(scope="module")
-def one_big_batch(small, adapters, batch, null_embeds):
+def one_big_batch(small, adapters, batch, null):
     """Twenty steps on one device, 32 rows at once."""
     config = common.get_config("hate")
     config.lora.rank, config.optimizer.warmup_steps = 2, 2
     config = config_of(config, 32)
-    return train(small, config, adapters, draws(batch, 20), null_embeds)
+    return train(small, config, adapters, draws(batch, 20), null)
 
 
 @pytest.mark.parametrize(("devices", "size", "accumulation"), [(8, 32, 1), (1, 8, 4)])
 def test_devices_and_accumulation_change_nothing(
-    devices, size, accumulation, config, small, adapters, batch, null_embeds, one_big_batch
+    devices, size, accumulation, config, small, adapters, batch, null, one_big_batch
 ):
     config = config_of(config, size, accumulation)
-    states, _ = train(small, config, adapters, draws(batch, 20), null_embeds, devices)
+    states, _ = train(small, config, adapters, draws(batch, 20), null, devices)
     expected, _ = one_big_batch
     # Adam's first moment after one step is the clipped gradient times 1 - b1.
     assert distance(states[0].opt_state[1][0].mu, expected[0].opt_state[1][0].mu) < 1e-5
@@ -134,7 +134,7 @@ def strong_losers(batch):
 
 
 @pytest.fixture(scope="module")
-def apart(small, adapters, strong_losers, null_embeds):
+def apart(small, adapters, strong_losers, null):
     """Flat gradients: through the winner, through the loser, of other terms; and DPO's, whole."""
     config = common.get_config("hate")
     config.lora.rank = 2
@@ -143,7 +143,7 @@ def apart(small, adapters, strong_losers, null_embeds):
         config.loss.preference = preference
         loss = make_loss(small.unet, small.schedule, resolve(config), mesh_of(1))
         gradient_of = jax.jit(jax.jacrev(loss, has_aux=True))
-        parts, _ = gradient_of(adapters, small.unet_params, strong_losers, null_embeds)
+        parts, _ = gradient_of(adapters, small.unet_params, strong_losers, null)
         gradients += [parts[name] for name in part_names(resolve(config))]
     return [flat(tree) for tree in gradients]
 
@@ -156,7 +156,7 @@ def test_the_parts_add_up_to_dpo(apart):
 
 @pytest.mark.parametrize(("devices", "size", "accumulation"), [(1, 32, 1), (8, 32, 1), (1, 8, 4)])
 def test_the_losers_scale_is_of_the_whole_batch(
-    devices, size, accumulation, config, small, adapters, strong_losers, null_embeds, apart
+    devices, size, accumulation, config, small, adapters, strong_losers, null, apart
 ):
     winner, loser, others, _ = apart
     scale = winner @ winner / -(winner @ loser)
@@ -164,12 +164,12 @@ def test_the_losers_scale_is_of_the_whole_batch(
     config.loss.preference = "winner_preserving"
     config.batch_size = config.preserve_batch_size = size
     config.accumulation = accumulation
-    gradient, metrics = one_step(config, small, adapters, strong_losers, null_embeds, devices)
+    gradient, metrics = one_step(config, small, adapters, strong_losers, null, devices)
     np.testing.assert_allclose(metrics["loser_scale"], scale, rtol=1e-4)
     assert distance(gradient, winner + scale * loser + others) < 1e-5
 
 
-def test_winner_preserving_leaves_the_winner(config, small, adapters, strong_losers, null_embeds):
+def test_winner_preserving_leaves_the_winner(config, small, adapters, strong_losers, null):
     """Where a small step of DPO's makes the winner's error rise, this one's does not."""
     beta = 50.0
     config.recipe, config.loss.beta, config.batch_size = "paper", beta, 32
@@ -177,8 +177,8 @@ def test_winner_preserving_leaves_the_winner(config, small, adapters, strong_los
     rows = noisy_rows(
         row_keys(jax.random.key(config.seed), strong_losers["row_id"], strong_losers["draw"]),
         [strong_losers["winner"], strong_losers["loser"]],
-        strong_losers["prompt_embeds"],
-        null_embeds,
+        strong_losers["conditioning"],
+        null,
         small.schedule,
         t_min=0,
         t_max=1000,
@@ -190,7 +190,7 @@ def test_winner_preserving_leaves_the_winner(config, small, adapters, strong_los
         """Of each row's winner and loser."""
         variables = {"params": small.unet_params, "lora": lora.scaled(adapters, 2.0, 2)}
         outputs = [
-            small.unet.apply(variables, x, rows.timesteps, rows.prompt_embeds) for x in rows.latents
+            small.unet.apply(variables, x, rows.timesteps, rows.conditioning) for x in rows.latents
         ]
         return jnp.square(jnp.stack(outputs) - jnp.stack(rows.targets)).mean((2, 3, 4))
 
@@ -201,7 +201,7 @@ def test_winner_preserving_leaves_the_winner(config, small, adapters, strong_los
     def rises(preference):
         """How fast DPO's weighted errors of winner and loser rise along the step."""
         config.loss.preference = preference
-        gradient, _ = one_step(config, small, adapters, strong_losers, null_embeds)
+        gradient, _ = one_step(config, small, adapters, strong_losers, null)
         size = 1e-2 / np.linalg.norm(flat(gradient))
         back, ahead = (
             errors(jax.tree.map(lambda x, g, s=s: x - s * g, adapters, gradient))
@@ -216,14 +216,14 @@ def test_winner_preserving_leaves_the_winner(config, small, adapters, strong_los
     assert loser > 0
 
 
-def test_noise_belongs_to_the_row(small, batch, null_embeds):
+def test_noise_belongs_to_the_row(small, batch, null):
     @jax.jit
     def draw(rows):
         return noisy_rows(
             row_keys(jax.random.key(3), rows["row_id"], rows["draw"]),
             [rows["winner"], rows["loser"]],
-            rows["prompt_embeds"],
-            null_embeds,
+            rows["conditioning"],
+            null,
             small.schedule,
             t_min=100,
             t_max=900,
@@ -243,10 +243,10 @@ def test_noise_belongs_to_the_row(small, batch, null_embeds):
     t = everything.timesteps
     assert ((t >= 100) & (t < 900)).all()
     assert len(np.unique(t)) > 16
-    dropped = (everything.prompt_embeds == 0).all((1, 2))
+    dropped = (everything.conditioning == 0).all((1, 2))
     assert 4 < dropped.sum() < 28
     np.testing.assert_array_equal(dropped, everything.dropped)
-    added = (everything.prompt_embeds - batch["prompt_embeds"])[~dropped]
+    added = (everything.conditioning - batch["conditioning"])[~dropped]
     np.testing.assert_allclose([added.std(), added.mean()], [0.25, 0.0], atol=0.03)
     # Winner and loser share the noise, so that only their latents tell them apart.
     noise = [
@@ -261,50 +261,50 @@ def test_noise_belongs_to_the_row(small, batch, null_embeds):
     assert not np.array_equal(redrawn.timesteps, t)
 
 
-def test_captions_lean_either_way(small, batch, null_embeds):
+def test_captions_lean_either_way(small, batch, null):
     keys = row_keys(jax.random.key(3), batch["row_id"], batch["draw"])
     rows = noisy_rows(
         keys,
         [batch["winner"]],
-        batch["prompt_embeds"],
-        null_embeds,
+        batch["conditioning"],
+        null,
         small.schedule,
         t_min=0,
         t_max=1000,
         caption_dropout=0.1,
-        lean=jnp.float32(0.5) * batch["preserve"]["harm_embeds"],
+        lean=jnp.float32(0.5) * batch["preserve"]["harm"],
     )
-    added = (rows.prompt_embeds - batch["prompt_embeds"])[~rows.dropped]
-    shares = added / (0.5 * batch["preserve"]["harm_embeds"][~rows.dropped])
+    added = (rows.conditioning - batch["conditioning"])[~rows.dropped]
+    shares = added / (0.5 * batch["preserve"]["harm"][~rows.dropped])
     np.testing.assert_allclose(shares, shares[:, :1, :1] + 0 * shares, atol=1e-2)
     shares = np.median(shares, axis=(1, 2))
     assert -1 <= shares.min() < -0.6
     assert 0.6 < shares.max() <= 1
     assert abs(np.corrcoef(shares, rows.timesteps[~rows.dropped])[0, 1]) < 0.5
     assert rows.dropped.any()
-    assert (np.asarray(rows.prompt_embeds[rows.dropped]) == 0).all()
+    assert (np.asarray(rows.conditioning[rows.dropped]) == 0).all()
 
 
-def test_what_is_preserved(config, small, adapters, batch, null_embeds):
+def test_what_is_preserved(config, small, adapters, batch, null):
     """The base's predictions at all timesteps, on prompts with noise that lean."""
     config.loss.preservation_text_noise, config.loss.preservation_lean = 0.4, 0.8
     config = resolve(config)
     loss = make_loss(small.unet, small.schedule, config, mesh_of(1))
-    _, metrics = loss(adapters, small.unet_params, batch, null_embeds)
+    _, metrics = loss(adapters, small.unet_params, batch, null)
     preserve = batch["preserve"]
     rows = noisy_rows(
         row_keys(jax.random.key(config.seed), preserve["row_id"], preserve["draw"]),
         [preserve],
-        preserve["prompt_embeds"],
-        null_embeds,
+        preserve["conditioning"],
+        null,
         small.schedule,
         t_min=0,
         t_max=1000,
         caption_dropout=config.loss.preservation_dropout,
         text_noise=0.4,
-        lean=jnp.float32(0.8) * preserve["harm_embeds"],
+        lean=jnp.float32(0.8) * preserve["harm"],
     )
-    inputs = rows.latents[0], rows.timesteps, rows.prompt_embeds
+    inputs = rows.latents[0], rows.timesteps, rows.conditioning
     lora_of = lora.scaled(adapters, config.lora.alpha, config.lora.rank)
     base = small.unet.apply({"params": small.unet_params}, *inputs)
     policy = small.unet.apply({"params": small.unet_params, "lora": lora_of}, *inputs)
@@ -324,30 +324,30 @@ def test_each_term_has_its_weight(config, one_big_batch):
         assert terms["preservation"] > 0
 
 
-def test_the_anchor_is_the_winners_prompt(config, small, adapters, batch, null_embeds):
+def test_the_anchor_is_the_winners_prompt(config, small, adapters, batch, null):
     """On both pictures, and under the empty prompt where the row's own was dropped."""
     config.loss.caption_dropout = 0.5
     config = resolve(config)
     loss = make_loss(small.unet, small.schedule, config, mesh_of(1))
-    _, metrics = loss(adapters, small.unet_params, batch, null_embeds)
+    _, metrics = loss(adapters, small.unet_params, batch, null)
     keys = row_keys(jax.random.key(config.seed), batch["row_id"], batch["draw"])
     settings = {k: config.loss[k] for k in ("t_min", "t_max", "caption_dropout")}
     rows = noisy_rows(
         keys,
         [batch["winner"], batch["loser"]],
-        batch["prompt_embeds"],
-        null_embeds,
+        batch["conditioning"],
+        null,
         small.schedule,
         **settings,
     )
     assert 4 < rows.dropped.sum() < 28
-    prompts = jnp.where(rows.dropped[:, None, None], 0.0, batch["winner_prompt_embeds"])
+    prompts = jnp.where(rows.dropped[:, None, None], 0.0, batch["winner_conditioning"])
     lora_of = lora.scaled(adapters, config.lora.alpha, config.lora.rank)
     errors = []
     for x in rows.latents:
         wanted = small.unet.apply({"params": small.unet_params}, x, rows.timesteps, prompts)
         found = small.unet.apply(
-            {"params": small.unet_params, "lora": lora_of}, x, rows.timesteps, rows.prompt_embeds
+            {"params": small.unet_params, "lora": lora_of}, x, rows.timesteps, rows.conditioning
         )
         errors.append(np.mean(np.square(found - wanted)))
     np.testing.assert_allclose(metrics["winner_anchor"], np.mean(errors), rtol=1e-4)

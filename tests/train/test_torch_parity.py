@@ -10,6 +10,7 @@ import torch
 
 from safetydpo_jax import lora, sharding
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
+from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.train.noise import noisy_rows, row_keys
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
@@ -112,11 +113,11 @@ def test_loss_and_gradients(prediction_type, preference, config, pipeline, model
     batch = {
         "winner": moments[0],
         "loser": moments[1],
-        "prompt_embeds": rng.normal(size=(ROWS, 5, 16)).astype("f4"),
+        "conditioning": Conditioning(rng.normal(size=(ROWS, 5, 16)).astype("f4")),
         "row_id": np.arange(ROWS, dtype=np.uint32),
         "draw": np.zeros(ROWS, np.uint32),
     }
-    null = np.zeros((5, 16), np.float32)
+    null = Conditioning(np.zeros((5, 16), np.float32))
     step = make_train_step(model, schedule, config, sharding.make_mesh(devices=jax.devices()[:1]))
     state = TrainState.create(jax.tree.map(jnp.copy, adapters), make_optimizer(config))
     state, metrics = step(state, params, batch, null)
@@ -128,7 +129,7 @@ def test_loss_and_gradients(prediction_type, preference, config, pipeline, model
     drawn = noisy_rows(
         keys,
         moments,
-        batch["prompt_embeds"],
+        batch["conditioning"],
         null,
         schedule,
         t_min=0,
@@ -139,7 +140,7 @@ def test_loss_and_gradients(prediction_type, preference, config, pipeline, model
     rows = {
         "winner": moments[0]["mean"],
         "loser": moments[1]["mean"],
-        "prompt_embeds": batch["prompt_embeds"],
+        "prompt_embeds": batch["conditioning"].prompt_embeds,
         "t": np.asarray(drawn.timesteps),
         "noise": np.asarray(noise),
     }

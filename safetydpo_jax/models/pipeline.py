@@ -1,0 +1,179 @@
+"""The networks of a checkpoint, ready to apply to prompts, pictures and latents."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from safetydpo_jax.diffusion.schedule import NoiseSchedule
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.models.autoencoder import to_pixels
+from safetydpo_jax.models.conditioning import Conditioning
+
+# Folders of a checkpoint, each encoder with its tokenizer; SDXL has both, others the first.
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+@dataclasses.dataclass(eq=False)
+class Pipeline:
+    """The networks of a checkpoint with their parameters, its tokenizers and its noise schedule.
+
+    Attributes:
+      networks: "unet", "vae", "text_encoder" and, in SDXL, "text_encoder_2".
+      params: their parameters, by the same names.
+      tokenizers: one a text encoder, in their order.
+      schedule: the noise schedule.
+      configs: the parsed config files by folder ("unet", ..., "scheduler"), and "model_index".
+      path: the folder it was loaded from, or None.
+      vae_path: the folder of the autoencoder, or None.
+    """
+
+    networks: dict[str, Any]
+    params: dict[str, Any]
+    tokenizers: Sequence[Any]
+    schedule: NoiseSchedule
+    configs: dict[str, dict[str, Any]]
+    path: pathlib.Path | None = None
+    vae_path: pathlib.Path | None = None
+
+    @property
+    def unet(self) -> Any:
+        """The UNet, a `models.unet.UNet2DConditionModel`."""
+        return self.networks["unet"]
+
+    @property
+    def unet_params(self) -> dict[str, Any]:
+        """The UNet's parameters."""
+        return self.params["unet"]
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder, a `models.autoencoder.AutoencoderKL`."""
+        return self.networks["vae"]
+
+    @property
+    def vae_params(self) -> dict[str, Any]:
+        """The autoencoder's parameters."""
+        return self.params["vae"]
+
+    @property
+    def text_params(self) -> dict[str, Any]:
+        """The text encoders' parameters, by the name of their folder."""
+        return {name: self.params[name] for name in TOKENIZERS if name in self.params}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of the latents that the UNet was trained on."""
+        size = self.unet.config.sample_size
+        return (size, size, self.unet.config.in_channels)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels along one side of the pictures that the UNet was trained on."""
+        return self.unet.config.sample_size * self.vae.config.downscale
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the UNet wants pooled text and sizes beside the prompt's states."""
+        return self.unet.config.addition_time_embed_dim is not None
+
+    @functools.cached_property
+    def _encode_text(self) -> Callable[..., Any]:
+        encoders = [self.networks[name] for name in self.text_params]
+
+        def encode(params: Any, ids: Sequence[Array]) -> Conditioning:
+            outputs: list[Any] = [
+                encoder.apply({"params": p}, i)
+                for encoder, p, i in zip(encoders, params.values(), ids, strict=True)
+            ]
+            if not self.is_sdxl:
+                return Conditioning(outputs[0].last_hidden_state)
+            states = [output.hidden_states[-2] for output in outputs]
+            size = self.resolution
+            sizes = jnp.tile(jnp.float32([size, size, 0, 0, size, size]), (len(ids[0]), 1))
+            return Conditioning(jnp.concatenate(states, -1), outputs[-1].pooler_output, sizes)
+
+        return jax.jit(encode)
+
+    @functools.cached_property
+    def _encode_pixels(self) -> Callable[..., Any]:
+        def encode(params: Any, pictures: Array) -> tuple[Array, Array]:
+            pixels = to_pixels(pictures)
+            mean, logvar = self.vae.apply({"params": params}, pixels, method="encode")
+            scale = self.vae.config.scaling_factor
+            return mean * scale, logvar + 2.0 * np.log(scale)
+
+        return jax.jit(encode)
+
+    @functools.cached_property
+    def _decode_latents(self) -> Callable[..., Any]:
+        def decode(params: Any, latents: Array) -> Array:
+            latents = latents / self.vae.config.scaling_factor
+            pixels: Any = self.vae.apply({"params": params}, latents, method="decode")
+            return jnp.round(jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+        return jax.jit(decode)
+
+    def encode_prompts(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
+        """What prompts tell the UNet, in NumPy; they are padded or cut to the tokenizer's length.
+
+        SDXL is told that a picture has the size that the UNet was trained on, uncropped.
+        """
+        ids = [tokenize(tokenizer, prompts) for tokenizer in self.tokenizers]
+        return _in_batches(lambda x: self._encode_text(self.text_params, x), ids, batch_size)
+
+    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
+        """What guidance is to steer away from; "" is nothing in particular.
+
+        As in diffusers, that is zeros where model_index.json says so (SDXL), else the text "".
+        """
+        found = self.encode_prompts(prompts)
+        index = self.configs.get("model_index", {})
+        if not self.is_sdxl or not index.get("force_zeros_for_empty_prompt", True):
+            return found
+        said = np.array([bool(prompt) for prompt in prompts])
+        return found._replace(
+            prompt_embeds=found.prompt_embeds * said[:, None, None],
+            text_embeds=found.text_embeds * said[:, None],
+        )
+
+    def encode_images(
+        self, pictures: UInt8[np.ndarray, "n h w 3"], *, batch_size: int = 32
+    ) -> tuple[Float[np.ndarray, "n h2 w2 c"], Float[np.ndarray, "n h2 w2 c"]]:
+        """Mean and log-variance of the pictures' latents, scaled by `scaling_factor`."""
+        return _in_batches(lambda x: self._encode_pixels(self.vae_params, x), pictures, batch_size)
+
+    def decode_latents(
+        self, latents: Float[np.ndarray | Array, "n h w c"], *, batch_size: int = 32
+    ) -> UInt8[np.ndarray, "n h2 w2 3"]:
+        """Pictures of scaled latents."""
+        decode = functools.partial(self._decode_latents, self.vae_params)
+        return _in_batches(decode, np.asarray(latents), batch_size)
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
+    """Token ids of prompts, int32 (n, t), padded or cut to the tokenizer's length."""
+    tokens = tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True
+    )
+    return np.asarray(tokens["input_ids"], np.int32)
+
+
+def _in_batches(fn: Callable[..., Any], inputs: Any, batch_size: int) -> Any:
+    """Applies `fn` to slices of one size, so that one shape is compiled; joins the results."""
+    count = len(jax.tree.leaves(inputs)[0])
+    if not count:
+        raise UserError("nothing to encode or decode: the list is empty")
+    size = min(batch_size, count)
+    results = []
+    for start in range(0, count, size):
+        index = np.minimum(np.arange(start, start + size), count - 1)
+        part = fn(jax.tree.map(lambda x, index=index: x[index], inputs))
+        results.append(jax.tree.map(np.asarray, part))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
