@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import CLIPTokenizer
 
-from safetydpo_jax.models.pipeline import Pipeline
+from safetydpo_jax.models.pipeline import TOKENIZERS, Pipeline
 from safetydpo_jax.models.pretrained import build_networks, param_shapes, save_pipeline
 
-VENDORED = Path(__file__).parent.parent / "vendored" / "sd15"
+VENDORED = Path(__file__).parent.parent / "vendored"
+# What differs from the published files; of SDXL beside that.
 CHANGES = {
     "unet/config.json": {
         "block_out_channels": [8, 16],
@@ -45,13 +46,25 @@ CHANGES = {
     },
     "scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler"},
 }
+SDXL_CHANGES = CHANGES | {
+    "unet/config.json": CHANGES["unet/config.json"]
+    | {
+        "cross_attention_dim": 32,
+        "attention_head_dim": [2, 2],
+        "transformer_layers_per_block": [1, 1],
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + 8,
+    },
+    "text_encoder_2/config.json": CHANGES["text_encoder/config.json"] | {"projection_dim": 8},
+    "scheduler/scheduler_config.json": {},
+}
 
 
-def write_tiny_pipeline(folder: Path) -> Path:
+def write_tiny_pipeline(folder: Path, family: str = "sd15") -> Path:
     """Writes the checkpoint; 8x8x4 latents, 16x16 px pictures, prompts of 12 letters."""
     configs = {
-        name.split("/")[0]: json.loads((VENDORED / name).read_text()) | changes
-        for name, changes in CHANGES.items()
+        name.split("/")[0]: json.loads((VENDORED / family / name).read_text()) | changes
+        for name, changes in (SDXL_CHANGES if family == "sdxl" else CHANGES).items()
     }
     networks, schedule = build_networks(configs)
     rng = np.random.default_rng(0)
@@ -65,8 +78,9 @@ def write_tiny_pipeline(folder: Path) -> Path:
         return jnp.asarray(noise, jnp.float32)
 
     params = jax.tree_util.tree_map_with_path(draw, param_shapes(networks))
-    tokenizer = write_letter_tokenizer(folder / "tokenizer")
-    pipeline = Pipeline(networks, params, [tokenizer], schedule, configs)
+    names = [name for encoder, name in TOKENIZERS.items() if encoder in networks]
+    tokenizers = [write_letter_tokenizer(folder / name) for name in names]
+    pipeline = Pipeline(networks, params, tokenizers, schedule, configs)
     save_pipeline(pipeline, folder)
     return folder
 

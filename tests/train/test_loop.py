@@ -48,10 +48,10 @@ def compile_once(tmp_path_factory):
 def run(config, small, tmp_path, monkeypatch):
     """Runs in tmp_path/name; gives back what it said. `react` sees every line as it is said."""
 
-    def load(path, unet_shardings, progress):
+    def load(path, **options):
         if path != str(small.path):
-            return load_pipeline(path, unet_shardings=unet_shardings, progress=progress)
-        params = jax.device_put(small.unet_params, unet_shardings(small.unet_params))
+            return load_pipeline(path, **options)
+        params = jax.device_put(small.unet_params, options["unet_shardings"](small.unet_params))
         return dataclasses.replace(small, unet_params=params)
 
     monkeypatch.setattr(loop, "load_pipeline", load)
