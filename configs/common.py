@@ -79,8 +79,12 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.harm = ""  # configs/own.py alone: a YAML file, docs/own_harm.md; it names the category
     config.base = base
     config.license, config.hub_id = BASES[base]  # said in the model card
-    # "emoji", the folder of a diffusers checkpoint, or the id of one on the Hugging Face hub.
+    # "emoji", the folder of a diffusers checkpoint, the id of one on the Hugging Face hub, or a
+    # .safetensors file in the original layout.
     config.model = "emoji"
+    # What such a file is: "sd15", "sd21-base", "sd21-768", "sdxl", or a folder with the configs and
+    # tokenizers that go with it; "" takes what it looks like.
+    config.model_config = ""
     config.vae = ""  # another autoencoder for it: folder or hub id; "" is the model's own
     config.seed = 0
 

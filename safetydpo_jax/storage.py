@@ -1,11 +1,12 @@
 """Folders that are either whole or absent, and the hashes that say what they were made from."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,26 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_model(path: str | Path, parts: tuple[str, ...] = ("",)) -> str:
-    """SHA-256 over the weights and configs of a checkpoint: what a model computes with.
+def hash_parts(sources: Mapping[str, Sequence[Path]], parts: Sequence[str] | None = None) -> str:
+    """SHA-256 over what a model was read from, wherever it lies.
 
     Args:
-      path: a diffusers directory.
-      parts: subfolders to look at, such as "vae"; "" is all of it.
-
-    Raises:
-      MissingFileError: a part holds no .json or .safetensors file.
+      sources: the files that each part of the model was read from, as `Pipeline.sources`.
+      parts: which parts, those that the model has not being left out; None is all of them.
     """
-    root, table = Path(path), {}
-    for part in parts:
-        files = [
-            f for f in (root / part).rglob("*") if f.suffix in (".json", ".safetensors", ".txt")
-        ]
-        if not files:
-            raise MissingFileError(
-                f"{root / part} holds no model files: give a diffusers directory as config.model"
-            )
-        table |= {f.relative_to(root).as_posix(): hash_file(f) for f in files}
-    return digest(table)
+    chosen = sources if parts is None else {x: sources[x] for x in parts if x in sources}
+    return digest({part: sorted(map(_hash_again, files)) for part, files in chosen.items()})
+
+
+def _hash_again(path: Path) -> str:
+    stat = path.stat()
+    return _hash_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_of(path: Path, size: int, changed: int) -> str:
+    """A checkpoint in a single file has gigabytes, and is a source of every part."""
+    return hash_file(path)
 
 
 def check_same(

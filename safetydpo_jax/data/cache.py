@@ -171,12 +171,12 @@ class Cache:
 def _key(config: Any, pipeline: Any, pairs: PairSet) -> str:
     """What the cache depends on; a type is one a network computes in, whatever its file holds."""
     networks = (pipeline.vae_params, pipeline.text_params)
+    parts = ("vae", *TOKENIZERS, *TOKENIZERS.values())
     return storage.digest(
         {
             "format": FORMAT,
             "pairs": pairs.card["content_hash"],
-            "model": storage.hash_model(pipeline.path, _text_folders(pipeline)),
-            "vae": storage.hash_model(pipeline.vae_path),
+            "model": storage.hash_parts(pipeline.sources, parts),
             "computed_in": [str(jax.tree.leaves(params)[0].dtype) for params in networks],
             **config.cache.to_dict(),
         }
@@ -214,11 +214,6 @@ def _named(text: Conditioning, dtype: Any) -> dict[str, np.ndarray]:
         name: np.asarray(x, np.float32 if name == "time_ids" else dtype)
         for name, x in fields.items()
     }
-
-
-def _text_folders(pipeline: Any) -> tuple[str, ...]:
-    encoders = [name for name in TOKENIZERS if (pipeline.path / name).is_dir()]
-    return (*encoders, *(TOKENIZERS[name] for name in encoders))
 
 
 def _tensors(data: bytes) -> dict[str, np.ndarray]:

@@ -190,7 +190,7 @@ def _settings(
         "category": config.category,
         "source": source.name,
         "prompts_hash": storage.digest([texts, [prompt.text for prompt in preserve]]),
-        "model_hash": storage.hash_model(pipeline.path),
+        "model_hash": storage.hash_parts(pipeline.sources),
         **{f"pairs.{k}": v for k, v in config.pairs.items() if k != "path"},
         **{f"drawing.{k}": v for k, v in config.drawing.items()},
     }

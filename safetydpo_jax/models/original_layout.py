@@ -1,8 +1,8 @@
 """The names of Stable Diffusion's original code, for layers that we call as diffusers does.
 
 Files from elsewhere hold them: kohya's LoRAs for SDXL, and checkpoints in a single file.
-Source of the names: CompVis/latent-diffusion, `openaimodel.py`; the rule is the same for Stable
-Diffusion 1.x, 2.x and XL.
+Source of the names: CompVis/latent-diffusion, `openaimodel.py` and `model.py`, and open_clip,
+`transformer.py`; the rules are the same for Stable Diffusion 1.x, 2.x and XL.
 """
 
 import re
@@ -76,3 +76,88 @@ def original_unet_names(layers: Iterable[str]) -> dict[str, str]:
 def _inside(rest: str) -> str:
     """A name within a block: of a residual block another one, of an attention the same."""
     return "." + _RESNET.get(rest[1:], rest[1:]) if rest else ""
+
+
+_VAE_FIXED = {
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.attentions.0": "mid.attn_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "conv_norm_out": "norm_out",
+}
+_VAE_INSIDE = {
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+_VAE_BLOCK = re.compile(
+    r"(?P<way>down|up)_blocks\.(?P<i>\d+)\.(?:resnets\.(?P<j>\d+)|(?:down|up)samplers\.0)"
+)
+
+
+def original_vae_names(layers: Iterable[str]) -> dict[str, str]:
+    """The original name of every layer of an autoencoder; arguments as of `original_unet_names`.
+
+    There the levels of the decoder, too, are counted from the finest to the coarsest.
+    """
+    layers = list(layers)
+    blocks = [match for layer in layers if (match := _VAE_BLOCK.search(layer))]
+    last = max(int(b["i"]) for b in blocks)
+
+    def original(layer: str) -> str:
+        side, _, rest = layer.partition(".")
+        if side not in ("encoder", "decoder"):
+            return layer  # quant_conv and post_quant_conv
+        if match := _VAE_BLOCK.match(rest):
+            down, i = match["way"] == "down", int(match["i"])
+            level = f"{match['way']}.{i if down else last - i}"
+            inside = rest[match.end() + 1 :]
+            if match["j"] is None:
+                return f"{side}.{level}.{'downsample' if down else 'upsample'}.{inside}"
+            return f"{side}.{level}.block.{match['j']}.{_VAE_INSIDE.get(inside, inside)}"
+        for name, other in _VAE_FIXED.items():
+            if rest == name or rest.startswith(f"{name}."):
+                inside = rest[len(name) + 1 :]
+                inside = _VAE_INSIDE.get(inside, inside)
+                return f"{side}.{other}.{inside}".rstrip(".")
+        return layer  # conv_in and conv_out
+
+    return {layer: original(layer) for layer in layers}
+
+
+_OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+_OPEN_CLIP_LAYER = re.compile(r"text_model\.encoder\.layers\.(?P<i>\d+)\.(?P<inside>.+)")
+
+
+def open_clip_name(key: str) -> tuple[str, int | None]:
+    """Where open_clip keeps a parameter of a text encoder, given its state-dict key.
+
+    Returns:
+      Its key there, and which third of that tensor it is, as there queries, keys and values lie in
+      one; None is all of it.
+    """
+    if key == "text_projection.weight":
+        return "text_projection", None  # a bare (d, p) matrix: transposed
+    if key.startswith("text_model.embeddings.token_embedding"):
+        return "token_embedding.weight", None
+    if key.startswith("text_model.embeddings.position_embedding"):
+        return "positional_embedding", None
+    if key.startswith("text_model.final_layer_norm."):
+        return f"ln_final.{key.rpartition('.')[2]}", None
+    match = _OPEN_CLIP_LAYER.fullmatch(key)
+    if not match:
+        raise ValueError(f"{key} is no parameter of a CLIP text encoder")
+    layer, kind = match["inside"].rpartition(".")[::2]
+    block = f"transformer.resblocks.{match['i']}"
+    if layer in _OPEN_CLIP:
+        return f"{block}.{_OPEN_CLIP[layer]}.{kind}", None
+    which = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj").index(layer)
+    return f"{block}.attn.in_proj_{kind}", which

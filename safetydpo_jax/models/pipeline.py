@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,8 +30,8 @@ class Pipeline:
       tokenizers: one a text encoder, in their order.
       schedule: the noise schedule.
       configs: the parsed config files by folder ("unet", ..., "scheduler"), and "model_index".
-      path: the folder it was loaded from, or None.
-      vae_path: the folder of the autoencoder, or None.
+      path: the folder or file it was loaded from, or None.
+      sources: the files that each network, tokenizer and the "scheduler" were read from.
     """
 
     networks: dict[str, Any]
@@ -40,7 +40,7 @@ class Pipeline:
     schedule: NoiseSchedule
     configs: dict[str, dict[str, Any]]
     path: pathlib.Path | None = None
-    vae_path: pathlib.Path | None = None
+    sources: Mapping[str, Sequence[pathlib.Path]] = dataclasses.field(default_factory=dict)
 
     @property
     def unet(self) -> Any:

@@ -1,7 +1,8 @@
-"""A Stable Diffusion checkpoint in the diffusers directory layout, in and out.
+"""Stable Diffusion checkpoints: in, of either layout, and out in the diffusers layout.
 
-A checkpoint is model_index.json and the folders unet, vae, text_encoder, tokenizer and scheduler,
-in SDXL text_encoder_2 and tokenizer_2 too, each with its own config; a `Pipeline` holds them all.
+In that layout a checkpoint is model_index.json and the folders unet, vae, text_encoder, tokenizer
+and scheduler, in SDXL text_encoder_2 and tokenizer_2 too, each with its own config; a `Pipeline`
+holds them all.
 """
 
 import importlib.resources
@@ -15,13 +16,14 @@ import jax.numpy as jnp
 
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.models import hub
+from safetydpo_jax.models import hub, single_file
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from safetydpo_jax.models.pipeline import TOKENIZERS, Pipeline
-from safetydpo_jax.models.state_dict import load_params, save_params
+from safetydpo_jax.models.state_dict import find_weights, load_params, opened, save_params
 from safetydpo_jax.models.text_encoder import CLIPTextConfig, CLIPTextModel
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 
+_WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 # Class in model_index.json -> the folders of its networks.
 CLASSES = {
     "StableDiffusionPipeline": ("unet", "vae", "text_encoder"),
@@ -30,13 +32,15 @@ CLASSES = {
 
 
 def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder of a checkpoint: a diffusers directory, a hub id, or "emoji", the embedded one.
+    """The place of a checkpoint: a diffusers directory or a .safetensors file.
 
-    A hub id is one only where there is no such folder; it is fetched if need be (`models.hub`).
+    Args:
+      path: either of them, a hub id, or "emoji", the embedded one. A hub id is one only where there
+        is no such folder; it is fetched if need be (`models.hub`).
 
     Raises:
-      MissingFileError: there is no such folder or model, or it holds no model_index.json.
-      UserError: the model on the hub cannot be read.
+      MissingFileError: there is no such folder, file or model, or no model_index.json in it.
+      UserError: the model on the hub cannot be read, or the file is pickled.
     """
     if str(path) == "emoji":
         folder = pathlib.Path(
@@ -50,15 +54,29 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
             )
         return folder
     folder = pathlib.Path(path)
+    if folder.is_file() or folder.suffix in _WEIGHT_FILES:
+        return _checked_file(folder)
     if not folder.exists() and hub.ID.fullmatch(str(path)):
         folder = hub.download(str(path), check_index)
     if not (folder / hub.INDEX).is_file():
         what = "no model_index.json in it" if folder.is_dir() else "no such folder"
         raise MissingFileError(
             f"{folder}: {what}; give a Stable Diffusion checkpoint in the diffusers layout, the id"
-            " of one on the Hugging Face hub, or 'emoji'"
+            " of one on the Hugging Face hub, a .safetensors file, or 'emoji'"
         )
     return folder
+
+
+def _checked_file(file: pathlib.Path) -> pathlib.Path:
+    if not file.is_file():
+        raise MissingFileError(f"{file}: no such file")
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"{file}: only .safetensors files are read; a pickled one (.ckpt, .pt, .bin) can run "
+            "code, so convert it first: load it where that is no danger and save it again with "
+            "safetensors.torch.save_file"
+        )
+    return file
 
 
 def resolve_vae(path: str | pathlib.Path) -> pathlib.Path:
@@ -190,18 +208,20 @@ def load_pipeline(
     dtype: Any = jnp.float32,
     *,
     vae: str = "",
+    configs: str = "",
     unet_shardings: Callable[[Any], Any] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Pipeline:
-    """Loads a Stable Diffusion checkpoint in the diffusers layout.
+    """Loads a Stable Diffusion checkpoint.
 
     Args:
-      path: the checkpoint's folder, its id on the Hugging Face hub, or "emoji" for the embedded
-        pipeline.
+      path: the checkpoint's folder in the diffusers layout, its id on the Hugging Face hub, a
+        .safetensors file in the original layout, or "emoji" for the embedded pipeline.
       dtype: the type to hold the UNet's and the text encoders' parameters in, and to compute in;
         the autoencoder stays in float32, since half precision overflows in some of them.
       vae: another autoencoder's folder or hub id, such as "madebyollin/sdxl-vae-fp16-fix"; "" is
         the checkpoint's own.
+      configs: what such a file is, `single_file.config_folder`; "" takes what it looks like.
       unet_shardings: from the tree of the UNet's shapes to one of shardings, to which its weights
         go straight from the disk; without it, all of them are on the default device.
       progress: takes lines of text while large files are read.
@@ -209,29 +229,42 @@ def load_pipeline(
     Raises:
       UserError, MissingFileError: a file or key is missing, unknown, damaged or not supported.
     """
-    folder = resolve_checkpoint(path)
+    place = resolve_checkpoint(path)
+    single = place.is_file()
+    folder = single_file.config_folder(place, configs) if single else place
     index = check_index(folder / hub.INDEX)
     folders = {name: folder / name for name in CLASSES[index["_class_name"]]}
     if vae:
         folders["vae"] = resolve_vae(vae)
-    configs = {name: read_json(place / "config.json") for name, place in folders.items()}
-    configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
-    networks, schedule = build_networks(configs, str(folder))
+    read = {name: read_json(sub / "config.json") for name, sub in folders.items()}
+    read["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+    networks, schedule = build_networks(read, str(folder))
     networks = {
         name: net if name == "vae" else net.clone(dtype=dtype) for name, net in networks.items()
     }
-    params = {}
-    for name, shapes in param_shapes(networks).items():
+    shapes = param_shapes(networks)
+    tables = {}
+    if single:
+        with opened(place) as tensors:
+            tables = single_file.tables(set(tensors.keys()), shapes)
+    if vae:
+        tables.pop("vae", None)
+    params, sources = {}, {"scheduler": [folder / "scheduler" / "scheduler_config.json"]}
+    for name in networks:
+        weights = [place] if name in tables else find_weights(folders[name])
+        sources[name] = [folders[name] / "config.json", *weights]
         kept = jnp.float32 if name == "vae" else dtype
-        shardings = unet_shardings(shapes) if unet_shardings and name == "unet" else None
-        params[name] = load_params(folders[name], shapes, kept, shardings, progress)
-    tokenizers = [
-        _load_tokenizer(folder / tokenizer, networks[encoder].config)
-        for encoder, tokenizer in TOKENIZERS.items()
-        if encoder in networks
-    ]
-    configs["model_index"] = index
-    return Pipeline(networks, params, tokenizers, schedule, configs, folder, folders["vae"])
+        shardings = unet_shardings(shapes[name]) if unet_shardings and name == "unet" else None
+        params[name] = load_params(
+            weights, shapes[name], kept, shardings, progress, name=name, table=tables.get(name)
+        )
+    tokenizers = []
+    for encoder, name in TOKENIZERS.items():
+        if encoder in networks:
+            tokenizers.append(_load_tokenizer(folder / name, networks[encoder].config))
+            sources[name] = [f for f in (folder / name).iterdir() if f.suffix in (".json", ".txt")]
+    read["model_index"] = index
+    return Pipeline(networks, params, tokenizers, schedule, read, place, sources)
 
 
 def _load_tokenizer(folder: pathlib.Path, text: CLIPTextConfig) -> Any:

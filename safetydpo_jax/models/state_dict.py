@@ -5,11 +5,13 @@ its state-dict key; `kernel`, `scale` and `embedding` are called `weight` there;
 out) is a transposed (out, in), a Conv kernel HWIO a transposed OIHW.
 """
 
+import contextlib
 import json
+import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,21 @@ _PREFIX = "text_model."
 _SECONDS_BETWEEN_LINES = 5
 # Buffers that some files carry and that hold nothing learnt.
 _IGNORED = ("position_ids",)
+
+
+Part = Callable[[np.ndarray], np.ndarray]
+
+
+class Table(NamedTuple):
+    """Where a file keeps parameters that it calls by other names.
+
+    Attributes:
+      entries: the file's key -> [(state-dict key, what of the tensor it is)].
+      prefix: other keys that start so are unknown ones; the rest of the file is not looked at.
+    """
+
+    entries: dict[str, list[tuple[str, Part]]]
+    prefix: str | None
 
 
 def torch_key(path: tuple[str, ...]) -> str:
@@ -91,22 +108,41 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
     return [index.parent / shard for shard in sorted(shards)]
 
 
-def _tensors(files: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, str, np.ndarray]]:
+@contextlib.contextmanager
+def opened(file: pathlib.Path) -> Iterator[Any]:
+    """A safetensors file; UserError says what is wrong with it, then or while it is read."""
+    try:
+        with safe_open(str(file), framework="numpy") as tensors:
+            yield tensors
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{file}: no such file") from error
+    except (AttributeError, TypeError) as error:  # a type that NumPy has not, such as 8 bits
+        raise UserError(
+            f"{file}: holds numbers of a type that is not read here ({error}); save the "
+            "checkpoint as float16 or float32"
+        ) from error
+    except SafetensorError as error:
+        raise UserError(
+            f"{file}: not a readable safetensors file ({error}); it may be truncated: fetch it"
+            " again"
+        ) from error
+
+
+def _tensors(
+    files: Sequence[pathlib.Path], wants: Callable[[str], bool]
+) -> Iterator[tuple[pathlib.Path, str, np.ndarray, float]]:
+    """The wanted tensors, each with its file, its key and the share of all that is then read."""
+    done, sizes = 0, []
     for file in files:
-        try:
-            with safe_open(str(file), framework="numpy") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield file, key, tensors.get_tensor(key)
-        except (AttributeError, TypeError) as error:  # a type that NumPy has not, such as 8 bits
-            raise UserError(
-                f"{file}: holds numbers of a type that is not read here ({error}); save the "
-                "checkpoint as float16 or float32"
-            ) from error
-        except SafetensorError as error:
-            raise UserError(
-                f"{file}: not a readable safetensors file ({error}); it may be truncated: fetch it"
-                " again"
-            ) from error
+        with opened(file) as tensors:
+            keys = filter(wants, tensors.keys())
+            sizes.append({key: math.prod(tensors.get_slice(key).get_shape()) for key in keys})
+    total = sum(sum(of_file.values()) for of_file in sizes)
+    for file, of_file in zip(files, sizes, strict=True):
+        with opened(file) as tensors:
+            for key, size in of_file.items():
+                done += size
+                yield file, key, tensors.get_tensor(key), done / max(total, 1)
 
 
 def _modern_name(key: str, wanted: Mapping[str, Any]) -> str:
@@ -118,22 +154,27 @@ def _modern_name(key: str, wanted: Mapping[str, Any]) -> str:
 
 
 def load_params(
-    folder: pathlib.Path,
+    files: Sequence[pathlib.Path],
     shapes: Mapping[str, Any],
     dtype: Any,
     shardings: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    *,
+    name: str = "weights",
+    table: Table | None = None,
 ) -> dict[str, Any]:
-    """Reads a component's parameters into the tree that `shapes` describes.
+    """Reads a network's parameters into the tree that `shapes` describes.
 
     Tensor by tensor: beside what is loaded, memory holds the largest tensor twice at most.
 
     Args:
-      folder: a component folder, such as CHECKPOINT/unet.
+      files: the safetensors files of CHECKPOINT/unet, say, or a checkpoint in one file.
       shapes: the "params" tree of `jax.eval_shape(model.init, ...)`.
       dtype: the type to hold the parameters in.
       shardings: where each goes, a tree like `shapes`; None is the default device.
       progress: takes a line of text every few seconds.
+      name: of the network, for those lines.
+      table: where the file keeps what; None is diffusers' names, and nothing else in the files.
 
     Raises:
       UserError: naming missing, unknown, misshapen or non-finite tensors, or an unreadable file.
@@ -141,40 +182,51 @@ def load_params(
     expected: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(shapes)))
     places: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(shardings or {})))
     wanted = {torch_key(path): path for path in expected}
-    params, unknown, files = {}, [], find_weights(folder)
-    size, done, told = sum(file.stat().st_size for file in files), 0, time.monotonic()
+    params, unknown, told = {}, [], time.monotonic()
+
+    def wants(key: str) -> bool:
+        return table is None or key in table.entries or key.startswith(table.prefix or key + ".")
+
     # All in NumPy until the last line: JAX would compile each transpose and check, shape by shape.
-    for file, key, tensor in _tensors(files):
-        done += tensor.nbytes
+    for file, key, tensor, share in _tensors(files, wants):
         if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-            progress(f"{folder.name}: {done / size:.0%} of {size / 1e9:.1f} GB read")
+            progress(f"{name}: {share:.0%} read")
             told = time.monotonic()
-        if key not in wanted:
-            key = _modern_name(key, wanted)
-        if key not in wanted:
-            if not key.endswith(_IGNORED):
-                unknown.append(key)
-            continue
-        path = wanted[key]
-        shape = _to_torch(path[-1], np.broadcast_to(0, expected[path].shape)).shape
-        if tensor.shape != shape:
-            raise UserError(
-                f"{file}: '{key}' has shape {tensor.shape}, but the config.json beside it asks for"
-                f" {shape}"
-            )
+        if table is None:
+            parts = [(key if key in wanted else _modern_name(key, wanted), _whole)]
+        else:
+            parts = table.entries.get(key, [(key, _whole)])
         if not np.isfinite(tensor).all():
             raise UserError(f"{file}: '{key}' holds NaN or infinity; the checkpoint is damaged")
-        ours = np.asarray(_from_torch(path[-1], tensor), jnp.dtype(dtype), order="C")
-        params[path] = jax.device_put(ours, places.get(path))
-    missing = sorted(set(wanted) - {torch_key(path) for path in params})
-    for what, keys in (("lacks", missing), ("has unknown", sorted(unknown))):
+        for ours, part in parts:
+            if (path := wanted.get(ours)) is None:
+                if not key.endswith(_IGNORED):
+                    unknown.append(key)
+                continue
+            value = part(tensor)
+            shape = _to_torch(path[-1], np.broadcast_to(0, expected[path].shape)).shape
+            if value.shape != shape:
+                raise UserError(
+                    f"{file}: '{key}' has shape {value.shape}, but its config.json asks for {shape}"
+                )
+            value = np.asarray(_from_torch(path[-1], value), jnp.dtype(dtype), order="C")
+            params[path] = jax.device_put(value, places.get(path))
+    missing = [ours for ours, path in wanted.items() if path not in params]
+    if table:  # under the names that are in the file
+        missing = [k for k, parts in table.entries.items() if any(p in missing for p, _ in parts)]
+    for what, keys in (("lacks", sorted(missing)), ("has unknown", sorted(unknown))):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            where = files[0] if table else files[0].parent
             raise UserError(
-                f"{folder}: the checkpoint {what} {', '.join(keys[:3])}{more}; do the weights"
+                f"{where}: the checkpoint {what} {', '.join(keys[:3])}{more}; do the weights"
                 " belong to this config.json?"
             )
     return unflatten_dict(params)
+
+
+def _whole(x: np.ndarray) -> np.ndarray:
+    return x
 
 
 def save_params(params: Mapping[str, Any], file: pathlib.Path, dtype: Any) -> None:

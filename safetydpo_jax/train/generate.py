@@ -43,7 +43,9 @@ def run(
         progress(f"{config.category}, {workdir}, {source.name}")
 
         phases.begin("base model")
-        pipeline = load_pipeline(config.model, vae=config.vae)
+        pipeline = load_pipeline(
+            config.model, vae=config.vae, configs=config.model_config, progress=progress
+        )
         progress(f"{config.model}, {pipeline.resolution} px")
 
         phases.begin("pairs")

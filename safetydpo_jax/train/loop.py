@@ -70,6 +70,7 @@ def run(
         pipeline = load_pipeline(
             config.model,
             vae=config.vae,
+            configs=config.model_config,
             unet_shardings=lambda shapes: sharding.param_shardings(mesh, shapes, config.mesh.rules),
             progress=progress,
         )
@@ -102,7 +103,7 @@ def run(
         state = jax.device_put(
             TrainState.create(adapters, make_optimizer(config)), sharding.replicated(mesh)
         )
-        model_hash = storage.hash_model(pipeline.path or config.model, ("unet", "scheduler"))
+        model_hash = storage.hash_parts(pipeline.sources, ("unet", "scheduler"))
         checkpoints = Checkpoints(
             workdir / "checkpoints",
             deciding(config, model_hash, cache.key),

@@ -51,8 +51,8 @@ class TinyPipeline:
     encode_negative = encode_prompts
 
     @property
-    def vae_path(self):
-        return self.path / "vae"
+    def sources(self):
+        return {part.name: list(part.iterdir()) for part in self.path.iterdir()}
 
     def encode_images(self, pictures):
         small = pictures[:, ::4, ::4].astype(np.float32) / 127.5 - 1

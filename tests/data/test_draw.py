@@ -164,12 +164,6 @@ def test_own_pairs_that_are_not_there(config, pipeline, silent, tmp_path):
         make_pairs(config, pipeline, tmp_path / "run", silent)
 
 
-def test_model_without_files(config, pipeline, source, silent, tmp_path):
-    pipeline.path = tmp_path / "empty"
-    with pytest.raises(MissingFileError, match="empty holds no model files"):
-        make_pairs(config, pipeline, tmp_path / "run", silent, source)
-
-
 def test_full_disk(config, pipeline, source, silent, tmp_path, monkeypatch):
     def full(self, data):
         raise OSError(28, "No space left on device")

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import CLIPTokenizer
 
+import safetydpo_jax
 from safetydpo_jax.models.pipeline import TOKENIZERS, Pipeline
 from safetydpo_jax.models.pretrained import build_networks, param_shapes, save_pipeline
 
-VENDORED = Path(__file__).parent.parent / "vendored"
+PUBLISHED = Path(safetydpo_jax.__file__).parent / "models" / "published"
 # What differs from the published files; of SDXL beside that.
 CHANGES = {
     "unet/config.json": {
@@ -63,7 +64,7 @@ SDXL_CHANGES = CHANGES | {
 def write_tiny_pipeline(folder: Path, family: str = "sd15") -> Path:
     """Writes the checkpoint; 8x8x4 latents, 16x16 px pictures, prompts of 12 letters."""
     configs = {
-        name.split("/")[0]: json.loads((VENDORED / family / name).read_text()) | changes
+        name.split("/")[0]: json.loads((PUBLISHED / family / name).read_text()) | changes
         for name, changes in (SDXL_CHANGES if family == "sdxl" else CHANGES).items()
     }
     networks, schedule = build_networks(configs)

@@ -14,11 +14,12 @@ import safetensors.numpy
 import torch
 from flax import traverse_util
 
+import safetydpo_jax
 from safetydpo_jax import lora
 from safetydpo_jax.models.original_layout import original_unet_names
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 
-VENDORED = Path(__file__).parent.parent / "vendored"
+PUBLISHED = Path(safetydpo_jax.__file__).parent / "models" / "published"
 # Layers of every kind, each with a rank of its own.
 RANKS = {
     "to_q": 3,
@@ -163,7 +164,7 @@ def test_attention_processors(adapters, pipeline, tmp_path):
 def test_original_names_are_those_that_diffusers_converts(base):
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    config = json.loads((VENDORED / base / "unet" / "config.json").read_text())
+    config = json.loads((PUBLISHED / base / "unet" / "config.json").read_text())
     with torch.device("meta"):
         state = diffusers.UNet2DConditionModel.from_config(config).state_dict()
     layers = {key.rsplit(".", 1)[0] for key in state}
@@ -184,7 +185,7 @@ def test_published_files(name):
     folder = os.environ.get("SAFETYDPO_TEST_LORAS")
     if not folder:
         pytest.skip("SAFETYDPO_TEST_LORAS is not set to a folder with published LoRAs")
-    config = json.loads((VENDORED / "sd15" / "unet" / "config.json").read_text())
+    config = json.loads((PUBLISHED / "sd15" / "unet" / "config.json").read_text())
     unet = UNet2DConditionModel(UNetConfig.from_dict(config))
     inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 2, 768))
     shapes = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]

@@ -32,7 +32,7 @@ def family(request, tmp_path_factory):
     theirs.save_pretrained(folder)
     # As published: diffusers writes out defaults that another sampler does not have.
     name = "scheduler/scheduler_config.json"
-    shutil.copy(torch_models.VENDORED / request.param / name, folder / name)
+    shutil.copy(torch_models.PUBLISHED / request.param / name, folder / name)
     return load_pipeline(folder), theirs, json.loads((folder / name).read_text())
 
 

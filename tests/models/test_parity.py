@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from safetydpo_jax.models.state_dict import load_params
+from safetydpo_jax.models.state_dict import find_weights, load_params
 from safetydpo_jax.models.text_encoder import CLIPTextConfig, CLIPTextModel
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from tests.models import torch_models
@@ -24,7 +24,7 @@ def variables(torch_model, folder, module, *inputs, **kwargs):
     """Flax variables by way of the files that PyTorch writes."""
     torch_model.save_pretrained(folder)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **kwargs))
-    return {"params": load_params(folder, shapes["params"], jnp.float32)}
+    return {"params": load_params(find_weights(folder), shapes["params"], jnp.float32)}
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:

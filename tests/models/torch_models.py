@@ -8,7 +8,9 @@ import torch
 import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-VENDORED = Path(__file__).parent.parent / "vendored"
+import safetydpo_jax
+
+PUBLISHED = Path(safetydpo_jax.__file__).parent / "models" / "published"
 
 # Widths only: blocks, layer counts, head counts and every other key stay as published. Heads are 5,
 # 10 and 20 (8 in SD 1.5), so the widths are multiples of those.
@@ -28,7 +30,7 @@ _UNET = {
 
 def config(checkpoint: str, component: str, **changes) -> dict:
     """The published config.json of a component, with changes."""
-    return json.loads((VENDORED / checkpoint / component / "config.json").read_text()) | changes
+    return json.loads((PUBLISHED / checkpoint / component / "config.json").read_text()) | changes
 
 
 def unet_config(checkpoint: str, **changes) -> dict:
@@ -43,7 +45,7 @@ def vae_config(checkpoint: str) -> dict:
 def text_config(checkpoint: str, component: str = "text_encoder") -> dict:
     small = {
         "vocab_size": 514,
-        "hidden_size": 48,
+        "hidden_size": 64 if component == "text_encoder_2" else 48,
         "intermediate_size": 96,
         "num_attention_heads": 4,
         "num_hidden_layers": 3,
@@ -99,7 +101,7 @@ def torch_pipeline(tokenizer_folder: Path) -> diffusers.StableDiffusionPipeline:
         "layers_per_block": 1,
         "sample_size": 16,
     }
-    scheduler = json.loads((VENDORED / "sd15/scheduler/scheduler_config.json").read_text())
+    scheduler = json.loads((PUBLISHED / "sd15/scheduler/scheduler_config.json").read_text())
     return diffusers.StableDiffusionPipeline(
         vae=randomise(diffusers.AutoencoderKL.from_config(vae_config("sd15") | small_vae)),
         text_encoder=torch_text_encoder("sd15"),
@@ -136,7 +138,7 @@ def family_pipeline(checkpoint: str, folder: Path) -> diffusers.DiffusionPipelin
     }
     kind = diffusers.StableDiffusionPipeline
     if checkpoint == "sdxl":
-        kind, changes["cross_attention_dim"] = diffusers.StableDiffusionXLPipeline, 2 * 48
+        kind, changes["cross_attention_dim"] = diffusers.StableDiffusionXLPipeline, 48 + 64
         (folder / "tokenizer_2").mkdir()
         parts["text_encoder_2"] = torch_text_encoder(checkpoint, "text_encoder_2")
         parts["tokenizer_2"] = tokenizer(folder / "tokenizer_2", pad_token="!")
@@ -145,6 +147,6 @@ def family_pipeline(checkpoint: str, folder: Path) -> diffusers.DiffusionPipelin
         parts |= {"safety_checker": None, "feature_extractor": None}
         parts["requires_safety_checker"] = False
     unet = diffusers.UNet2DConditionModel.from_config(unet_config(checkpoint, **changes))
-    settings = json.loads((VENDORED / checkpoint / "scheduler/scheduler_config.json").read_text())
+    settings = json.loads((PUBLISHED / checkpoint / "scheduler/scheduler_config.json").read_text())
     scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
     return kind(unet=randomise(unet), scheduler=scheduler, **parts)

@@ -86,8 +86,8 @@ class SmallPipeline:
     encode_negative = encode_prompts
 
     @property
-    def vae_path(self):
-        return self.path / "vae"
+    def sources(self):
+        return {part.name: list(part.iterdir()) for part in self.path.iterdir()}
 
 
 @pytest.fixture(scope="session")
