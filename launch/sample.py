@@ -41,7 +41,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a diffusers directory, a hub id, or emoji")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a diffusers directory, a hub id, a .safetensors file (original layout), or emoji",
+    )
+    parser.add_argument(
+        "--model_config",
+        default="",
+        help="what such a file is, if it does not say: sd15, sd21-base, sd21-768, sdxl, or a "
+        "folder with its configs",
+    )
+    parser.add_argument("--vae", default="", help="another autoencoder: a folder or a hub id")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--prompts", type=Path, metavar="FILE.csv", help="columns prompt,image[,seed]"
@@ -185,7 +196,12 @@ def draw(requests: list[Request], arguments: argparse.Namespace) -> None:
     from safetydpo_jax.diffusion import iterate_pictures
     from safetydpo_jax.models.pretrained import load_pipeline
 
-    pipeline = load_pipeline(arguments.model)
+    pipeline = load_pipeline(
+        arguments.model,
+        vae=arguments.vae,
+        configs=arguments.model_config,
+        progress=lambda line: print(line, flush=True),
+    )
     adapters = None
     if arguments.lora is not None:
         from safetydpo_jax.lora.adapters import scaled
