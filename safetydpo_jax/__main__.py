@@ -17,6 +17,7 @@ COMMANDS = (
     "train",
     "generate",
     "sample",
+    "fuse",
     "pretrain",
 )  # scripts in launch/; the others are maintainers'
 

@@ -9,8 +9,9 @@ import contextlib
 import json
 import math
 import pathlib
+import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from safetydpo_jax import storage
 from safetydpo_jax.errors import MissingFileError, UserError
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -35,6 +36,7 @@ _RENAMED = {
 # transformers 5 writes CLIP's text encoder without the prefix that published checkpoints have.
 _PREFIX = "text_model."
 _SECONDS_BETWEEN_LINES = 5
+_SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Buffers that some files carry and that hold nothing learnt.
 _IGNORED = ("position_ids",)
 
@@ -65,6 +67,11 @@ def _to_torch(leaf: str, x: np.ndarray) -> np.ndarray:
 
 def _from_torch(leaf: str, x: np.ndarray) -> np.ndarray:
     return x.transpose(np.argsort(_TORCH_AXES[x.ndim])) if leaf == "kernel" else x
+
+
+def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in PyTorch of a parameter of that shape here."""
+    return _to_torch(path[-1], np.broadcast_to(0, shape)).shape
 
 
 def find_weights(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -153,41 +160,33 @@ def _modern_name(key: str, wanted: Mapping[str, Any]) -> str:
     return key
 
 
-def load_params(
+def read_params(
     files: Sequence[pathlib.Path],
     shapes: Mapping[str, Any],
-    dtype: Any,
-    shardings: Mapping[str, Any] | None = None,
-    progress: Callable[[str], None] = lambda line: None,
     *,
     name: str = "weights",
     table: Table | None = None,
-) -> dict[str, Any]:
-    """Reads a network's parameters into the tree that `shapes` describes.
-
-    Tensor by tensor: beside what is loaded, memory holds the largest tensor twice at most.
+    progress: Callable[[str], None] = lambda line: None,
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Yields each parameter's path and value, PyTorch's axes, tensor by tensor from the disk.
 
     Args:
       files: the safetensors files of CHECKPOINT/unet, say, or a checkpoint in one file.
       shapes: the "params" tree of `jax.eval_shape(model.init, ...)`.
-      dtype: the type to hold the parameters in.
-      shardings: where each goes, a tree like `shapes`; None is the default device.
-      progress: takes a line of text every few seconds.
-      name: of the network, for those lines.
+      name: of the network, for lines of progress.
       table: where the file keeps what; None is diffusers' names, and nothing else in the files.
+      progress: takes a line of text every few seconds.
 
     Raises:
       UserError: naming missing, unknown, misshapen or non-finite tensors, or an unreadable file.
     """
     expected: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(shapes)))
-    places: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(shardings or {})))
     wanted = {torch_key(path): path for path in expected}
-    params, unknown, told = {}, [], time.monotonic()
+    unknown, told = [], time.monotonic()
 
     def wants(key: str) -> bool:
         return table is None or key in table.entries or key.startswith(table.prefix or key + ".")
 
-    # All in NumPy until the last line: JAX would compile each transpose and check, shape by shape.
     for file, key, tensor, share in _tensors(files, wants):
         if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
             progress(f"{name}: {share:.0%} read")
@@ -199,21 +198,19 @@ def load_params(
         if not np.isfinite(tensor).all():
             raise UserError(f"{file}: '{key}' holds NaN or infinity; the checkpoint is damaged")
         for ours, part in parts:
-            if (path := wanted.get(ours)) is None:
+            if ours not in wanted:
                 if not key.endswith(_IGNORED):
                     unknown.append(key)
                 continue
-            value = part(tensor)
-            shape = _to_torch(path[-1], np.broadcast_to(0, expected[path].shape)).shape
-            if value.shape != shape:
+            path, value = wanted.pop(ours), part(tensor)
+            if value.shape != (shape := torch_shape(path, expected[path].shape)):
                 raise UserError(
                     f"{file}: '{key}' has shape {value.shape}, but its config.json asks for {shape}"
                 )
-            value = np.asarray(_from_torch(path[-1], value), jnp.dtype(dtype), order="C")
-            params[path] = jax.device_put(value, places.get(path))
-    missing = [ours for ours, path in wanted.items() if path not in params]
+            yield path, value
+    missing = list(wanted)
     if table:  # under the names that are in the file
-        missing = [k for k, parts in table.entries.items() if any(p in missing for p, _ in parts)]
+        missing = [k for k, parts in table.entries.items() if any(p in wanted for p, _ in parts)]
     for what, keys in (("lacks", sorted(missing)), ("has unknown", sorted(unknown))):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
@@ -222,6 +219,32 @@ def load_params(
                 f"{where}: the checkpoint {what} {', '.join(keys[:3])}{more}; do the weights"
                 " belong to this config.json?"
             )
+
+
+def load_params(
+    files: Sequence[pathlib.Path],
+    shapes: Mapping[str, Any],
+    dtype: Any,
+    shardings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Reads a network's parameters into the tree that `shapes` describes.
+
+    Tensor by tensor: beside what is loaded, memory holds the largest tensor twice at most.
+
+    Args:
+      files: of the weights.
+      shapes: the "params" tree of `jax.eval_shape(model.init, ...)`.
+      dtype: the type to hold the parameters in.
+      shardings: where each goes, a tree like `shapes`; None is the default device.
+      **options: and errors, of `read_params`.
+    """
+    places: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(shardings or {})))
+    params = {}
+    for path, value in read_params(files, shapes, **options):
+        # All in NumPy until here: JAX would compile each transpose and check, shape by shape.
+        value = np.asarray(_from_torch(path[-1], value), jnp.dtype(dtype), order="C")
+        params[path] = jax.device_put(value, places.get(path))
     return unflatten_dict(params)
 
 
@@ -230,22 +253,56 @@ def _whole(x: np.ndarray) -> np.ndarray:
 
 
 def save_params(params: Mapping[str, Any], file: pathlib.Path, dtype: Any) -> None:
-    """Writes parameters as one safetensors file under their PyTorch names, by way of a rename.
+    """Writes parameters as one safetensors file under their PyTorch names; see `write_params`."""
+    flat: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(params)))
+    values = ((path, _to_torch(path[-1], np.asarray(x))) for path, x in flat.items())
+    write_params(values, params, file, dtype)
+
+
+def write_params(
+    values: Iterable[tuple[tuple[str, ...], np.ndarray]],
+    shapes: Mapping[str, Any],
+    file: pathlib.Path,
+    dtype: Any,
+) -> None:
+    """Writes a safetensors file tensor by tensor; its name appears once it is whole.
+
+    Args:
+      values: each parameter's path and value, PyTorch's axes, in any order, as `read_params` has.
+      shapes: the tree of all of them, or of their shapes.
+      file: to write; its folder is made.
+      dtype: the type to write them in.
 
     Raises:
-      UserError: a value is not finite in `dtype`.
+      UserError: a value is not finite in `dtype`, or the disk is full or read-only.
     """
-    tensors = {}
-    for path, x in flatten_dict(dict(params)).items():
-        with np.errstate(over="ignore"):
-            tensor = np.ascontiguousarray(_to_torch(path[-1], np.asarray(x)), dtype)
-        if not np.isfinite(tensor).all():
-            raise UserError(
-                f"{file}: not written: '{torch_key(path)}' holds NaN or infinity as"
-                f" {np.dtype(dtype).name}; a wider type may hold it"
-            )
-        tensors[torch_key(path)] = tensor
-    file.parent.mkdir(parents=True, exist_ok=True)
+    kind, offset = np.dtype(dtype), 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    flat: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(shapes)))
+    for path in sorted(flat, key=torch_key):
+        shape = torch_shape(path, flat[path].shape)
+        span = [offset, offset + math.prod(shape) * kind.itemsize]
+        offset = span[1]
+        entry = {"dtype": _SAFETENSORS_TYPES[kind.name], "shape": shape, "data_offsets": span}
+        header[torch_key(path)] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     partial = file.with_suffix(".partial")
-    save_file(tensors, str(partial), metadata={"format": "pt"})
-    partial.replace(file)
+    with storage.explained_writes(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as out:
+                out.write(struct.pack("<Q", len(text)) + text)
+                for path, value in values:
+                    with np.errstate(over="ignore"):
+                        tensor = np.ascontiguousarray(value, kind)
+                    if not np.isfinite(tensor).all():
+                        raise UserError(
+                            f"{file}: not written: '{torch_key(path)}' holds NaN or infinity as"
+                            f" {kind.name}; a wider type may hold it"
+                        )
+                    out.seek(8 + len(text) + header[torch_key(path)]["data_offsets"][0])
+                    out.write(tensor.tobytes())
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -9,8 +9,9 @@ import numpy as np
 
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from safetydpo_jax.models.checkpoint import build_networks
 from safetydpo_jax.models.pipeline import Pipeline, tokenize
-from safetydpo_jax.models.pretrained import build_networks, load_pipeline, save_pipeline
+from safetydpo_jax.models.pretrained import load_pipeline, save_pipeline
 from safetydpo_jax.pretrain.autoencoder import encode_pictures, train_autoencoder
 from safetydpo_jax.pretrain.denoiser import train_denoiser
 from safetydpo_jax.pretrain.pictures import prepare_pictures

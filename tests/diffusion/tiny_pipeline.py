@@ -10,8 +10,9 @@ import numpy as np
 from transformers import CLIPTokenizer
 
 import safetydpo_jax
+from safetydpo_jax.models.checkpoint import build_networks, param_shapes
 from safetydpo_jax.models.pipeline import TOKENIZERS, Pipeline
-from safetydpo_jax.models.pretrained import build_networks, param_shapes, save_pipeline
+from safetydpo_jax.models.pretrained import save_pipeline
 
 PUBLISHED = Path(safetydpo_jax.__file__).parent / "models" / "published"
 # What differs from the published files; of SDXL beside that.

@@ -9,7 +9,7 @@ import transformers
 from flax.traverse_util import flatten_dict
 
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from safetydpo_jax.models.pretrained import init_inputs
+from safetydpo_jax.models.checkpoint import init_inputs
 from safetydpo_jax.models.state_dict import torch_key
 from safetydpo_jax.models.text_encoder import CLIPTextConfig, CLIPTextModel
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig

@@ -1,0 +1,270 @@
+"""Where the parts of a Stable Diffusion checkpoint are, and what networks they are for.
+
+In the diffusers layout a checkpoint is model_index.json and the folders unet, vae, text_encoder,
+tokenizer and scheduler, in SDXL text_encoder_2 and tokenizer_2 too, each with its own config. In
+the original layout it is one file (`single_file`).
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from safetydpo_jax.diffusion.schedule import NoiseSchedule
+from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.models import hub, single_file
+from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from safetydpo_jax.models.pipeline import TOKENIZERS
+from safetydpo_jax.models.state_dict import Table, find_weights, opened
+from safetydpo_jax.models.text_encoder import CLIPTextConfig, CLIPTextModel
+from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+
+_WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
+# Class in model_index.json -> the folders of its networks.
+CLASSES = {
+    "StableDiffusionPipeline": ("unet", "vae", "text_encoder"),
+    "StableDiffusionXLPipeline": ("unet", "vae", "text_encoder", "text_encoder_2"),
+}
+
+
+@dataclasses.dataclass(eq=False)
+class Checkpoint:
+    """A checkpoint whose configs are read and whose weights are not.
+
+    Attributes:
+      place: the folder or the file.
+      folder: the folder with its configs and tokenizers.
+      folders: those of the networks, by name; the autoencoder's may be elsewhere.
+      configs: the parsed config files by folder ("unet", ..., "scheduler"), and "model_index".
+      networks: the modules by name, without parameters.
+      schedule: the noise schedule.
+    """
+
+    place: pathlib.Path
+    folder: pathlib.Path
+    folders: dict[str, pathlib.Path]
+    configs: dict[str, dict[str, Any]]
+    networks: dict[str, Any]
+    schedule: NoiseSchedule
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, Any]:
+        """The shapes of each network's parameters, by its name."""
+        return param_shapes(self.networks)
+
+    @functools.cached_property
+    def tables(self) -> dict[str, Table]:
+        """Of the networks that are in a single file, where; see `state_dict.read_params`."""
+        if not self.place.is_file():
+            return {}
+        with opened(self.place) as tensors:
+            found = single_file.tables(set(tensors.keys()), self.shapes)
+        return {name: x for name, x in found.items() if self.folders[name].parent == self.folder}
+
+    def weights(self, name: str) -> Sequence[pathlib.Path]:
+        """The files with the weights of a network; errors as of `state_dict.find_weights`."""
+        return [self.place] if name in self.tables else find_weights(self.folders[name])
+
+
+def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "") -> Checkpoint:
+    """Finds a checkpoint, fetching it from the hub if need be, and reads its configs.
+
+    Args:
+      path: the checkpoint's folder in the diffusers layout, its id on the Hugging Face hub, a
+        .safetensors file in the original layout, or "emoji" for the embedded pipeline.
+      vae: another autoencoder's folder or hub id, such as "madebyollin/sdxl-vae-fp16-fix"; "" is
+        the checkpoint's own.
+      configs: what such a file is, `single_file.config_folder`; "" takes what it looks like.
+
+    Raises:
+      UserError, MissingFileError: a file is missing or damaged, or a config is not supported.
+    """
+    place = resolve_checkpoint(path)
+    folder = single_file.config_folder(place, configs) if place.is_file() else place
+    index = check_index(folder / hub.INDEX)
+    folders = {name: folder / name for name in CLASSES[index["_class_name"]]}
+    if vae:
+        folders["vae"] = resolve_vae(vae)
+    read = {name: read_json(sub / "config.json") for name, sub in folders.items()}
+    read["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+    networks, schedule = build_networks(read, str(folder))
+    read["model_index"] = index
+    return Checkpoint(place, folder, folders, read, networks, schedule)
+
+
+def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
+    """The place of a checkpoint: a diffusers directory or a .safetensors file.
+
+    Args:
+      path: either of them, a hub id, or "emoji", the embedded one. A hub id is one only where there
+        is no such folder; it is fetched if need be (`models.hub`).
+
+    Raises:
+      MissingFileError: there is no such folder, file or model, or no model_index.json in it.
+      UserError: the model on the hub cannot be read, or the file is pickled.
+    """
+    if str(path) == "emoji":
+        folder = pathlib.Path(
+            str(importlib.resources.files("safetydpo_jax") / "emoji" / "pipeline")
+        )
+        if not folder.is_dir():
+            raise MissingFileError(
+                f"{folder}: the embedded model is not in this installation; make it with"
+                " launch/pretrain.py --config configs/emoji_base.py and put WORKDIR/pipeline there,"
+                " or give that folder as the model"
+            )
+        return folder
+    folder = pathlib.Path(path)
+    if folder.is_file() or folder.suffix in _WEIGHT_FILES:
+        return _checked_file(folder)
+    if not folder.exists() and hub.ID.fullmatch(str(path)):
+        folder = hub.download(str(path), check_index)
+    if not (folder / hub.INDEX).is_file():
+        what = "no model_index.json in it" if folder.is_dir() else "no such folder"
+        raise MissingFileError(
+            f"{folder}: {what}; give a Stable Diffusion checkpoint in the diffusers layout, the id"
+            " of one on the Hugging Face hub, a .safetensors file, or 'emoji'"
+        )
+    return folder
+
+
+def _checked_file(file: pathlib.Path) -> pathlib.Path:
+    if not file.is_file():
+        raise MissingFileError(f"{file}: no such file")
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"{file}: only .safetensors files are read; a pickled one (.ckpt, .pt, .bin) can run "
+            "code, so convert it first: load it where that is no danger and save it again with "
+            "safetensors.torch.save_file"
+        )
+    return file
+
+
+def resolve_vae(path: str | pathlib.Path) -> pathlib.Path:
+    """The folder of an autoencoder: one with config.json in it, a checkpoint's, or a hub id.
+
+    Raises:
+      MissingFileError: there is none.
+      UserError: the model on the hub cannot be read.
+    """
+    folder = pathlib.Path(path)
+    if not folder.exists() and hub.ID.fullmatch(str(path)):
+        return hub.download(str(path), read_json, index_name="config.json")
+    for place in (folder, folder / "vae"):
+        if (place / "config.json").is_file():
+            return place
+    what = "no config.json in it" if folder.is_dir() else "no such folder"
+    raise MissingFileError(
+        f"{folder}: {what}; give an autoencoder's folder (diffusers layout) or its hub id"
+    )
+
+
+def check_index(index: pathlib.Path) -> dict[str, Any]:
+    """The content of a model_index.json; UserError unless it is of a supported pipeline."""
+    content = read_json(index)
+    if (kind := content.get("_class_name")) not in CLASSES:
+        raise UserError(f"{index}: a {kind} is not supported; supported: {', '.join(CLASSES)}")
+    return content
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """Parses a JSON object; UserError or MissingFileError says which file is at fault."""
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{file}: missing; is the checkpoint complete?") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: not a JSON object; fetch the file again")
+    return content
+
+
+def build_networks(
+    configs: Mapping[str, dict[str, Any]], where: str = "."
+) -> tuple[dict[str, Any], NoiseSchedule]:
+    """The networks that the config files describe, without parameters, and the noise schedule.
+
+    Args:
+      configs: by folder: unet, vae, text_encoder, perhaps text_encoder_2, and scheduler.
+      where: said in error messages.
+
+    Raises:
+      UserError: a config is not supported, or two of them do not fit each other.
+    """
+    unet = UNetConfig.from_dict(configs["unet"], f"{where}/unet/config.json")
+    vae = AutoencoderConfig.from_dict(configs["vae"], f"{where}/vae/config.json")
+    texts = {
+        name: CLIPTextConfig.from_dict(configs[name], f"{where}/{name}/config.json")
+        for name in TOKENIZERS
+        if name in configs
+    }
+    width = sum(text.hidden_size for text in texts.values())
+    fits: list[tuple[str, int | None, str, int]] = [
+        (
+            "in_channels",
+            unet.in_channels,
+            "the autoencoder's latent_channels are",
+            vae.latent_channels,
+        ),
+        ("cross_attention_dim", unet.cross_attention_dim, "the text encoders' width is", width),
+    ]
+    if unet.addition_time_embed_dim is not None:
+        pooled = list(texts.values())[-1].projection_dim or 0
+        fits.append(
+            (
+                "projection_class_embeddings_input_dim",
+                unet.projection_class_embeddings_input_dim,
+                "6 x addition_time_embed_dim and the last text encoder's projection_dim make",
+                6 * unet.addition_time_embed_dim + pooled,
+            )
+        )
+    for key, size, source, wanted in fits:
+        if size != wanted:
+            raise UserError(
+                f"{where}: the UNet's {key} is {size}, but {source} {wanted}; the folders "
+                "belong to different checkpoints"
+            )
+    networks: dict[str, Any] = {"unet": UNet2DConditionModel(unet), "vae": AutoencoderKL(vae)}
+    networks |= {name: CLIPTextModel(text) for name, text in texts.items()}
+    return networks, NoiseSchedule.from_config(configs["scheduler"])
+
+
+def init_inputs(networks: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Example inputs of each network, by its name, for `init` or `eval_shape`."""
+
+    def of_unet(cfg: UNetConfig) -> tuple[Any, ...]:
+        side = 2 ** (len(cfg.block_out_channels) - 1)
+        inputs = (
+            jnp.zeros((1, side, side, cfg.in_channels)),
+            jnp.zeros((1,), jnp.int32),
+            jnp.zeros((1, 2, cfg.cross_attention_dim)),
+        )
+        if cfg.addition_time_embed_dim is None or not cfg.projection_class_embeddings_input_dim:
+            return inputs
+        pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
+        return (*inputs, jnp.zeros((1, pooled)), jnp.zeros((1, 6)))
+
+    def of_vae(cfg: AutoencoderConfig) -> tuple[Any, ...]:
+        return (jnp.zeros((1, cfg.downscale, cfg.downscale, cfg.in_channels)),)
+
+    def of_text(cfg: CLIPTextConfig) -> tuple[Any, ...]:
+        return (jnp.zeros((1, 2), jnp.int32),)
+
+    makers = {"unet": of_unet, "vae": of_vae}
+    return {name: makers.get(name, of_text)(net.config) for name, net in networks.items()}
+
+
+def param_shapes(networks: Mapping[str, Any]) -> dict[str, Any]:
+    """The shapes of each network's parameters, by its name; nothing is computed."""
+    inputs = init_inputs(networks)
+    return {
+        name: jax.eval_shape(network.init, jax.random.key(0), *inputs[name])["params"]
+        for name, network in networks.items()
+    }

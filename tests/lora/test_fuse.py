@@ -1,0 +1,107 @@
+"""The UNet with a LoRA in its weights is the UNet with the LoRA, in PyTorch too."""
+
+import shutil
+from pathlib import Path
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from launch import fuse as command
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.lora import init_adapters, load_lora, save_lora, scaled
+from safetydpo_jax.lora.fuse import fuse
+from safetydpo_jax.models.pretrained import load_pipeline
+
+TARGETS = ("to_q", "to_out.0", "conv1", r"ff\.net\.\d.*", "proj_in")
+
+
+@pytest.fixture(scope="module")
+def lora_file(pipeline, tmp_path_factory):
+    """Of linear layers and convolutions; it changes all of them."""
+    adapters = init_adapters(jax.random.key(0), pipeline.unet_params, rank=2, targets=TARGETS)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    return save_lora(tmp_path_factory.mktemp("lora") / "lora.safetensors", adapters)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "tolerance"),
+    [
+        ("float32", 1.0, 1e-5),
+        ("float32", -0.5, 1e-5),
+        ("float16", 1.0, 5e-3),
+        ("bfloat16", 1, 0.05),
+    ],
+)
+def test_fused_is_adapted(dtype, scale, tolerance, model_folder, pipeline, lora_file, tmp_path):
+    out = tmp_path / "unet"
+    fuse(str(model_folder), lora_file, out, scale=scale, dtype=dtype)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
+    times, text = np.array([3, 800]), rng.normal(size=(2, 12, 16)).astype(np.float32)
+    adapters, _ = load_lora(lora_file, pipeline.unet_params)
+    params = {"params": pipeline.unet_params}
+    apply = jax.jit(pipeline.unet.apply)
+    inputs = [jnp.asarray(x) for x in (latents, times, text)]
+    wanted = np.asarray(apply(params | {"lora": scaled(adapters, scale, 1)}, *inputs))
+    base = np.asarray(apply(params, *inputs))
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(out, torch_dtype=torch.float32)
+    with torch.no_grad():
+        got = theirs(
+            torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
+            torch.from_numpy(times),
+            torch.from_numpy(text),
+        ).sample
+    got = got.numpy().transpose(0, 2, 3, 1)
+    size = np.abs(wanted).max()
+    assert np.abs(got - wanted).max() <= tolerance * size
+    assert np.abs(base - wanted).max() > 0.2 * size
+
+
+def test_the_fused_checkpoint_is_one(model_folder, lora_file, tmp_path, capsys):
+    whole = shutil.copytree(model_folder, tmp_path / "whole")
+    shutil.rmtree(whole / "unet")
+    command.main(
+        ["--model", str(model_folder), "--lora", str(lora_file), "--out", str(whole / "unet")]
+    )
+    assert (
+        "diffusion_pytorch_model.safetensors: 0.00 GB, 36 layers changed" in capsys.readouterr().out
+    )
+    assert load_pipeline(whole).latent_shape == (8, 8, 4)
+    assert {file.name for file in (whole / "unet").iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, "the type is 'int8': it must be one of float16"),
+        ({"lora": "missing.safetensors"}, "no such LoRA file"),
+        ({"model": "nowhere"}, "no such folder"),
+        ({"scale": 1e7}, "as float16; a wider type may hold it"),
+    ],
+)
+def test_bad_inputs(changes, message, model_folder, lora_file, tmp_path):
+    options = {"model": str(model_folder), "lora": lora_file, "out": tmp_path / "unet"} | changes
+    options["lora"] = Path(options["lora"])
+    with pytest.raises(UserError, match=message):
+        fuse(**options)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_nothing_is_overwritten(model_folder, lora_file, tmp_path):
+    fuse(str(model_folder), lora_file, tmp_path / "unet")
+    with pytest.raises(UserError, match="is there already: give another folder"):
+        fuse(str(model_folder), lora_file, tmp_path / "unet")
+
+
+def test_a_disk_that_is_full(model_folder, lora_file, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="could not write .*unet"):
+        fuse(str(model_folder), lora_file, tmp_path / "file" / "unet")
