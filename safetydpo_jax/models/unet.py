@@ -141,6 +141,10 @@ class UNetConfig:
         )
 
 
+def _recomputed(block: type[nn.Module], remat: bool) -> Any:
+    return nn.remat(block) if remat else block
+
+
 class Transformer2D(nn.Module):
     """diffusers' Transformer2DModel: norm, project in, blocks over h*w tokens, project out."""
 
@@ -148,6 +152,7 @@ class Transformer2D(nn.Module):
     heads: int
     layers: int
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -160,7 +165,8 @@ class Transformer2D(nn.Module):
         else:
             y = Conv(c, 1, padding=0, dtype=self.dtype, name="proj_in")(y).reshape(b, h * w, c)
         for i in range(self.layers):
-            y = TransformerBlock(self.heads, self.dtype, name=f"transformer_blocks.{i}")(y, context)
+            block = _recomputed(TransformerBlock, self.remat)
+            y = block(self.heads, self.dtype, name=f"transformer_blocks.{i}")(y, context)
         if self.config.use_linear_projection:
             y = Dense(c, dtype=self.dtype, name="proj_out")(y).reshape(b, h, w, c)
         else:
@@ -179,6 +185,7 @@ class UNetBlock(nn.Module):
     level: int
     attentions: tuple[bool, ...]
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -193,7 +200,7 @@ class UNetBlock(nn.Module):
         for i, attends in enumerate(self.attentions):
             if skips:
                 x = jnp.concatenate([x, skips[-1 - i]], -1)
-            resnet = ResnetBlock(
+            resnet = _recomputed(ResnetBlock, self.remat)(
                 features, cfg.norm_num_groups, cfg.norm_eps, self.dtype, name=f"resnets.{i}"
             )
             x = resnet(x, temb)
@@ -203,6 +210,7 @@ class UNetBlock(nn.Module):
                     cfg.attention_heads[self.level],
                     cfg.transformer_layers[self.level],
                     self.dtype,
+                    self.remat,
                     name=f"attentions.{j}",
                 )
                 x, j = transformer(x, context), j + 1
@@ -214,10 +222,13 @@ class UNet2DConditionModel(nn.Module):
     """The denoiser. Names follow the diffusers state dict; arrays are NHWC.
 
     `dtype` is the compute type; parameters keep the type they are stored in, norms are float32.
+    With `remat` a gradient keeps the inputs of residual and transformer blocks alone and computes
+    what is inside of them again.
     """
 
     config: UNetConfig
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -249,7 +260,12 @@ class UNet2DConditionModel(nn.Module):
         last = len(channels) - 1
         for i, attends in enumerate(cfg.down_attention):
             block = UNetBlock(
-                cfg, i, (attends,) * cfg.layers_per_block, dtype, name=f"down_blocks.{i}"
+                cfg,
+                i,
+                (attends,) * cfg.layers_per_block,
+                dtype,
+                self.remat,
+                name=f"down_blocks.{i}",
             )
             x, outputs = block(x, temb, context)
             stack.extend(outputs)
@@ -257,12 +273,14 @@ class UNet2DConditionModel(nn.Module):
                 name = f"down_blocks.{i}.downsamplers.0.conv"
                 x = Conv(channels[i], strides=2, dtype=dtype, name=name)(x)
                 stack.append(x)
-        x, _ = UNetBlock(cfg, last, (True, False), dtype, name="mid_block")(x, temb, context)
+        x, _ = UNetBlock(cfg, last, (True, False), dtype, self.remat, name="mid_block")(
+            x, temb, context
+        )
         for i, attends in enumerate(cfg.up_attention):
             level = last - i
             n = cfg.layers_per_block + 1
             skips, stack = tuple(stack[-n:]), stack[:-n]
-            block = UNetBlock(cfg, level, (attends,) * n, dtype, name=f"up_blocks.{i}")
+            block = UNetBlock(cfg, level, (attends,) * n, dtype, self.remat, name=f"up_blocks.{i}")
             x, _ = block(x, temb, context, skips)
             if level > 0:
                 # An odd size was rounded up on the way down: the next skip tells the true size.

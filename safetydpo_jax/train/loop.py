@@ -74,6 +74,8 @@ def run(
             unet_shardings=lambda shapes: sharding.param_shardings(mesh, shapes, config.mesh.rules),
             progress=progress,
         )
+        if config.remat:
+            pipeline.networks["unet"] = pipeline.unet.clone(remat=True)
         if config.report.enabled:
             # Here, so that a run without a report needs none of what the report needs.
             from safetydpo_jax.evaluate.report import prompts_of

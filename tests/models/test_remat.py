@@ -1,0 +1,30 @@
+"""A gradient that keeps less and computes it again is the same gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safetydpo_jax.lora import init_adapters
+
+
+def test_recomputing_changes_the_work_alone(pipeline):
+    """Of the gradient with respect to adapters on every attention layer."""
+    adapters = init_adapters(
+        jax.random.key(0), pipeline.unet_params, rank=2, targets=("to_q", "to_v", "conv1")
+    )
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    latents = jax.random.normal(jax.random.key(1), (4, 16, 16, 4))
+    text = jax.random.normal(jax.random.key(2), (4, 12, 16))
+    results = []
+    for unet in (pipeline.unet, pipeline.unet.clone(remat=True)):
+
+        def loss(adapters, unet=unet):
+            variables = {"params": pipeline.unet_params, "lora": adapters}
+            return (unet.apply(variables, latents, jnp.arange(4), text) ** 2).mean()
+
+        # XLA's CPU backend merges the repeated work again, so it is counted before that.
+        lowered = jax.jit(jax.grad(loss)).lower(adapters)
+        results.append((lowered.compile()(adapters), lowered.cost_analysis()["flops"]))
+    (plain, once), (again, twice) = results
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), plain, again)
+    assert 1.2 * once < twice < 1.5 * once
