@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetydpo_jax.errors import MissingFileError, UserError
 
@@ -105,11 +105,22 @@ def explained_writes(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file to write into, which becomes `path` at the end; a kill leaves none of it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.writing")  # another may write it too
+    try:
+        with partial.open("wb") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Writes a file that is whole or absent, whenever the process is killed."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.writing")  # another may write it too
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    with new_file(path) as file:
+        file.write(data)
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from flax import traverse_util
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.lora.adapters import Adapters, kernels
 from safetydpo_jax.lora.keys import PEFT_PREFIX, KeyReader, is_of_text_encoder
-from safetydpo_jax.lora.tensor_file import read_tensors, write_tensors
+from safetydpo_jax.tensor_file import opened, write_tensors
 
 _HEADER = "lora_adapter_metadata"
 _PEFT_CONFIG = "adapter_config.json"
@@ -59,7 +59,7 @@ def save_lora(
     if others:
         config |= {"unet.rank_pattern": others, "unet.alpha_pattern": others}
     header = {"format": "pt", _HEADER: json.dumps(config, indent=2, sort_keys=True)}
-    return write_tensors(pathlib.Path(path), tensors, {**(metadata or {}), **header})
+    return _write(path, tensors, {**(metadata or {}), **header})
 
 
 def save_kohya(
@@ -93,7 +93,7 @@ def save_kohya(
     }
     if base:
         header |= {"ss_base_model_version": base, "ss_v2": str(base.startswith("sd_v2"))}
-    return write_tensors(pathlib.Path(path), tensors, header)
+    return _write(path, tensors, header)
 
 
 def load_lora(
@@ -115,7 +115,11 @@ def load_lora(
       UserError: not a whole safetensors file, or not a LoRA that fits this UNet.
     """
     path = pathlib.Path(path)
-    tensors, header = read_tensors(path)
+    with opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header = dict(file.metadata() or {})
+    if not tensors:
+        raise UserError(f"{path}: the file holds no tensors; export it again")
     ours = sorted(key for key in tensors if not is_of_text_encoder(key))
     if not ours:
         raise UserError(f"{path}: all of its keys are for text encoders, none for the UNet")
@@ -151,6 +155,13 @@ def load_lora(
         flat[(*module, "b")] = jnp.asarray(b * np.float32(alpha / rank))
     header.pop(_HEADER, None)
     return traverse_util.unflatten_dict(flat), header
+
+
+def _write(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], header: Mapping[str, str]
+) -> pathlib.Path:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return write_tensors(pathlib.Path(path), shapes, tensors.items(), metadata=header)
 
 
 def _by_layer(adapters: Adapters) -> dict[str, tuple[np.ndarray, np.ndarray]]:

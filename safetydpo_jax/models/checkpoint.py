@@ -21,11 +21,11 @@ from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.models import hub, single_file
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from safetydpo_jax.models.pipeline import TOKENIZERS
-from safetydpo_jax.models.state_dict import Table, find_weights, opened
+from safetydpo_jax.models.state_dict import Table, find_weights
 from safetydpo_jax.models.text_encoder import CLIPTextConfig, CLIPTextModel
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+from safetydpo_jax.tensor_file import PICKLES, opened
 
-_WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 # Class in model_index.json -> the folders of its networks.
 CLASSES = {
     "StableDiffusionPipeline": ("unet", "vae", "text_encoder"),
@@ -107,7 +107,7 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
 
     Raises:
       MissingFileError: there is no such folder, file or model, or no model_index.json in it.
-      UserError: the model on the hub cannot be read, or the file is pickled.
+      UserError: the model on the hub cannot be read, or the file is no whole safetensors file.
     """
     if str(path) == "emoji":
         folder = pathlib.Path(
@@ -121,8 +121,9 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
             )
         return folder
     folder = pathlib.Path(path)
-    if folder.is_file() or folder.suffix in _WEIGHT_FILES:
-        return _checked_file(folder)
+    if folder.is_file() or folder.suffix in (".safetensors", *PICKLES):
+        with opened(folder):
+            return folder
     if not folder.exists() and hub.ID.fullmatch(str(path)):
         folder = hub.download(str(path), check_index)
     if not (folder / hub.INDEX).is_file():
@@ -132,18 +133,6 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
             " of one on the Hugging Face hub, a .safetensors file, or 'emoji'"
         )
     return folder
-
-
-def _checked_file(file: pathlib.Path) -> pathlib.Path:
-    if not file.is_file():
-        raise MissingFileError(f"{file}: no such file")
-    if file.suffix != ".safetensors":
-        raise UserError(
-            f"{file}: only .safetensors files are read; a pickled one (.ckpt, .pt, .bin) can run "
-            "code, so convert it first: load it where that is no danger and save it again with "
-            "safetensors.torch.save_file"
-        )
-    return file
 
 
 def resolve_vae(path: str | pathlib.Path) -> pathlib.Path:

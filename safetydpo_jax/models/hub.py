@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.models.state_dict import ONLY_PICKLES, choose_weights
+from safetydpo_jax.tensor_file import PICKLES
 
 ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 INDEX = "model_index.json"
@@ -79,7 +81,7 @@ def download(
     if index_name == INDEX:
         wanted = files_to_fetch(names, repo)
     else:
-        wanted = [index_name, *_network_files([n for n in names if "/" not in n], repo)]
+        wanted = [index_name, *_network_files(names, repo)]
     try:
         huggingface_hub.snapshot_download(repo, revision=folder.name, allow_patterns=wanted)
     except Exception as error:
@@ -88,10 +90,7 @@ def download(
 
 
 def files_to_fetch(names: Iterable[str], repo: str = "") -> list[str]:
-    """Those of a repository's files that make up the checkpoint.
-
-    Repositories hold the weights in several forms. Safetensors are taken in full precision, or in
-    half where there are no others; never pickles.
+    """Those of a repository's files that make up the checkpoint; see `choose_weights`.
 
     Raises:
       UserError: a network's weights are there as pickles only.
@@ -99,32 +98,18 @@ def files_to_fetch(names: Iterable[str], repo: str = "") -> list[str]:
     names = sorted(names)
     chosen = [name for name in names if _SMALL.fullmatch(name)]
     for network in _NETWORKS:
-        inside = [name for name in names if name.startswith(f"{network}/")]
-        chosen += _network_files(inside, f"{repo}/{network}")
+        chosen += _network_files(names, f"{repo}/{network}", f"{network}/")
     return chosen
 
 
-def _network_files(names: Sequence[str], where: str) -> list[str]:
-    """The weights among the files of one network."""
-    weights = _weights(names)
-    if any(name.endswith((".bin", ".ckpt")) for name in names) and not weights:
-        raise UserError(
-            f"{where}: the hub has only pickled weights, which can run code and are never read "
-            "here; convert them once in PyTorch: "
-            "pipeline.save_pretrained(folder, safe_serialization=True)"
-        )
-    return weights
-
-
-def _weights(names: Sequence[str]) -> list[str]:
-    for variant in ("", r"\.fp16"):
-        pattern = re.compile(
-            rf"([^/]+/)?(diffusion_pytorch_model|model)({variant}(-\d+-of-\d+)?\.safetensors"
-            rf"|\.safetensors\.index{variant}\.json)"
-        )
-        if found := [name for name in names if pattern.fullmatch(name)]:
-            return found
-    return []
+def _network_files(names: Sequence[str], where: str, folder: str = "") -> list[str]:
+    """The weights among the files of one network, which are all in one folder."""
+    inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+    inside = [name for name in inside if "/" not in name]
+    weights = choose_weights(inside)
+    if not weights and any(name.endswith(PICKLES) for name in inside):
+        raise UserError(f"{where}: {ONLY_PICKLES}")
+    return [folder + name for name in weights]
 
 
 def _failed(repo: str, error: Exception) -> str:

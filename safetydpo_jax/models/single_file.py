@@ -19,7 +19,8 @@ from safetydpo_jax.models.original_layout import (
     original_unet_names,
     original_vae_names,
 )
-from safetydpo_jax.models.state_dict import Part, Table, opened, torch_key
+from safetydpo_jax.models.state_dict import Part, Table, torch_key
+from safetydpo_jax.tensor_file import opened
 
 FAMILIES = ("sd15", "sd21-base", "sd21-768", "sdxl")
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."

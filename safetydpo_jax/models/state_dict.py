@@ -5,11 +5,11 @@ its state-dict key; `kernel`, `scale` and `embedding` are called `weight` there;
 out) is a transposed (out, in), a Conv kernel HWIO a transposed OIHW.
 """
 
-import contextlib
+import itertools
 import json
 import math
 import pathlib
-import struct
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 
-from safetydpo_jax import storage
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.tensor_file import PICKLES, opened, write_tensors
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 # A kernel's axes in PyTorch's order, by their number: linear layers and convolutions.
@@ -36,7 +35,10 @@ _RENAMED = {
 # transformers 5 writes CLIP's text encoder without the prefix that published checkpoints have.
 _PREFIX = "text_model."
 _SECONDS_BETWEEN_LINES = 5
-_SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+ONLY_PICKLES = (
+    "pickled weights can run code and are never read here, and there are no others; convert them "
+    "once in PyTorch: pipeline.save_pretrained(folder, safe_serialization=True)"
+)
 # Buffers that some files carry and that hold nothing learnt.
 _IGNORED = ("position_ids",)
 
@@ -74,6 +76,22 @@ def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...
     return _to_torch(path[-1], np.broadcast_to(0, shape)).shape
 
 
+def choose_weights(names: Iterable[str]) -> list[str]:
+    """Those of a component folder's files that hold its weights, the index of shards first.
+
+    Folders hold the weights in several forms. Safetensors are taken in full precision, or in half
+    where there are no others; never pickles.
+    """
+    names = sorted(names)
+    for variant, stem in itertools.product(("", ".fp16"), ("diffusion_pytorch_model", "model")):
+        if (single := f"{stem}{variant}.safetensors") in names:
+            return [single]
+        if (index := f"{stem}.safetensors.index{variant}.json") in names:
+            shard = re.compile(rf"{re.escape(stem + variant)}-\d+-of-\d+\.safetensors")
+            return [index, *filter(shard.fullmatch, names)]
+    return []
+
+
 def find_weights(folder: pathlib.Path) -> list[pathlib.Path]:
     """The safetensors files of a diffusers component folder, one or many shards.
 
@@ -81,20 +99,12 @@ def find_weights(folder: pathlib.Path) -> list[pathlib.Path]:
       MissingFileError: there is none, or a shard that the index names is missing.
       UserError: only pickled weights are there, or the index names a file outside the folder.
     """
-    for stem in ("diffusion_pytorch_model", "model"):
-        for variant in ("", ".fp16"):
-            single = folder / f"{stem}{variant}.safetensors"
-            if single.is_file():
-                return [single]
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            if index.is_file():
-                return _shards(index)
-    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")])
-    if pickled:
-        raise UserError(
-            f"{pickled[0]}: pickled weights can run code and are never read here; convert them once"
-            " in PyTorch: pipeline.save_pretrained(folder, safe_serialization=True)"
-        )
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    if chosen := choose_weights(names):
+        first = folder / chosen[0]
+        return _shards(first) if first.suffix == ".json" else [first]
+    if pickled := sorted(name for name in names if name.endswith(PICKLES)):
+        raise UserError(f"{folder / pickled[0]}: {ONLY_PICKLES}")
     raise MissingFileError(
         f"{folder}: no .safetensors weights; is this a component folder of a diffusers checkpoint?"
     )
@@ -113,26 +123,6 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
         if not (index.parent / shard).is_file():
             raise MissingFileError(f"{index.parent / shard}: this shard of the weights is missing")
     return [index.parent / shard for shard in sorted(shards)]
-
-
-@contextlib.contextmanager
-def opened(file: pathlib.Path) -> Iterator[Any]:
-    """A safetensors file; UserError says what is wrong with it, then or while it is read."""
-    try:
-        with safe_open(str(file), framework="numpy") as tensors:
-            yield tensors
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{file}: no such file") from error
-    except (AttributeError, TypeError) as error:  # a type that NumPy has not, such as 8 bits
-        raise UserError(
-            f"{file}: holds numbers of a type that is not read here ({error}); save the "
-            "checkpoint as float16 or float32"
-        ) from error
-    except SafetensorError as error:
-        raise UserError(
-            f"{file}: not a readable safetensors file ({error}); it may be truncated: fetch it"
-            " again"
-        ) from error
 
 
 def _tensors(
@@ -265,7 +255,7 @@ def write_params(
     file: pathlib.Path,
     dtype: Any,
 ) -> None:
-    """Writes a safetensors file tensor by tensor; its name appears once it is whole.
+    """Writes parameters as one safetensors file under their PyTorch names, one at a time.
 
     Args:
       values: each parameter's path and value, PyTorch's axes, in any order, as `read_params` has.
@@ -274,35 +264,13 @@ def write_params(
       dtype: the type to write them in.
 
     Raises:
-      UserError: a value is not finite in `dtype`, or the disk is full or read-only.
+      UserError: as of `write_tensors`.
     """
-    kind, offset = np.dtype(dtype), 0
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     flat: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(shapes)))
-    for path in sorted(flat, key=torch_key):
-        shape = torch_shape(path, flat[path].shape)
-        span = [offset, offset + math.prod(shape) * kind.itemsize]
-        offset = span[1]
-        entry = {"dtype": _SAFETENSORS_TYPES[kind.name], "shape": shape, "data_offsets": span}
-        header[torch_key(path)] = entry
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    partial = file.with_suffix(".partial")
-    with storage.explained_writes(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as out:
-                out.write(struct.pack("<Q", len(text)) + text)
-                for path, value in values:
-                    with np.errstate(over="ignore"):
-                        tensor = np.ascontiguousarray(value, kind)
-                    if not np.isfinite(tensor).all():
-                        raise UserError(
-                            f"{file}: not written: '{torch_key(path)}' holds NaN or infinity as"
-                            f" {kind.name}; a wider type may hold it"
-                        )
-                    out.seek(8 + len(text) + header[torch_key(path)]["data_offsets"][0])
-                    out.write(tensor.tobytes())
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_tensors(
+        file,
+        {torch_key(path): torch_shape(path, x.shape) for path, x in flat.items()},
+        ((torch_key(path), value) for path, value in values),
+        dtype=dtype,
+        metadata={"format": "pt"},
+    )

@@ -296,7 +296,7 @@ def test_bad_files(change, message, file, pipeline):
 
 
 def test_a_missing_file(tmp_path, pipeline):
-    with pytest.raises(MissingFileError, match="no such LoRA file"):
+    with pytest.raises(MissingFileError, match="no such file; give the path"):
         lora.load_lora(tmp_path / "nothing.safetensors", pipeline.unet_params)
 
 

@@ -81,7 +81,7 @@ def test_the_fused_checkpoint_is_one(model_folder, lora_file, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"dtype": "int8"}, "the type is 'int8': it must be one of float16"),
-        ({"lora": "missing.safetensors"}, "no such LoRA file"),
+        ({"lora": "missing.safetensors"}, "no such file; give the path"),
         ({"model": "nowhere"}, "no such folder"),
         ({"scale": 1e7}, "as float16; a wider type may hold it"),
     ],

@@ -142,7 +142,7 @@ def test_half_precision_and_shards_where_there_is_nothing_else():
 
 def test_pickles_are_never_fetched():
     names = [*SMALL, "unet/diffusion_pytorch_model.bin"]
-    with pytest.raises(UserError, match=r"a/b/unet: the hub has only pickled weights"):
+    with pytest.raises(UserError, match=r"a/b/unet: pickled weights can run code"):
         hub.files_to_fetch(names, "a/b")
 
 

@@ -99,7 +99,7 @@ def test_the_pipeline_encodes_and_decodes_as_pytorchs(saved_pipeline, torch_pipe
     prompts = ["a bell", "", "a very long prompt " * 9]
     with torch.no_grad():
         embeds = torch_pipeline.encode_prompt(prompts, "cpu", 1, False)[0].numpy()
-    got = ours.encode_prompts(prompts, batch_size=2)
+    got = ours.encode_prompts(prompts, batch_size=2).prompt_embeds
     assert got.shape == (3, 77, 48)
     np.testing.assert_allclose(got, embeds, rtol=0, atol=2e-4 * np.abs(embeds).max())
 
@@ -159,7 +159,11 @@ def test_prompts_are_cut_to_what_the_text_encoder_can_read(checkpoint, limit):
     settings = json.loads(file.read_text())
     settings.pop("model_max_length")
     file.write_text(json.dumps(settings | ({"model_max_length": limit} if limit else {})))
-    assert load_pipeline(checkpoint).encode_prompts(["a bell " * 90]).shape == (1, 77, 48)
+    assert load_pipeline(checkpoint).encode_prompts(["a bell " * 90]).prompt_embeds.shape == (
+        1,
+        77,
+        48,
+    )
 
 
 def test_weights_too_large_for_the_type_are_not_written(saved_pipeline, tmp_path):

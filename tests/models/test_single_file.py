@@ -152,8 +152,8 @@ def test_packaged_configs_are_whole(family):
 
 CASES = {
     "no such file": ("missing.safetensors", {}, "missing.safetensors: no such file"),
-    "pickled": ("model.ckpt", None, "only .safetensors files are read; a pickled one"),
-    "truncated": ("model.safetensors", None, "not a readable safetensors file"),
+    "pickled": ("model.ckpt", None, "pickle files can run code"),
+    "truncated": ("model.safetensors", None, "not a whole safetensors file"),
     "unknown configs": ("whole.safetensors", {"configs": "sd3"}, "one of sd15, sd21-base"),
 }
 

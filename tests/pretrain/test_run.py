@@ -67,7 +67,7 @@ def test_a_folder_of_pictures_becomes_a_checkpoint(folder, tmp_path, capsys):
     assert "done in" in capsys.readouterr().out
     pipeline = load_pipeline(made)
     assert pipeline.resolution == 16
-    assert pipeline.encode_prompts(["number 3"]).shape == (1, 24, 16)
+    assert pipeline.encode_prompts(["number 3"]).prompt_embeds.shape == (1, 24, 16)
     mean, _ = pipeline.encode_images(np.load(tmp_path / "pictures" / "pictures.npy")[:64])
     assert 0.3 < mean.std() < 3.0  # latents are scaled to about one
     begun = tiny_config(folder)

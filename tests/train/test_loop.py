@@ -118,7 +118,7 @@ def test_goes_on_from_a_lora_of_another_run(run, small, tmp_path):
     run("second", **(changes | {"lora.init": str(moved_file)}))
     with pytest.raises(UserError, match=r"lora\.init"):
         run("second", **(changes | {"lora.init": str(other)}))
-    with pytest.raises(MissingFileError, match=r"nothing\.safetensors: no such LoRA file"):
+    with pytest.raises(MissingFileError, match=r"nothing\.safetensors: no such file"):
         run("third", **{"lora.init": "nothing.safetensors"})
 
 

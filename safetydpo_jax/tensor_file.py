@@ -1,0 +1,105 @@
+"""Safetensors files: opened with errors that help, and written tensor by tensor.
+
+Source of the format: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from safetydpo_jax import storage
+from safetydpo_jax.errors import MissingFileError, UserError
+
+_TYPES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+
+
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[Any]:
+    """A file of safetensors as the library has it, NumPy arrays; errors then or while it is read.
+
+    Raises:
+      MissingFileError: there is no such file.
+      UserError: it is a pickle, not a whole safetensors file, or of a type that NumPy has not.
+    """
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{path}: pickle files can run code and are not read; convert it where you trust it: "
+            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'x.safetensors')"
+        )
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; give the path of a .safetensors file")
+    try:
+        with safe_open(str(path), framework="numpy") as tensors:
+            yield tensors
+    except (AttributeError, TypeError) as error:  # such as 8 bits
+        raise UserError(
+            f"{path}: holds numbers of a type that is not read here ({error}); save it as float16 "
+            "or float32"
+        ) from error
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}); it may be cut short: fetch or "
+            "export it again"
+        ) from error
+
+
+def write_tensors(
+    path: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    dtype: Any = np.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> pathlib.Path:
+    """Writes a file whose name appears once it is whole, holding one tensor at a time.
+
+    Equal content gives equal bytes; the library's own writer shuffles the header at every run.
+
+    Args:
+      path: the file; its folder is made.
+      shapes: of all tensors, by name.
+      tensors: names and values, in any order.
+      dtype: the type to write them in: float32, float16 or bfloat16.
+      metadata: the header's entries.
+
+    Raises:
+      UserError: a value is not finite in `dtype`, or the disk is full or read-only.
+    """
+    kind, offset = np.dtype(dtype), 0
+    header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {}).items()))}
+    for name, shape in sorted(shapes.items()):
+        span = [offset, offset + math.prod(shape) * kind.itemsize]
+        header[name] = {"dtype": _TYPES[kind], "shape": list(shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with storage.explained_writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with storage.new_file(path) as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, value in tensors:
+                with np.errstate(over="ignore"):
+                    tensor = np.ascontiguousarray(value, kind)
+                if not np.isfinite(tensor).all():
+                    raise UserError(
+                        f"{path}: not written: '{name}' holds NaN or infinity as {kind.name}; a "
+                        "wider type may hold it"
+                    )
+                file.seek(8 + len(text) + header[name]["data_offsets"][0])
+                file.write(tensor.tobytes())
+    return path
