@@ -110,7 +110,8 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "winner_anchor": config_dict.placeholder(float),
         "t_min": config_dict.placeholder(int),  # the pairs' timesteps: t_min <= t < t_max
         "t_max": config_dict.placeholder(int),
-        # Shares of rows whose prompt gives way to the empty one: of the pairs, of preserve rows.
+        # Shares of rows whose prompt gives way to what guidance steers from (the empty one, or
+        # SDXL's zeros): of the pairs, of preserve rows.
         "caption_dropout": config_dict.placeholder(float),
         "preservation_dropout": config_dict.placeholder(float),
         # Standard deviation of noise on the preserve rows' text states (theirs is about 1): what is

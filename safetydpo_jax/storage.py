@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax
+
 from safetydpo_jax.errors import MissingFileError, UserError
 
 CARD = "card.json"
@@ -93,21 +95,27 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def explained_writes(path: Path) -> Iterator[None]:
-    """Turns a failed write, Python's or ArrayRecord's (a RuntimeError), into a `UserError`."""
+    """Turns a failed write, Python's or ArrayRecord's (a RuntimeError), into a `UserError`.
+
+    What is written may be computed meanwhile: JAX's errors are others.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError | jax.errors.JaxRuntimeError):
             raise
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"could not write {path} ({reason}): free some space or choose another --workdir"
+            f"could not write {path} ({reason}): free some space or choose another place"
         ) from error
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file to write into, which becomes `path` at the end; a kill leaves none of it."""
+    """Yields a file to write into, which becomes `path` at the end.
+
+    A process killed inside leaves `path` as it was, and beside it a file that ends in ".writing".
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.writing")  # another may write it too
     try:
         with partial.open("wb") as file:

@@ -3,7 +3,7 @@
     card.json                 the key, the counts, the type, sizes and hashes of the files
     pictures.array_record     one record a picture: the unsafe ones of all pairs, the safe ones in
                               the same order, the preservation pictures
-    null_embeds.safetensors   {"prompt_embeds": (t, d)} of the empty prompt
+    null_embeds.safetensors   {"prompt_embeds": (t, d)} of what guidance steers from
 
 A record is the bytes of a safetensors file: `moments` (orientations, 2, h, w, c), mean and
 log-variance of the scaled latents of the picture and, if config.cache.flip, of its mirror image;
@@ -73,7 +73,8 @@ def make_cache(
     progress(f"cache: encoding {2 * pairs.num_pairs + pairs.num_preserve} pictures")
     dtype = DTYPES[config.cache.dtype]
     with storage.new_folder(folder) as partial:
-        null = jax.tree.map(lambda x: x[0], pipeline.encode_negative([""]))
+        size = next(iter(pairs.pictures("unsafe"))).pixels.shape[:2]
+        null = jax.tree.map(lambda x: x[0], pipeline.encode_negative([""], size=size))
         null = _named(null, np.float32)
         storage.write_file(partial / NULL, safetensors.numpy.save(null))
         writer = ArrayRecordWriter(str(partial / RECORDS), "group_size:1")
@@ -177,6 +178,7 @@ def _key(config: Any, pipeline: Any, pairs: PairSet) -> str:
             "format": FORMAT,
             "pairs": pairs.card["content_hash"],
             "model": storage.hash_parts(pipeline.sources, parts),
+            "zeros_for_empty": pipeline.zeros_for_empty,
             "computed_in": [str(jax.tree.leaves(params)[0].dtype) for params in networks],
             **config.cache.to_dict(),
         }
@@ -202,7 +204,9 @@ def _encoded(
         moments = np.stack(
             [np.stack(pipeline.encode_images(view), axis=1) for view in views], axis=1
         )
-        texts = pipeline.encode_prompts([picture.prompt for picture in batch])
+        texts = pipeline.encode_prompts(
+            [picture.prompt for picture in batch], size=pixels.shape[1:3]
+        )
         for i, of_picture in enumerate(moments):
             yield of_picture, jax.tree.map(lambda x, i=i: x[i], texts)
 

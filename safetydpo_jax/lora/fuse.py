@@ -47,9 +47,10 @@ def fuse(
     """
     if dtype not in DTYPES:
         raise UserError(f"the type is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    if out.is_dir() and (found := [x.name for x in out.iterdir() if x.suffix == ".safetensors"]):
+        # A reader may well take those, whatever is put beside them.
+        raise UserError(f"{out} holds weights, {found[0]}: give another folder, or remove them")
     file = out / WEIGHTS_FILE
-    if file.exists():
-        raise UserError(f"{file} is there already: give another folder, or remove it")
     base = open_checkpoint(model, configs=configs)
     shapes = base.shapes["unet"]
     adapters, _ = load_lora(lora, shapes)
@@ -71,8 +72,10 @@ def fuse(
                 value = value.astype(np.float32) + delta
             yield path, value
 
-    write_params(fused(), shapes, file, jnp.dtype(dtype))
     config = (base.folders["unet"] / "config.json").read_bytes()
-    storage.write_file(out / "config.json", config)
+    with storage.explained_writes(out):
+        out.mkdir(parents=True, exist_ok=True)
+        storage.write_file(out / "config.json", config)
+    write_params(fused(), shapes, file, jnp.dtype(dtype))
     progress(f"{file}: {file.stat().st_size / 1e9:.2f} GB, {len(layers)} layers changed")
     return file

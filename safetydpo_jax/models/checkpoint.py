@@ -44,6 +44,7 @@ class Checkpoint:
       configs: the parsed config files by folder ("unet", ..., "scheduler"), and "model_index".
       networks: the modules by name, without parameters.
       schedule: the noise schedule.
+      other_vae: the autoencoder is not the checkpoint's own.
     """
 
     place: pathlib.Path
@@ -52,6 +53,7 @@ class Checkpoint:
     configs: dict[str, dict[str, Any]]
     networks: dict[str, Any]
     schedule: NoiseSchedule
+    other_vae: bool = False
 
     @functools.cached_property
     def shapes(self) -> dict[str, Any]:
@@ -65,7 +67,7 @@ class Checkpoint:
             return {}
         with opened(self.place) as tensors:
             found = single_file.tables(set(tensors.keys()), self.shapes)
-        return {name: x for name, x in found.items() if self.folders[name].parent == self.folder}
+        return {name: x for name, x in found.items() if not (name == "vae" and self.other_vae)}
 
     def weights(self, name: str) -> Sequence[pathlib.Path]:
         """The files with the weights of a network; errors as of `state_dict.find_weights`."""
@@ -86,6 +88,8 @@ def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "
       UserError, MissingFileError: a file is missing or damaged, or a config is not supported.
     """
     place = resolve_checkpoint(path)
+    if configs and place.is_dir():
+        raise UserError(f"config.model_config is {configs}, but {place} has its own configs")
     folder = single_file.config_folder(place, configs) if place.is_file() else place
     index = check_index(folder / hub.INDEX)
     folders = {name: folder / name for name in CLASSES[index["_class_name"]]}
@@ -95,7 +99,7 @@ def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "
     read["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     networks, schedule = build_networks(read, str(folder))
     read["model_index"] = index
-    return Checkpoint(place, folder, folders, read, networks, schedule)
+    return Checkpoint(place, folder, folders, read, networks, schedule, bool(vae))
 
 
 def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
@@ -149,6 +153,7 @@ def resolve_vae(path: str | pathlib.Path) -> pathlib.Path:
         if (place / "config.json").is_file():
             return place
     what = "no config.json in it" if folder.is_dir() else "no such folder"
+    what = "not a folder" if folder.is_file() else what
     raise MissingFileError(
         f"{folder}: {what}; give an autoencoder's folder (diffusers layout) or its hub id"
     )

@@ -16,6 +16,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.autoencoder import to_pixels
 from safetydpo_jax.models.conditioning import Conditioning
 
+_PIXELS_AT_ONCE = 2 * 1024 * 1024
 # Folders of a checkpoint, each encoder with its tokenizer; SDXL has both, others the first.
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -87,7 +88,8 @@ class Pipeline:
     def _encode_text(self) -> Callable[..., Any]:
         encoders = [self.networks[name] for name in self.text_params]
 
-        def encode(params: Any, ids: Sequence[Array]) -> Conditioning:
+        def encode(params: Any, inputs: tuple[Sequence[Array], Array]) -> Conditioning:
+            ids, sizes = inputs
             outputs: list[Any] = [
                 encoder.apply({"params": p}, i)
                 for encoder, p, i in zip(encoders, params.values(), ids, strict=True)
@@ -95,8 +97,6 @@ class Pipeline:
             if not self.is_sdxl:
                 return Conditioning(outputs[0].last_hidden_state)
             states = [output.hidden_states[-2] for output in outputs]
-            size = self.resolution
-            sizes = jnp.tile(jnp.float32([size, size, 0, 0, size, size]), (len(ids[0]), 1))
             return Conditioning(jnp.concatenate(states, -1), outputs[-1].pooler_output, sizes)
 
         return jax.jit(encode)
@@ -120,22 +120,39 @@ class Pipeline:
 
         return jax.jit(decode)
 
-    def encode_prompts(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        *,
+        size: tuple[int, int] | None = None,
+        batch_size: int = 64,
+    ) -> Conditioning:
         """What prompts tell the UNet, in NumPy; they are padded or cut to the tokenizer's length.
 
-        SDXL is told that a picture has the size that the UNet was trained on, uncropped.
+        Args:
+          prompts: the texts.
+          size: height and width in pixels that SDXL is told a picture has, uncropped; by default
+            those that the UNet was trained on.
+          batch_size: how many are encoded at a time.
         """
         ids = [tokenize(tokenizer, prompts) for tokenizer in self.tokenizers]
-        return _in_batches(lambda x: self._encode_text(self.text_params, x), ids, batch_size)
+        height, width = size or (self.resolution, self.resolution)
+        row = np.array([height, width, 0, 0, height, width], np.float32)
+        inputs = ids, np.tile(row, (len(prompts), 1))
+        return _in_batches(lambda x: self._encode_text(self.text_params, x), inputs, batch_size)
 
-    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
-        """What guidance is to steer away from; "" is nothing in particular.
-
-        As in diffusers, that is zeros where model_index.json says so (SDXL), else the text "".
-        """
-        found = self.encode_prompts(prompts)
+    @property
+    def zeros_for_empty(self) -> bool:
+        """Whether no prompt is told as zeros (SDXL, if model_index.json says so), not as ""."""
         index = self.configs.get("model_index", {})
-        if not self.is_sdxl or not index.get("force_zeros_for_empty_prompt", True):
+        return self.is_sdxl and bool(index.get("force_zeros_for_empty_prompt", True))
+
+    def encode_negative(
+        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None
+    ) -> Conditioning:
+        """What guidance is to steer away from, as in diffusers; "" is nothing in particular."""
+        found = self.encode_prompts(prompts, size=size)
+        if not self.zeros_for_empty:
             return found
         said = np.array([bool(prompt) for prompt in prompts])
         return found._replace(
@@ -144,15 +161,18 @@ class Pipeline:
         )
 
     def encode_images(
-        self, pictures: UInt8[np.ndarray, "n h w 3"], *, batch_size: int = 32
+        self, pictures: UInt8[np.ndarray, "n h w 3"], *, batch_size: int | None = None
     ) -> tuple[Float[np.ndarray, "n h2 w2 c"], Float[np.ndarray, "n h2 w2 c"]]:
         """Mean and log-variance of the pictures' latents, scaled by `scaling_factor`."""
+        batch_size = batch_size or _at_once(pictures.shape[1] * pictures.shape[2])
         return _in_batches(lambda x: self._encode_pixels(self.vae_params, x), pictures, batch_size)
 
     def decode_latents(
-        self, latents: Float[np.ndarray | Array, "n h w c"], *, batch_size: int = 32
+        self, latents: Float[np.ndarray | Array, "n h w c"], *, batch_size: int | None = None
     ) -> UInt8[np.ndarray, "n h2 w2 3"]:
         """Pictures of scaled latents."""
+        pixels = latents.shape[1] * latents.shape[2] * self.vae.config.downscale**2
+        batch_size = batch_size or _at_once(pixels)
         decode = functools.partial(self._decode_latents, self.vae_params)
         return _in_batches(decode, np.asarray(latents), batch_size)
 
@@ -163,6 +183,11 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
         list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True
     )
     return np.asarray(tokens["input_ids"], np.int32)
+
+
+def _at_once(pixels: int) -> int:
+    """Pictures in one pass of the autoencoder: at 1024 px one takes gigabytes, in float32."""
+    return max(1, min(32, _PIXELS_AT_ONCE // pixels))
 
 
 def _in_batches(fn: Callable[..., Any], inputs: Any, batch_size: int) -> Any:

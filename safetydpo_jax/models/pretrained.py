@@ -41,7 +41,13 @@ def load_pipeline(
       UserError, MissingFileError: a file or key is missing, unknown, damaged or not supported.
     """
     found = open_checkpoint(path, vae=vae, configs=configs)
-    params, sources = {}, {"scheduler": [found.folder / "scheduler" / "scheduler_config.json"]}
+    params, sources = (
+        {},
+        {
+            "model_index": [found.folder / "model_index.json"],
+            "scheduler": [found.folder / "scheduler" / "scheduler_config.json"],
+        },
+    )
     for name, shapes in found.shapes.items():
         weights = found.weights(name)
         sources[name] = [found.folders[name] / "config.json", *weights]
@@ -109,13 +115,11 @@ def save_pipeline(pipeline: Pipeline, path: str | pathlib.Path, dtype: Any = jnp
         tokenizer.save_pretrained(str(folder / name))
         # transformers 5 writes tokenizer.json alone; older readers want vocab.json and merges.txt.
         tokenizer.backend_tokenizer.model.save(str(folder / name))
-    _write_json(
-        folder / "model_index.json", pipeline.configs.get("model_index") or _index(pipeline)
-    )
+    _write_json(folder / "model_index.json", _index(pipeline))
 
 
 def _index(pipeline: Pipeline) -> dict[str, Any]:
-    """A model_index.json for a pipeline that was not read from one."""
+    """The model_index.json of what is written: the one that was read may name more."""
     scheduler = pipeline.configs["scheduler"].get("_class_name", "DDIMScheduler")
     index: dict[str, Any] = {
         "_diffusers_version": "0.42.1",
@@ -130,7 +134,7 @@ def _index(pipeline: Pipeline) -> dict[str, Any]:
     if pipeline.is_sdxl:
         return index | {
             "_class_name": "StableDiffusionXLPipeline",
-            "force_zeros_for_empty_prompt": True,
+            "force_zeros_for_empty_prompt": pipeline.zeros_for_empty,
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
         }

@@ -71,15 +71,17 @@ def guess_family(file: pathlib.Path) -> str:
         keys, about = set(tensors.keys()), tensors.metadata() or {}
         width = tensors.get_slice(_CROSS).get_shape()[-1] if _CROSS in keys else None
     velocity = "v_pred" in keys or about.get("modelspec.prediction_type") == "v"
+    family = "sd15" if width == 768 else ""
     if any(key.startswith("conditioner.embedders.1.") for key in keys):
-        if velocity:
-            raise UserError(
-                f"{file}: an SDXL that predicts velocity: give config.model_config=FOLDER, configs "
-                "in the diffusers layout whose scheduler_config.json says v_prediction"
-            )
-        return "sdxl"
-    if width == 768:
-        return "sd15"
+        family = "sdxl"
+    if family and (velocity or any(key.startswith("edm_") for key in keys)):
+        raise UserError(
+            f"{file}: looks like {family}, but its UNet predicts something else: give a folder as "
+            "config.model_config, configs in the diffusers layout whose scheduler_config.json says "
+            "what (v_prediction, say)"
+        )
+    if family:
+        return family
     if width == 1024:
         if "modelspec.prediction_type" in about or velocity:
             return "sd21-768" if velocity else "sd21-base"

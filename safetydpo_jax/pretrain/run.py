@@ -52,6 +52,10 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     if unknown := parts - {"vae", "text_encoder", "unet"}:
         raise UserError(f"config.init.parts has {', '.join(sorted(unknown))}: no part of a model")
     base = load_pipeline(config.init.path) if parts else None
+    if base is not None and base.is_sdxl:
+        raise UserError(
+            f"{config.init.path}: pretraining goes on from Stable Diffusion 1.x and 2.x"
+        )
     made_from = {"data": _plain(config.data)}
     _claim(workdir / "pictures", made_from)
     pictures, captions = prepare_pictures(config.data, workdir)

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -165,10 +166,10 @@ def test_own_pairs_that_are_not_there(config, pipeline, silent, tmp_path):
 
 
 def test_full_disk(config, pipeline, source, silent, tmp_path, monkeypatch):
-    def full(self, data):
+    def full(*paths):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=r"could not write .*No space left .*free some space"):
         make_pairs(config, pipeline, tmp_path / "run", silent, source)
 

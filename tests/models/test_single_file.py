@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from safetydpo_jax import storage
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.models.checkpoint import CLASSES, build_networks, check_index, read_json
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.models.single_file import FAMILIES, config_folder, guess_family, tables
 from tests.models import torch_models
@@ -98,8 +99,14 @@ def test_another_autoencoder(checkpoint, tmp_path):
     assert ours.sources["vae"][0] == tmp_path / "vae" / "config.json"
     same = jax.tree.map(np.array_equal, ours.vae_params, load_pipeline(folder).vae_params)
     assert not jax.tree.all(same)
-    with pytest.raises(MissingFileError, match="nowhere: no such folder; give an autoencoder's"):
-        load_pipeline(file, configs=str(folder), vae=str(tmp_path / "nowhere"))
+    for name, what in (("nowhere", "no such folder"), ("vae/config.json", "not a folder")):
+        with pytest.raises(MissingFileError, match=f"{name}: {what}; give an autoencoder's"):
+            load_pipeline(file, configs=str(folder), vae=str(tmp_path / name))
+    with pytest.raises(UserError, match=r"config.model_config is sd15, but .* has its own configs"):
+        load_pipeline(folder, configs="sd15")
+    # The folder's own autoencoder, and not the file's, if it is asked for.
+    ours = load_pipeline(file, configs=str(folder), vae=str(folder))
+    assert ours.sources["vae"][1] == folder / "vae/diffusion_pytorch_model.safetensors"
 
 
 def write(file, width=None, keys=(), **metadata):
@@ -130,7 +137,9 @@ def test_families_are_told_apart(family, contents, tmp_path):
     ("contents", "message"),
     [
         ({"width": 1024}, "predicts noise .* or velocity .*config.model_config, sd21-base or"),
-        ({"keys": ["conditioner.embedders.1.x", "v_pred"]}, "an SDXL that predicts velocity"),
+        ({"keys": ["conditioner.embedders.1.x", "v_pred"]}, "like sdxl, but its UNet predicts"),
+        ({"keys": ["conditioner.embedders.1.x", "edm_mean"]}, "like sdxl, but its UNet predicts"),
+        ({"width": 768, "modelspec.prediction_type": "v"}, "like sd15, but its UNet predicts"),
         ({"keys": ["double_blocks.0.img_attn.norm"]}, "no Stable Diffusion 1.x, 2.x or XL"),
     ],
 )
@@ -143,6 +152,11 @@ def test_families_that_cannot_be_told(contents, message, tmp_path):
 def test_packaged_configs_are_whole(family):
     """Every config is one that we read, every tokenizer CLIP's."""
     folder = config_folder(torch_models.PUBLISHED, family)
+    index = check_index(folder / "model_index.json")
+    parts = [*CLASSES[index["_class_name"]], "scheduler"]
+    files = [next((folder / part).glob("*config.json")) for part in parts]
+    networks, _ = build_networks(dict(zip(parts, map(read_json, files), strict=True)))
+    assert set(networks) == set(parts) - {"scheduler"}
     for tokenizer in folder.glob("tokenizer*"):
         tokenizer = transformers.CLIPTokenizer.from_pretrained(tokenizer)
         ids = tokenizer("a red apple", padding="max_length").input_ids

@@ -190,7 +190,7 @@ def test_winner_preserving_leaves_the_winner(config, small, adapters, strong_los
         """Of each row's winner and loser."""
         variables = {"params": small.unet_params, "lora": lora.scaled(adapters, 2.0, 2)}
         outputs = [
-            small.unet.apply(variables, x, rows.timesteps, rows.conditioning) for x in rows.latents
+            small.unet.apply(variables, x, rows.timesteps, *rows.conditioning) for x in rows.latents
         ]
         return jnp.square(jnp.stack(outputs) - jnp.stack(rows.targets)).mean((2, 3, 4))
 
@@ -243,10 +243,11 @@ def test_noise_belongs_to_the_row(small, batch, null):
     t = everything.timesteps
     assert ((t >= 100) & (t < 900)).all()
     assert len(np.unique(t)) > 16
-    dropped = (everything.conditioning == 0).all((1, 2))
+    states = everything.conditioning.prompt_embeds
+    dropped = (states == 0).all((1, 2))
     assert 4 < dropped.sum() < 28
     np.testing.assert_array_equal(dropped, everything.dropped)
-    added = (everything.conditioning - batch["conditioning"])[~dropped]
+    added = (states - batch["conditioning"].prompt_embeds)[~dropped]
     np.testing.assert_allclose([added.std(), added.mean()], [0.25, 0.0], atol=0.03)
     # Winner and loser share the noise, so that only their latents tell them apart.
     noise = [
@@ -272,17 +273,18 @@ def test_captions_lean_either_way(small, batch, null):
         t_min=0,
         t_max=1000,
         caption_dropout=0.1,
-        lean=jnp.float32(0.5) * batch["preserve"]["harm"],
+        lean=jax.tree.map(lambda x: jnp.float32(0.5) * x, batch["preserve"]["harm"]),
     )
-    added = (rows.conditioning - batch["conditioning"])[~rows.dropped]
-    shares = added / (0.5 * batch["preserve"]["harm"][~rows.dropped])
+    states = rows.conditioning.prompt_embeds
+    added = (states - batch["conditioning"].prompt_embeds)[~rows.dropped]
+    shares = added / (0.5 * batch["preserve"]["harm"].prompt_embeds[~rows.dropped])
     np.testing.assert_allclose(shares, shares[:, :1, :1] + 0 * shares, atol=1e-2)
     shares = np.median(shares, axis=(1, 2))
     assert -1 <= shares.min() < -0.6
     assert 0.6 < shares.max() <= 1
     assert abs(np.corrcoef(shares, rows.timesteps[~rows.dropped])[0, 1]) < 0.5
     assert rows.dropped.any()
-    assert (np.asarray(rows.conditioning[rows.dropped]) == 0).all()
+    assert (np.asarray(states[rows.dropped]) == 0).all()
 
 
 def test_what_is_preserved(config, small, adapters, batch, null):
@@ -302,9 +304,9 @@ def test_what_is_preserved(config, small, adapters, batch, null):
         t_max=1000,
         caption_dropout=config.loss.preservation_dropout,
         text_noise=0.4,
-        lean=jnp.float32(0.8) * preserve["harm"],
+        lean=jax.tree.map(lambda x: jnp.float32(0.8) * x, preserve["harm"]),
     )
-    inputs = rows.latents[0], rows.timesteps, rows.conditioning
+    inputs = rows.latents[0], rows.timesteps, *rows.conditioning
     lora_of = lora.scaled(adapters, config.lora.alpha, config.lora.rank)
     base = small.unet.apply({"params": small.unet_params}, *inputs)
     policy = small.unet.apply({"params": small.unet_params, "lora": lora_of}, *inputs)
@@ -341,13 +343,14 @@ def test_the_anchor_is_the_winners_prompt(config, small, adapters, batch, null):
         **settings,
     )
     assert 4 < rows.dropped.sum() < 28
-    prompts = jnp.where(rows.dropped[:, None, None], 0.0, batch["winner_conditioning"])
+    states = batch["winner_conditioning"].prompt_embeds
+    prompts = jnp.where(rows.dropped[:, None, None], 0.0, states)
     lora_of = lora.scaled(adapters, config.lora.alpha, config.lora.rank)
     errors = []
     for x in rows.latents:
         wanted = small.unet.apply({"params": small.unet_params}, x, rows.timesteps, prompts)
         found = small.unet.apply(
-            {"params": small.unet_params, "lora": lora_of}, x, rows.timesteps, rows.conditioning
+            {"params": small.unet_params, "lora": lora_of}, x, rows.timesteps, *rows.conditioning
         )
         errors.append(np.mean(np.square(found - wanted)))
     np.testing.assert_allclose(metrics["winner_anchor"], np.mean(errors), rtol=1e-4)
