@@ -79,7 +79,10 @@ def write_tiny_pipeline(folder: Path, family: str = "sd15") -> Path:
             noise = 0.1 * noise + (path[-1].key == "scale")
         return jnp.asarray(noise, jnp.float32)
 
-    params = jax.tree_util.tree_map_with_path(draw, param_shapes(networks))
+    params = {
+        name: jax.tree_util.tree_map_with_path(draw, shapes)
+        for name, shapes in param_shapes(networks).items()
+    }
     names = [name for encoder, name in TOKENIZERS.items() if encoder in networks]
     tokenizers = [write_letter_tokenizer(folder / name) for name in names]
     pipeline = Pipeline(networks, params, tokenizers, schedule, configs)
