@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from safetydpo_jax.command_line import add_model_arguments
 from safetydpo_jax.errors import run_main
 
 
@@ -26,12 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="a diffusers directory, a hub id, a .safetensors file (original layout), or emoji",
-    )
-    parser.add_argument("--model_config", default="", help="what such a file is; see sample.py")
+    add_model_arguments(parser)
     parser.add_argument("--lora", type=Path, required=True, metavar="FILE", help="what to add")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (1)")
     parser.add_argument("--dtype", default="float16", help="float16, bfloat16 or float32 (float16)")

@@ -18,6 +18,7 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from safetydpo_jax.command_line import add_model_arguments
 from safetydpo_jax.errors import MissingFileError, UserError, run_main
 from safetydpo_jax.huge_pages import use_huge_pages
 
@@ -41,17 +42,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="a diffusers directory, a hub id, a .safetensors file (original layout), or emoji",
-    )
-    parser.add_argument(
-        "--model_config",
-        default="",
-        help="what such a file is, if it does not say: sd15, sd21-base, sd21-768, sdxl, or a "
-        "folder with its configs",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--vae", default="", help="another autoencoder: a folder or a hub id")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(

@@ -1,5 +1,6 @@
-"""The command line of the scripts that take a config: --config NAME, overrides, --workdir DIR."""
+"""The scripts' command lines: a config with overrides and a workdir, or a checkpoint."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,21 @@ from safetydpo_jax.errors import MissingFileError, UserError
 _SHARE = Path(__file__).resolve().with_name("share")
 ROOT = _SHARE if _SHARE.is_dir() else _SHARE.parents[1]
 _PROMPTS = "config.health.prompts"  # a key whose value is not shown
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --model and --model_config, which scripts without a config name a checkpoint by."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a diffusers directory, a hub id, a .safetensors file (original layout), or emoji",
+    )
+    parser.add_argument(
+        "--model_config",
+        default="",
+        help="what such a file is, if it does not say: sd15, sd21-base, sd21-768, sdxl, or a "
+        "folder with its configs",
+    )
 
 
 def read_command_line(argv: list[str], description: str) -> tuple[ConfigDict, Path]:

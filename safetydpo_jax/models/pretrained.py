@@ -41,13 +41,11 @@ def load_pipeline(
       UserError, MissingFileError: a file or key is missing, unknown, damaged or not supported.
     """
     found = open_checkpoint(path, vae=vae, configs=configs)
-    params, sources = (
-        {},
-        {
-            "model_index": [found.folder / "model_index.json"],
-            "scheduler": [found.folder / "scheduler" / "scheduler_config.json"],
-        },
-    )
+    params = {}
+    sources = {
+        "model_index": [found.folder / "model_index.json"],
+        "scheduler": [found.folder / "scheduler" / "scheduler_config.json"],
+    }
     for name, shapes in found.shapes.items():
         weights = found.weights(name)
         sources[name] = [found.folders[name] / "config.json", *weights]

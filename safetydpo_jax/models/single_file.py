@@ -19,7 +19,7 @@ from safetydpo_jax.models.original_layout import (
     original_unet_names,
     original_vae_names,
 )
-from safetydpo_jax.models.state_dict import Part, Table, torch_key
+from safetydpo_jax.models.state_dict import Part, Table, torch_key, whole
 from safetydpo_jax.tensor_file import opened
 
 FAMILIES = ("sd15", "sd21-base", "sd21-768", "sdxl")
@@ -135,13 +135,9 @@ def _of_text(places: Mapping[str, bool], ours: Sequence[str], keys: Set[str]) ->
             theirs, third = open_clip_name(key)
             part = _transposed if theirs == "text_projection" else _third(third)
         else:
-            theirs, part = key if wrapped else key.removeprefix("text_model."), _whole
+            theirs, part = key if wrapped else key.removeprefix("text_model."), whole
         entries.setdefault(prefix + theirs, []).append((key, part))
     return Table(entries, None)  # layers that are not used, as the last of Stable Diffusion 2's
-
-
-def _whole(x: np.ndarray) -> np.ndarray:
-    return x
 
 
 def _transposed(x: np.ndarray) -> np.ndarray:
@@ -150,12 +146,12 @@ def _transposed(x: np.ndarray) -> np.ndarray:
 
 def _third(which: int | None) -> Part:
     if which is None:
-        return _whole
+        return whole
     return lambda x: x[which * (len(x) // 3) : (which + 1) * (len(x) // 3)]
 
 
 def _without_pixels(key: str) -> Part:
     """The autoencoder's attention has 1 x 1 convolutions there, linear layers here."""
     if ".attentions.0.to_" not in key or not key.endswith("weight"):
-        return _whole
+        return whole
     return lambda x: x[:, :, 0, 0] if x.ndim == 4 else x

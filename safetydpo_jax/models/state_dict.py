@@ -58,6 +58,11 @@ class Table(NamedTuple):
     prefix: str | None
 
 
+def whole(x: np.ndarray) -> np.ndarray:
+    """The `Part` that is all of a tensor."""
+    return x
+
+
 def torch_key(path: tuple[str, ...]) -> str:
     """The state-dict key of the parameter at `path`."""
     return ".".join((*path[:-1], _LEAVES[path[-1]]))
@@ -182,9 +187,9 @@ def read_params(
             progress(f"{name}: {share:.0%} read")
             told = time.monotonic()
         if table is None:
-            parts = [(key if key in wanted else _modern_name(key, wanted), _whole)]
+            parts = [(key if key in wanted else _modern_name(key, wanted), whole)]
         else:
-            parts = table.entries.get(key, [(key, _whole)])
+            parts = table.entries.get(key, [(key, whole)])
         if not np.isfinite(tensor).all():
             raise UserError(f"{file}: '{key}' holds NaN or infinity; the checkpoint is damaged")
         for ours, part in parts:
@@ -236,10 +241,6 @@ def load_params(
         value = np.asarray(_from_torch(path[-1], value), jnp.dtype(dtype), order="C")
         params[path] = jax.device_put(value, places.get(path))
     return unflatten_dict(params)
-
-
-def _whole(x: np.ndarray) -> np.ndarray:
-    return x
 
 
 def save_params(params: Mapping[str, Any], file: pathlib.Path, dtype: Any) -> None:
