@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 
 
 class Conditioning(NamedTuple):
@@ -25,11 +25,15 @@ class Conditioning(NamedTuple):
     time_ids: Any = None
 
 
+def per_row(values: Shaped[Any, "b"], dimensions: int) -> Any:
+    """One value a row, as an array of so many dimensions: (b, 1, ...)."""
+    return values.reshape(-1, *[1] * (dimensions - 1))
+
+
 def where(mask: Bool[Any, "b"], given: Conditioning, otherwise: Conditioning) -> Conditioning:
     """Row by row `given` where the mask is set, else `otherwise`; one of them may have no rows."""
 
     def choose(x: Any, y: Any) -> Any:
-        dimensions = max(x.ndim, y.ndim)
-        return jnp.where(mask.reshape(-1, *[1] * (dimensions - 1)), x, y)
+        return jnp.where(per_row(mask, max(x.ndim, y.ndim)), x, y)
 
     return jax.tree.map(choose, given, otherwise)

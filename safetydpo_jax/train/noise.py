@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
-from safetydpo_jax.models.conditioning import Conditioning, where
+from safetydpo_jax.models.conditioning import Conditioning, per_row, where
 
 Moments = Mapping[str, Any]  # "mean" and "logvar" (b, h, w, c) of scaled latents
 
@@ -94,7 +94,7 @@ def noisy_rows(
     if lean is not None:
         share = 2 * uniforms[:, 2] - 1
         conditioning = jax.tree.map(
-            lambda x, way: x + share.reshape(-1, *[1] * (x.ndim - 1)) * way, conditioning, lean
+            lambda x, way: x + per_row(share, x.ndim) * way, conditioning, lean
         )
     return NoisyRows(
         [schedule.add_noise(x0, noise, t) for x0 in x0s],
