@@ -46,7 +46,7 @@ CURVES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {}, {f"anchor-{v:g}": {"loss.winner_anchor": v} for v in (0.0, 8.0, 72.0)}
     ),
     "preservation": (
-        {}, {f"preservation-{v:g}": {"loss.preservation": v} for v in (20.0, 70.0, 600.0)}
+        {}, {f"preservation-{v:g}": {"loss.preservation": v} for v in (20.0, 600.0)}
     ),
     "preserved neighbourhood": (
         {},
@@ -56,12 +56,12 @@ CURVES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "neither": {"loss.preservation_lean": 0.0, "loss.preservation_text_noise": 0.0},
         },
     ),
-    "steps": ({}, {f"steps-{v}": {"steps": v} for v in (125, 250, 1000)}),
-    "rank": ({}, {f"rank-{v}": {"lora.rank": v} for v in (2, 4, 8)}),
+    "steps": ({}, {f"steps-{v}": {"steps": v} for v in (250, 1000)}),
+    "rank": ({}, {f"rank-{v}": {"lora.rank": v} for v in (2, 8)}),
     "learning rate": (
-        {}, {f"lr-{v:g}": {"optimizer.learning_rate": v} for v in (1e-3, 3e-3, 2e-2)}
+        {}, {f"lr-{v:g}": {"optimizer.learning_rate": v} for v in (1e-3, 2e-2)}
     ),
-    "least timestep": ({}, {f"t-min-{v}": {"loss.t_min": v} for v in (200, 400)}),
+    "least timestep": ({}, {f"t-min-{v}": {"loss.t_min": v} for v in (200,)}),
     "rows": ({}, {f"rows-{v}": {"rows": v} for v in ("both", "safe_prompt")}),
     "preference": (
         {}, {f"{v}": {"loss.preference": v} for v in ("ipo", "hinge", "winner_preserving")}
