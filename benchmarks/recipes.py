@@ -191,6 +191,7 @@ def run_point(name: str, runs: Path) -> None:
     from safetydpo_jax.train import loop
 
     began, workdir = time.monotonic(), runs / name
+    RESULTS.mkdir(parents=True, exist_ok=True)  # now: a path that cannot be fails before the work
     config = importlib.import_module(f"configs.{CATEGORY}").get_config()
     config.update_from_flattened_dict(POINTS[name])
     # The last step counts, whatever came before it.
