@@ -92,8 +92,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.batch_size = 8  # rows of pairs in one forward pass, over all devices
     config.accumulation = 1  # forward passes to one update
     config.preserve_batch_size = 24  # preserve rows in one forward pass, if loss.preservation > 0
-    # Keep less for the gradient and compute it again: a third more work, much less memory (on a CPU
-    # XLA undoes it).
+    # Keep less for the gradient and compute it again: up to a third more work, much less memory.
     config.remat = False
     # Of products in the training step: "float32", or "bfloat16" operands with float32 sums.
     config.matmul_precision = config_dict.placeholder(str)
@@ -207,8 +206,8 @@ def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
     # Only the embedded world has a judge; see config.health.prompts.
     config.report.enabled = False
     config.health.every = 0
+    config.remat = True
     if config.base == "sdxl":
-        config.remat = True
         config.optimizer.name = "adafactor"
         config.optimizer.learning_rate = 1e-5
         config.optimizer.warmup_steps = 0

@@ -1,23 +1,175 @@
-"""The one entry to attention; a platform's faster kernel belongs here and nowhere else."""
+"""The one entry to attention: the kernel that a platform does best, and its own for the rest."""
+
+import functools
+import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from safetydpo_jax.models.layers import Dense, LayerNorm
 
+LONG = 1024  # tokens from which on a platform's kernel is asked; below it logits are small
+TILES = (512, 256, 128)  # of the TPU kernel, in tokens; one of them must divide their number
+LANES = 128  # of a TPU: heads wider than this are filled up to a multiple
+LOGITS = 2**26  # bytes of logits that the plain form has at a time (in up to three copies)
 
-def dot_product_attention(
-    q: Float[Array, "b t h d"],
-    k: Float[Array, "b s h d"],
-    v: Float[Array, "b s h d"],
-    *,
-    causal: bool = False,
-) -> Float[Array, "b t h d"]:
-    """softmax(q k^T / sqrt(d)) v, with float32 logits and softmax."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+Queries = Float[Array, "b t h d"]
+Keys = Float[Array, "b s h d"]  # and values
+Heads = Float[Array, "b _ h d"]  # either
+
+
+def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False) -> Queries:
+    """softmax(q k^T / sqrt(d)) v, with float32 logits and softmax.
+
+    From `LONG` tokens on by Pallas's flash attention on a TPU, each device for its own part of the
+    batch under the mesh of `jax.set_mesh`, and by cuDNN's on a GPU in half precision. All else is
+    the plain form, which takes the heads in turn where their logits are many.
+
+    Args:
+      q: queries (b, t, h, d).
+      k: keys (b, s, h, d).
+      v: values (b, s, h, d).
+      causal: a token attends to none after it (text encoders).
+    """
+    if causal:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    kernels: dict[str, Callable[..., Queries]] = {}
+    if min(q.shape[1], k.shape[1]) >= LONG:
+        if q.shape[1] % TILES[-1] == k.shape[1] % TILES[-1] == 0:
+            kernels["tpu"] = _flash
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        # Asked for where there is no GPU, even as the branch not taken, it raises.
+        if jax.default_backend() == "gpu" and half and q.shape[-1] in range(8, 129, 8):
+            kernels["cuda"] = functools.partial(
+                jax.nn.dot_product_attention, implementation="cudnn"
+            )
+    return (
+        jax.lax.platform_dependent(q, k, v, default=_plain, **kernels)
+        if kernels
+        else _plain(q, k, v)
+    )
+
+
+def _flash(q: Queries, k: Keys, v: Keys) -> Queries:
+    """The TPU kernel. The compiler cannot split it, so over a mesh it is told how."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _flash_local(q, k, v)
+    split = PartitionSpec("data") if q.shape[0] % mesh.shape["data"] == 0 else PartitionSpec()
+    return jax.shard_map(
+        _flash_local, in_specs=(split, split, split), out_specs=split, check_vma=False
+    )(q, k, v)
+
+
+def _flash_local(q: Queries, k: Keys, v: Keys) -> Queries:
+    """One device's part of it; heads of 40, 64 and 80 fill up the lanes within the kernel."""
+    # Here, as it takes 0.8 s, and few have a TPU.
+    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
+
+    width = q.shape[-1]
+    fill = -width % LANES if width > LANES else 0
+    tile_q, tile_k = (next(n for n in TILES if x.shape[1] % n == 0) for x in (q, k))
+    tiles = BlockSizes(
+        block_b=1,
+        block_q=tile_q,
+        block_k_major=tile_k,
+        block_k=tile_k,
+        block_q_major_dkv=tile_q,
+        block_k_major_dkv=tile_k,
+        block_k_dkv=tile_k,
+        block_q_dkv=tile_q,
+        block_k_major_dq=tile_k,
+        block_k_dq=tile_k,
+        block_q_dq=tile_q,
+    )
+    filled = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, 0), (0, fill))) for x in (q, k, v))
+    y = flash_attention(*filled, sm_scale=width**-0.5, block_sizes=tiles)
+    return y[..., :width].swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def _plain(q: Queries, k: Keys, v: Keys) -> Queries:
+    """By XLA; the gradient, as in flash attention, computes the probabilities again."""
+    return _in_parts(lambda *qkv: (_attend(*qkv),), q, k, v)[0]
+
+
+def _plain_forward(q: Queries, k: Keys, v: Keys) -> tuple[Queries, tuple[Heads, ...]]:
+    y = _plain(q, k, v)
+    return y, (q, k, v, y)
+
+
+def _plain_backward(kept: tuple[Heads, ...], dy: Queries) -> tuple[Heads, ...]:
+    return _in_parts(_gradients, *kept, dy)
+
+
+_plain.defvjp(_plain_forward, _plain_backward)
+
+
+def _in_parts(f: Callable[..., tuple[Array, ...]], *arrays: Heads) -> tuple[Heads, ...]:
+    """f, whose first arguments are q and k, over so many heads at a time that LOGITS holds them."""
+    q, k, *_ = arrays
+    rows, heads = q.shape[0], q.shape[2]
+    size = 4 * rows * heads * q.shape[1] * k.shape[1]
+    by_head = _parts(heads, size)
+    by_row = _parts(rows, size // by_head)  # rows may be spread over devices, so they come last
+
+    def split(x: Heads) -> Float[Array, "n r g _ d"]:
+        x = x.reshape(by_row, rows // by_row, x.shape[1], by_head, heads // by_head, x.shape[3])
+        x = x.transpose(0, 3, 1, 4, 2, 5)
+        return x.reshape(by_row * by_head, *x.shape[2:])
+
+    def join(x: Float[Array, "n r g _ d"]) -> Heads:
+        x = x.reshape(by_row, by_head, *x.shape[1:]).transpose(0, 2, 4, 1, 3, 5)
+        return x.reshape(rows, x.shape[2], heads, x.shape[5])
+
+    parts = tuple(split(x) for x in arrays)
+    if by_head * by_row == 1:
+        return tuple(join(y[None]) for y in f(*(x[0] for x in parts)))
+    return tuple(join(y) for y in jax.lax.map(lambda part: f(*part), parts))
+
+
+def _parts(count: int, size: int) -> int:
+    """Into how many parts to split `count` things of `size` bytes for one to fit into LOGITS."""
+    fitting = (n for n in range(1, count) if count % n == 0 and size <= n * LOGITS)
+    return next(fitting, count)
+
+
+def _probabilities(
+    q: Float[Array, "r h t d"], k: Float[Array, "r h s d"]
+) -> Float[Array, "r h t s"]:
+    logits = jnp.einsum("rhtd,rhsd->rhts", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(logits / math.sqrt(q.shape[-1]), -1)
+
+
+def _attend(
+    q: Float[Array, "r h t d"], k: Float[Array, "r h s d"], v: Float[Array, "r h s d"]
+) -> Float[Array, "r h t d"]:
+    return jnp.einsum("rhts,rhsd->rhtd", _probabilities(q, k).astype(v.dtype), v)
+
+
+def _gradients(
+    q: Float[Array, "r h t d"],
+    k: Float[Array, "r h s d"],
+    v: Float[Array, "r h s d"],
+    y: Float[Array, "r h t d"],
+    dy: Float[Array, "r h t d"],
+) -> tuple[Array, Array, Array]:
+    """Of `_attend`, whose result was y: with respect to q, k and v."""
+    p = _probabilities(q, k)
+    dp = jnp.einsum("rhtd,rhsd->rhts", dy, v, preferred_element_type=jnp.float32)
+    # sum_s p dp = y dy: what softmax takes off, since its rows sum to one.
+    mean = jnp.sum(y.astype(jnp.float32) * dy, -1, keepdims=True)
+    dlogits = (p * (dp - mean) / math.sqrt(q.shape[-1])).astype(q.dtype)
+    return (
+        jnp.einsum("rhts,rhsd->rhtd", dlogits, k),
+        jnp.einsum("rhts,rhtd->rhsd", dlogits, q),
+        jnp.einsum("rhts,rhtd->rhsd", p.astype(dy.dtype), dy),
+    )
 
 
 class Attention(nn.Module):

@@ -61,7 +61,8 @@ def run(
     config = resolve(config)
     workdir = pathlib.Path(workdir)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    with lock_workdir(workdir):
+    # The mesh in context is the one over which attention spreads a kernel of its own.
+    with jax.set_mesh(mesh), lock_workdir(workdir):
         devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
         progress(f"{config.category}, recipe {config.recipe}, {workdir}, {devices}")
 

@@ -29,6 +29,8 @@ from safetydpo_jax.train.state import TrainState, learning_rate, make_optimizer
 Batch = Mapping[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 Parts = dict[str, Float[Array, ""]]
+# XLA's CPU backend drops the barriers that keep recomputed work apart, and merges it again.
+KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 LossFn = Callable[[Adapters, Any, Batch, Conditioning], tuple[Parts, Metrics]]
 
 
@@ -158,7 +160,8 @@ def make_train_step(
       unet: called as `unet.apply({"params", "lora"?}, latents, timesteps, *conditioning)`.
       schedule: the base model's noise schedule.
       config: from `settings.resolve`.
-      mesh: from `sharding.make_mesh`; the batch is split over its "data" axis.
+      mesh: from `sharding.make_mesh`; the batch is split over its "data" axis. On several TPUs the
+        step must be called within `jax.set_mesh(mesh)`; see `models.attention`.
 
     Returns:
       A jitted `step(state, base_params, batch, null) -> (state, metrics)`, which donates `state`.
@@ -229,6 +232,7 @@ def make_train_step(
         in_shardings=(whole, None, split, whole),
         out_shardings=(whole, whole),
         donate_argnums=0,
+        compiler_options=KEEP_BARRIERS if mesh.devices.flat[0].platform == "cpu" else None,
     )
 
 

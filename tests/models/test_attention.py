@@ -1,0 +1,113 @@
+"""Every kernel behind the one entry gives the same answers and gradients, in bounded memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from safetydpo_jax import sharding
+from safetydpo_jax.models import attention
+
+
+def qkv(rows, tokens, heads, width, context=None, dtype=jnp.float32):
+    shapes = [(rows, n, heads, width) for n in (tokens, context or tokens, context or tokens)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True)]
+
+
+def answer_and_gradients(f, q, k, v):
+    weights = jax.random.normal(jax.random.key(1), q.shape)
+    y, pull_back = jax.vjp(f, q, k, v)
+    return y, *pull_back(weights.astype(y.dtype))
+
+
+def agree(got, wanted, tolerance):
+    for x, y in zip(got, wanted, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(
+            np.asarray(x, np.float32), np.asarray(y, np.float32), atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6, 12])
+@pytest.mark.parametrize("context", [None, 7])
+def test_the_plain_form(parts, context, monkeypatch):
+    """Whole, by three heads, by a head, and by a head of two of four rows."""
+    tokens = 16 + parts  # JAX keeps traces by shape, not by LOGITS
+    q, k, v = qkv(4, tokens, 6, 8, context)
+    monkeypatch.setattr(attention, "LOGITS", 4 * 4 * 6 * tokens * k.shape[1] // parts)
+    got = answer_and_gradients(attention.dot_product_attention, q, k, v)
+    agree(got, answer_and_gradients(jax.nn.dot_product_attention, q, k, v), 1e-5)
+    program = str(jax.make_jaxpr(attention.dot_product_attention)(q, k, v))
+    assert (f"length={parts}\n" in program) == (parts > 1)
+
+
+def test_half_precision():
+    """Operands are bfloat16, logits and softmax float32: an error of roundings, not of logits."""
+    exact = qkv(2, 32, 2, 8)
+    exact[0] = 20 * exact[0]  # bfloat16 logits would be off by 0.2
+    exact = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in exact]
+    rounded = [x.astype(jnp.bfloat16) for x in exact]
+    got = attention.dot_product_attention(*rounded)
+    assert got.dtype == jnp.bfloat16
+    wanted = jax.nn.dot_product_attention(*exact)
+    np.testing.assert_allclose(np.asarray(got, np.float32), wanted, atol=0.03)
+
+
+def test_nothing_larger_than_the_bound_is_made():
+    """Of Stable Diffusion's largest self-attention, two rows at 512 pixels: 1.07 GB of logits."""
+    q, k, v = qkv(2, 4096, 8, 40)
+
+    def largest(jaxpr):
+        top = 0
+        for equation in jaxpr.eqns:
+            for variable in equation.outvars:
+                top = max(top, variable.aval.size * variable.aval.dtype.itemsize)
+            for value in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+            ):
+                if hasattr(value, "jaxpr"):
+                    top = max(top, largest(value.jaxpr))
+        return top
+
+    gradient = jax.grad(lambda q: attention._plain(q, k, v).sum())
+    assert largest(jax.make_jaxpr(gradient)(q).jaxpr) == attention.LOGITS
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(256, 40), (128, 160)])
+def test_the_tpu_kernel(tokens, width):
+    """Emulated; a width below a TPU's 128 lanes and one above."""
+    q, k, v = qkv(1, tokens, 2, width)
+    with pltpu.force_tpu_interpret_mode():
+        got = answer_and_gradients(attention._flash, q, k, v)
+    agree(got, answer_and_gradients(jax.nn.dot_product_attention, q, k, v), 1e-4)
+
+
+@pytest.mark.parametrize(("rows", "split"), [(4, True), (3, False)])
+def test_the_tpu_kernel_on_a_mesh(rows, split):
+    """Each device has its rows, or all of them where they do not divide."""
+    q, k, v = qkv(rows, 128, 1, 8)
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
+        placed = jax.device_put(
+            [q, k, v], sharding.batch_sharding(mesh) if split else sharding.replicated(mesh)
+        )
+        got = jax.jit(attention._flash)(*placed)
+    agree([got], [jax.nn.dot_product_attention(q, k, v)], 1e-4)
+    assert got.sharding.is_fully_replicated != split
+
+
+@pytest.mark.parametrize(("tokens", "context", "kernel"), [
+    (1024, None, True),
+    (9216, None, True),  # 768 pixels
+    (4096, 77, False),  # a prompt
+    (256, None, False),
+    (1064, None, False),  # no tile divides them
+])  # fmt: skip
+def test_who_gets_the_tpu_kernel(tokens, context, kernel):
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv(1, tokens, 1, 40, context)]
+    traced = jax.jit(attention.dot_product_attention).trace(*arrays)
+    lowered = {x: traced.lower(lowering_platforms=(x,)).as_text() for x in ("tpu", "cpu")}
+    assert ("tpu_custom_call" in lowered["tpu"]) == kernel
+    assert "tpu_custom_call" not in lowered["cpu"]
