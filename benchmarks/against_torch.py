@@ -1,0 +1,228 @@
+"""Our forward pass and DPO step against PyTorch's, side by side on this machine.
+
+    python benchmarks/true_size.py --models sd15 --folder runs/true_size   # writes the checkpoint
+    python benchmarks/against_torch.py --checkpoint runs/true_size/sd15
+    python benchmarks/against_torch.py --checkpoint runs/true_size/sd15 --pixels 512 --remat
+
+Each contender is a process of its own that has loaded the same weights, float32, and they take
+turns, so that whatever else the machine does befalls all of them:
+
+    ours       the training step of the recipe `paper`, from cached latents and text states
+    diffusers  the same work in PyTorch: one UNet with a LoRA of peft, which is switched off for the
+               reference; latents and text states given
+    official   what the published training script does in its step: a policy and a reference UNet,
+               the autoencoder's encoder on both pictures, and the text encoder
+
+"forward" is one UNet pass over the pair's two rows without a gradient. Writes
+benchmarks/results/against_torch_PIXELS.json; `--contenders` chooses among the three.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks and configs
+
+from safetydpo_jax.errors import run_main
+from safetydpo_jax.huge_pages import use_huge_pages
+from safetydpo_jax.storage import write_file
+
+ROOT = Path(__file__).resolve().parents[1]
+RANK, BETA, LEARNING_RATE = 4, 5000.0, 1e-5
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def main() -> None:
+    """Lets the contenders take turns, and writes medians and ratios."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--remat", action="store_true", help="config.remat in our step")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name in args.contenders:
+        pipes[name], theirs = context.Pipe()
+        what = (name, args.checkpoint, args.pixels, args.remat, theirs)
+        context.Process(target=contend, args=what, daemon=True).start()
+        print(f"{name}: {pipes[name].recv()}", flush=True)
+    seconds: dict[str, dict[str, list[float]]] = {work: {} for work in ("forward", "step")}
+    for turn in range(args.rounds + 1):
+        for work, times in seconds.items():
+            for name, pipe in pipes.items():
+                pipe.send(work)
+                took = pipe.recv()
+                if turn:  # the first compiles
+                    times.setdefault(name, []).append(took)
+                print(f"{turn}/{args.rounds} {work} {name}: {took:.2f} s", flush=True)
+    peaks = {}
+    for name, pipe in pipes.items():
+        pipe.send("peak")
+        peaks[name] = pipe.recv()
+    medians = {w: {n: statistics.median(x) for n, x in of.items()} for w, of in seconds.items()}
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "pixels": args.pixels,
+        "pairs": 1,
+        "remat": args.remat,
+        "median_seconds": {w: {n: round(x, 3) for n, x in of.items()} for w, of in medians.items()},
+        "times_ours": {
+            w: {n: round(x / of["ours"], 2) for n, x in of.items() if n != "ours"}
+            for w, of in medians.items()
+            if "ours" in of
+        },
+        "peak_resident_mb": peaks,
+    }
+    path = ROOT / "benchmarks" / "results" / f"against_torch_{args.pixels}.json"
+    write_file(path, (json.dumps(result, indent=1) + "\n").encode())
+    print(json.dumps(result, indent=1))
+    print(f"written: {path}")
+
+
+def contend(name: str, checkpoint: Path, pixels: int, remat: bool, pipe: Any) -> None:
+    """A contender's process: does the work it is told to, and answers with the seconds."""
+    from benchmarks.true_size import Memory
+
+    with Memory() as memory:
+        works = CONTENDERS[name](checkpoint, pixels, remat)
+        pipe.send("loaded")
+        while (work := pipe.recv()) != "peak":
+            started = time.perf_counter()
+            works[work]()
+            pipe.send(time.perf_counter() - started)
+    pipe.send(memory.resident)
+
+
+Works = dict[str, Callable[[], None]]
+
+
+def ours(checkpoint: Path, pixels: int, remat: bool) -> Works:
+    """JAX, as `launch/train.py` runs it."""
+    import jax
+
+    from benchmarks.dpo_step import random_batch
+    from configs import common
+    from safetydpo_jax import lora, sharding
+    from safetydpo_jax.models.pretrained import load_pipeline
+    from safetydpo_jax.train.settings import resolve
+    from safetydpo_jax.train.state import TrainState, make_optimizer
+    from safetydpo_jax.train.step import make_train_step
+
+    pipe = load_pipeline(checkpoint)
+    unet, side = pipe.unet.clone(remat=remat), pixels // 8
+    config = common.get_config("hate")
+    config.recipe, config.batch_size, config.preserve_batch_size = "paper", 1, 0
+    config.lora.rank, config.optimizer.learning_rate = RANK, LEARNING_RATE
+    config = resolve(config)
+    adapters = lora.init_adapters(
+        jax.random.key(0), pipe.unet_params, rank=RANK, targets=config.lora.targets
+    )
+    null = jax.tree.map(lambda x: x[0], pipe.encode_negative([""]))
+    batch = random_batch(config, (side, side, 4), null)
+    step = make_train_step(unet, pipe.schedule, config, sharding.make_mesh())
+    state = [TrainState.create(adapters, make_optimizer(config))]
+    apply = jax.jit(unet.apply)
+    latents = np.concatenate([batch["winner"]["mean"], batch["loser"]["mean"]])
+    told = jax.tree.map(lambda x: np.concatenate([x, x]), batch["conditioning"])
+    del pipe.params["vae"]  # what the cache has done is not needed in training
+
+    def forward() -> None:
+        variables = {"params": pipe.unet_params}
+        jax.block_until_ready(apply(variables, latents, np.full(2, 500), *told))
+
+    def train() -> None:
+        state[0], metrics = step(state[0], pipe.unet_params, batch, null)
+        jax.block_until_ready(metrics)
+
+    return {"forward": forward, "step": train}
+
+
+def diffusers_and_peft(checkpoint: Path, pixels: int, remat: bool) -> Works:
+    """PyTorch, with as little work in the step as ours has."""
+    return _torch(checkpoint, pixels, official=False)
+
+
+def official(checkpoint: Path, pixels: int, remat: bool) -> Works:
+    """PyTorch, with the work that the published script has in its step."""
+    return _torch(checkpoint, pixels, official=True)
+
+
+def _torch(checkpoint: Path, pixels: int, official: bool) -> Works:
+    import diffusers
+    import peft
+    import torch
+    import transformers
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
+    unet.requires_grad_(False)
+    reference = None
+    if official:
+        reference = diffusers.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
+        reference.requires_grad_(False)
+        vae = diffusers.AutoencoderKL.from_pretrained(checkpoint, subfolder="vae")
+        text = transformers.CLIPTextModel.from_pretrained(checkpoint, subfolder="text_encoder")
+        vae.requires_grad_(False)
+        text.requires_grad_(False)
+    scheduler = diffusers.DDPMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
+    settings = peft.LoraConfig(
+        r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=LAYERS
+    )
+    unet.add_adapter(settings)
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+    torch.manual_seed(0)
+    side = pixels // 8
+    pictures, latents = torch.rand(2, 3, pixels, pixels) * 2 - 1, torch.randn(2, 4, side, side)
+    ids, states = torch.randint(0, 49000, (1, 77)), torch.randn(1, 77, 768)
+
+    def forward() -> None:
+        with torch.no_grad():
+            unet(latents, 500, states.repeat(2, 1, 1))
+
+    def step() -> None:
+        clean, prompt = latents, states
+        if official:
+            with torch.no_grad():
+                clean = vae.encode(pictures).latent_dist.sample() * vae.config.scaling_factor
+                prompt = text(ids).last_hidden_state
+        timesteps = torch.randint(0, 1000, (1,)).repeat(2)
+        noise = torch.randn(1, *clean.shape[1:]).repeat(2, 1, 1, 1)
+        noisy, prompts = scheduler.add_noise(clean, noise, timesteps), prompt.repeat(2, 1, 1)
+        policy = (unet(noisy, timesteps, prompts).sample - noise).square().mean((1, 2, 3))
+        with torch.no_grad():
+            if reference is None:
+                unet.disable_adapters()
+                base = unet(noisy, timesteps, prompts).sample
+                unet.enable_adapters()
+            else:
+                base = reference(noisy, timesteps, prompts).sample
+            base = (base - noise).square().mean((1, 2, 3))
+        margin = -0.5 * BETA * ((policy[0] - base[0]) - (policy[1] - base[1]))
+        loss = -torch.nn.functional.logsigmoid(margin)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"forward": forward, "step": step}
+
+
+CONTENDERS = {"ours": ours, "diffusers": diffusers_and_peft, "official": official}
+
+if __name__ == "__main__":
+    use_huge_pages()
+    run_main(main)
