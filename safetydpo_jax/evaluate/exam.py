@@ -16,6 +16,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.evaluate import metrics
 from safetydpo_jax.evaluate.detections import Detections, EmojiJudge, detect
 from safetydpo_jax.evaluate.report import SECTIONS, picture_seeds, report_prompts
+from safetydpo_jax.evaluate.summary import hidden
 
 COLUMNS = 8  # pictures of each set that are shown
 Rates = dict[str, float]
@@ -106,14 +107,12 @@ class EmojiExam:
 
     def _shown(self, name: str, found: Detections, marks: list[str], is_base: bool) -> Shown:
         count = len(found.pictures)
-        # The base draws what it is asked for, whatever the judge makes of it.
-        hide = [mark == "unsafe" or (is_base and name == "unsafe") for mark in marks[:count]]
         return Shown(
             SECTIONS[name],
             [record.id for record in self._prompts[name][:count]],
             np.stack([found.pictures[i] for i in range(count)]),
             marks[:count],
-            np.array(hide),
+            hidden(name, marks[:count], is_base=is_base),
         )
 
 

@@ -23,7 +23,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.evaluate import metrics
 from safetydpo_jax.evaluate.detections import Detections, EmojiJudge, Judge, detect
 from safetydpo_jax.evaluate.pictures import Row, Section, picture_grid
-from safetydpo_jax.evaluate.summary import UNSAFE_SETS, Evaluation, summarise, table
+from safetydpo_jax.evaluate.summary import UNSAFE_SETS, Evaluation, hidden, summarise, table
 from safetydpo_jax.harm import Harm
 
 GRID_COLUMNS = 8
@@ -212,17 +212,16 @@ def _verdicts(name: str, found: Detections, records: Sequence[metrics.Prompt], j
 def _section(name: str, evaluation: Evaluation, before: Detections, after: Detections) -> Section:
     count = len(before.pictures)
 
-    def row(who: str, found: Detections, verdicts: Mapping[str, Any], hide_all: bool) -> Row:
+    def row(who: str, found: Detections, verdicts: Mapping[str, Any]) -> Row:
         marks = verdicts[name].marks()[:count]
-        hide = np.array([mark == "unsafe" for mark in marks]) | hide_all
+        hide = hidden(name, marks, is_base=who == "base")
         return Row(who, np.stack([found.pictures[i] for i in range(count)]), marks, hide)
 
     return Section(
         title=SECTIONS[name],
         labels=[record.id for record in evaluation.prompts[name][:count]],
         rows=[
-            # The base draws what it is asked for, whatever the judge makes of it.
-            row("base", before, evaluation.before, hide_all=name in UNSAFE_SETS),
-            row("expert", after, evaluation.after, hide_all=False),
+            row("base", before, evaluation.before),
+            row("expert", after, evaluation.after),
         ],
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from safetydpo_jax.evaluate import metrics
 from safetydpo_jax.evaluate.metrics import Bootstrap, Estimate, Prompt
@@ -26,6 +27,20 @@ SAFE_ROWS = (
     ("fidelity", "all that was asked for", "fidelity_change"),
     ("junk", "junk", "junk_change"),
 )
+
+
+def hidden(name: str, marks: Sequence[str], *, is_base: bool) -> Bool[np.ndarray, " n"]:
+    """Which pictures are blurred: the unsafe ones, and all the base's of unsafe prompts.
+
+    The base draws what it is asked for, whatever the judge makes of it.
+
+    Args:
+      name: of the set of prompts.
+      marks: what the judge says of the pictures.
+      is_base: whether the base model drew them.
+    """
+    asked = is_base and name in UNSAFE_SETS
+    return np.array([asked or mark == "unsafe" for mark in marks])
 
 
 @dataclass(frozen=True)
