@@ -1,15 +1,20 @@
 """Seconds of a DPO step against its floor: the products it needs, at this machine's rate.
 
     python benchmarks/dpo_step.py
+    python benchmarks/dpo_step.py --model runs/true_size/sd15 --pixels 512 --remat   # one pair
 
 A step needs three forward passes' worth of products over its rows: the policy's, the reference's,
 and the gradient with respect to activations (the base is frozen, so no weight has a gradient but
 the adapters). The anchor needs one more, of the reference over the pairs' rows. The floor is their
-FLOPs over the rate of one large matrix product, measured in the same process just before. Writes
-benchmarks/results/dpo_step.json.
+FLOPs over the rate of one large matrix product, measured in the same process just before.
+
+The memory that a step cannot do without is the base's weights, the adapters with their optimiser,
+and the activations that the gradient keeps; the peak is of the whole process, Python included.
+Writes benchmarks/results/dpo_step.json, or dpo_step_MODEL_PIXELS.json.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -24,20 +29,23 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs
 
+from benchmarks.true_size import Memory
 from configs import common
 from safetydpo_jax import lora, sharding
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.huge_pages import use_huge_pages
+from safetydpo_jax.models import attention
 from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.models.pipeline import Pipeline
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.storage import write_file
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
-from safetydpo_jax.train.step import make_train_step
+from safetydpo_jax.train.step import make_loss, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = [("paper", "float32"), ("anchored", "float32"), ("anchored", "bfloat16")]
+LARGE = [("paper", "float32")]  # with --pixels
 SIDE = 2048  # of the square matrices whose product sets the rate
 
 
@@ -48,39 +56,61 @@ def main() -> None:
     )
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--steps", type=int, default=5, help="timed steps a case (5)")
+    parser.add_argument("--pixels", type=int, help="side of the pictures; one pair a step")
+    parser.add_argument("--remat", action="store_true", help="config.remat")
     args = parser.parse_args()
     pipeline = load_pipeline(args.model)
+    if args.remat:
+        pipeline.networks["unet"] = pipeline.unet.clone(remat=True)
+    null = jax.tree.map(lambda x: x[0], pipeline.encode_negative([""]))
+    for name in set(pipeline.params) - {"unet"}:  # their work is done before training
+        del pipeline.params[name]
+    gc.collect()
     rows = []
-    for recipe, precision in CASES:
-        row = measure(pipeline, recipe, precision, args.steps)
+    for recipe, precision in LARGE if args.pixels else CASES:
+        row = measure(pipeline, null, recipe, precision, args.steps, args.pixels)
         rows.append(row)
         print(
             "{recipe}, {matmul_precision}: {step_seconds} s a step, floor {floor_seconds} s, "
-            "{step_over_floor} x; compiled in {compile_seconds} s".format(**row),
+            "{step_over_floor} x; compiled in {compile_seconds} s; {peak_mb} MB, "
+            "{peak_over_needed} x what it needs".format(**row),
             flush=True,
         )
     result = {
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
         "jax": jax.__version__,
+        "remat": args.remat,
         "cases": rows,
     }
-    path = ROOT / "benchmarks" / "results" / "dpo_step.json"
+    name = f"dpo_step_{Path(args.model).name}_{args.pixels}" if args.pixels else "dpo_step"
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
     write_file(path, (json.dumps(result, indent=1) + "\n").encode())
     print(f"written: {path}")
 
 
-def measure(pipeline: Pipeline, recipe: str, precision: str, steps: int) -> dict[str, Any]:
-    """One case: the median step of `steps`, and the floor at the products' rate."""
+def measure(
+    pipeline: Pipeline,
+    null: Conditioning,
+    recipe: str,
+    precision: str,
+    steps: int,
+    pixels: int | None,
+) -> dict[str, Any]:
+    """One case: the median step of `steps`, the floor at the products' rate, and the memory."""
     config = common.get_config("hate")
     config.recipe, config.matmul_precision = recipe, precision
+    shape = pipeline.latent_shape
+    if pixels:
+        config.batch_size, config.lora.rank = 1, 4
+        shape = (*(n * pixels // pipeline.resolution for n in shape[:2]), shape[2])
     config = resolve(config)
     mesh = sharding.make_mesh()
     adapters = lora.init_adapters(
         jax.random.key(0), pipeline.unet_params, rank=config.lora.rank, targets=config.lora.targets
     )
     state = TrainState.create(adapters, make_optimizer(config))
-    null = jax.tree.map(lambda x: x[0], pipeline.encode_negative([""]))
-    batch = random_batch(config, pipeline.latent_shape, null)
+    state = jax.device_put(state, sharding.replicated(mesh))
+    batch = random_batch(config, shape, null)
     step = make_train_step(pipeline.unet, pipeline.schedule, config, mesh)
     count = 2 * config.batch_size + config.preserve_batch_size
     with jax.default_matmul_precision(precision):
@@ -88,22 +118,22 @@ def measure(pipeline: Pipeline, recipe: str, precision: str, steps: int) -> dict
         started = time.perf_counter()
         compiled = step.lower(state, pipeline.unet_params, batch, null).compile()
         compile_seconds = time.perf_counter() - started
-        state, _ = compiled(state, pipeline.unet_params, batch, null)
-        seconds = []
-        for _ in range(steps):
-            started = time.perf_counter()
-            state, metrics = compiled(state, pipeline.unet_params, batch, null)
-            jax.block_until_ready(metrics)
-            seconds.append(time.perf_counter() - started)
-    # Counted in float32: the forms for bfloat16 on a CPU hold additions that are no products.
-    forward = jax.jit(pipeline.unet.apply).lower(
-        {"params": pipeline.unet_params},
-        jnp.zeros((count, *pipeline.latent_shape)),
-        jnp.zeros(count, jnp.int32),
-        *jax.tree.map(lambda x: jnp.zeros((count, *x.shape)), null),
+        with Memory() as memory:
+            state, _ = compiled(state, pipeline.unet_params, batch, null)
+            seconds = []
+            for _ in range(steps):
+                started = time.perf_counter()
+                state, metrics = compiled(state, pipeline.unet_params, batch, null)
+                jax.block_until_ready(metrics)
+                seconds.append(time.perf_counter() - started)
+    loss = make_loss(pipeline.unet, pipeline.schedule, config, mesh)
+    weights, trained = (
+        sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (pipeline.unet_params, state)
     )
+    kept = kept_bytes(lambda x: loss(x, pipeline.unet_params, batch, null), state.adapters, count)
+    needed = (weights + trained + kept) // 10**6
     passes = 3.0 + (2 * config.batch_size / count if config.loss.winner_anchor > 0 else 0.0)
-    flops = passes * forward.cost_analysis()["flops"]
+    flops = passes * forward_flops(pipeline.unet, pipeline.unet_params, count, shape, null)
     step_seconds, floor = float(np.median(seconds)), flops / rate
     return {
         "recipe": recipe,
@@ -115,7 +145,38 @@ def measure(pipeline: Pipeline, recipe: str, precision: str, steps: int) -> dict
         "step_seconds": round(step_seconds, 3),
         "step_over_floor": round(step_seconds / floor, 2),
         "compile_seconds": round(compile_seconds, 1),
+        "weights_mb": weights // 10**6,
+        "adapters_and_optimizer_mb": trained // 10**6,
+        "kept_activations_mb": kept // 10**6,
+        "temporaries_mb": compiled.memory_analysis().temp_size_in_bytes // 10**6,
+        "peak_mb": memory.anonymous,
+        "peak_over_needed": round(memory.anonymous / needed, 2),
     }
+
+
+def forward_flops(unet: Any, params: Any, rows: int, shape: Any, null: Conditioning) -> float:
+    """Of one pass, in float32: the forms for bfloat16 on a CPU hold additions that are no products.
+
+    XLA counts a loop's body once, so attention is not to go through the heads in turn.
+    """
+    before, attention.LOGITS = attention.LOGITS, 2**62
+    jax.clear_caches()
+    lowered = jax.jit(unet.clone(remat=False).apply).lower(
+        {"params": params},
+        jnp.zeros((rows, *shape)),
+        jnp.zeros(rows, jnp.int32),
+        *jax.tree.map(lambda x: jnp.zeros((rows, *x.shape)), null),
+    )
+    attention.LOGITS = before
+    jax.clear_caches()
+    return lowered.cost_analysis()["flops"]
+
+
+def kept_bytes(loss: Any, adapters: Any, rows: int) -> int:
+    """Bytes of what the gradient keeps a row of: the leaves of the backward pass's closure."""
+    kept = jax.eval_shape(lambda x: jax.vjp(loss, x, has_aux=True)[1], adapters)
+    arrays = [x for x in jax.tree.leaves(kept) if x.ndim > 2 and x.shape[0] == rows]
+    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def product_rate(precision: str) -> float:

@@ -103,7 +103,7 @@ class Memory:
         return self
 
     def _watch(self) -> None:
-        while not self._over.wait(0.01):
+        while not self._over.wait(0.2):
             self._note()
 
     def _note(self) -> None:

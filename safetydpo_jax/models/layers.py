@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from safetydpo_jax.models import mixed
+from safetydpo_jax.models import columns, mixed
 
 
 class Dense(nn.Module):
@@ -80,6 +80,13 @@ class Conv(nn.Module):
         elif mixed.wanted() and k == 1:
             y = mixed.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0]).astype(self.dtype)
             y = y.reshape(*x.shape[:-1], self.features)
+        elif (k, self.strides, pad) == (3, 1, 1) and columns.pay(x, kernel):
+            y = jax.lax.platform_dependent(
+                x.astype(self.dtype),
+                kernel.astype(self.dtype),
+                cpu=columns.conv3x3,
+                default=self._convolve,
+            )
         else:
             y = self._convolve(x.astype(self.dtype), kernel.astype(self.dtype))
         y = y + bias.astype(self.dtype)
