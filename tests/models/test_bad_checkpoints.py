@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -165,8 +166,10 @@ CASES = {
 def test_a_bad_checkpoint_is_named(case, checkpoint):
     spoil, message = CASES[case]
     spoil(checkpoint)
+    started = time.monotonic()
     with pytest.raises(UserError, match=message):
         load_pipeline(checkpoint)
+    assert time.monotonic() - started < 5
 
 
 def test_a_wrong_path_is_named(tmp_path):
