@@ -119,7 +119,8 @@ def measure(
         compiled = step.lower(state, pipeline.unet_params, batch, null).compile()
         compile_seconds = time.perf_counter() - started
         with Memory() as memory:
-            state, _ = compiled(state, pipeline.unet_params, batch, null)
+            state, metrics = compiled(state, pipeline.unet_params, batch, null)
+            jax.block_until_ready(metrics)
             seconds = []
             for _ in range(steps):
                 started = time.perf_counter()
