@@ -78,7 +78,7 @@ def test_missing_points_run_each_in_its_own_process(recipes, tmp_path, monkeypat
     failing = 0
     monkeypatch.setattr(recipes.subprocess, "run", run)
     write("rank-2")
-    write("rank-4", num_safe=1)  # of other settings: it does not count
+    write("rank-8", num_safe=1)  # of other settings: it does not count
     recipes.run_missing(tmp_path / "runs", jobs=2)
     assert started[0] == "anchored"  # it makes the pairs of all
     assert sorted(started) == sorted(recipes.POINTS.keys() - {"rank-2"})
