@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks
 
 import jax
 
+from benchmarks.cpu_matmul import convolution
 from safetydpo_jax.huge_pages import use_huge_pages
 from safetydpo_jax.models import columns
 from safetydpo_jax.storage import write_file
@@ -36,12 +37,6 @@ SHAPES = [
     (2, 32, 640, 640),
     (2, 64, 320, 320),
 ]
-
-
-def xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The plain convolution."""
-    dims = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=dims)
 
 
 def seconds(fn: Callable[..., jax.Array], *args: jax.Array) -> float:
@@ -65,7 +60,7 @@ def main() -> None:
         dy = jax.random.normal(keys[2], (b, side, side, features))
         gflop = 2 * b * side**2 * 9 * c * features / 1e9
         row = {"shape": [b, side, side, c, features], "columns": columns.pay(x, kernel)}
-        for name, conv in (("xla", xla), ("one_product", columns.conv3x3)):
+        for name, conv in (("xla", convolution), ("one_product", columns.conv3x3)):
 
             def to_input(x: jax.Array, dy: jax.Array, kernel: jax.Array, conv=conv) -> jax.Array:
                 return jax.vjp(lambda x: conv(x, kernel), x)[1](dy)[0]

@@ -215,8 +215,8 @@ def run_torch(model: str, folder: Path) -> None:
     parts = Parts("torch", f"torch {torch.__version__}, diffusers {diffusers.__version__}")
     torch.set_grad_enabled(False)
     index = json.loads((folder / "model_index.json").read_text())
-    absent = [x for x in index if x[0] != "_" and not (folder / x).is_dir()]  # filters and the like
-    absent = [x for x in absent if isinstance(index[x], list)]
+    components = [name for name, what in index.items() if isinstance(what, list)]
+    absent = [name for name in components if not (folder / name).is_dir()]  # filters and the like
     started = time.perf_counter()
     with Memory() as memory:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
