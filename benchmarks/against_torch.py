@@ -102,7 +102,7 @@ def meet(rival: str | None, args: argparse.Namespace) -> dict[str, Any]:
 
 def contend(name: str, checkpoint: Path, pixels: int, remat: bool, pipe: Any) -> None:
     """A contender's process: does the work it is told to, and answers with the seconds."""
-    from benchmarks.true_size import Memory
+    from benchmarks.memory import Memory
 
     with Memory() as memory:
         load = ours if name == "ours" else RIVALS[name]

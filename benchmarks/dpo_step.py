@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs
 
-from benchmarks.true_size import Memory
+from benchmarks.memory import Memory
 from configs import common
 from safetydpo_jax import lora, sharding
 from safetydpo_jax.errors import run_main

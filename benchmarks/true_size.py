@@ -16,7 +16,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks and tests
 
+from benchmarks.memory import Memory
 from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.huge_pages import use_huge_pages
 from safetydpo_jax.storage import write_file
@@ -84,40 +84,6 @@ def compare(model: str, folder: Path) -> float:
         print(f"{model} {name}: relative error {error:.1e}, {seconds}", flush=True)
     write_file(RESULTS / f"{model}.json", (json.dumps(result, indent=1) + "\n").encode())
     return max(part["relative_error"] for part in result["parts"].values())
-
-
-class Memory:
-    """Peaks of this process's memory within the context, in MB.
-
-    `anonymous` is what the process holds itself, `resident` has the pages of mapped files as well:
-    PyTorch leaves the weights in those.
-    """
-
-    def __enter__(self) -> "Memory":
-        self.before = self.anonymous = self.resident = 0
-        self._note()
-        self.before = self.anonymous
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.2):
-            self._note()
-
-    def _note(self) -> None:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        now = {
-            x.split()[0]: int(x.split()[1]) // 1000 for x in lines if x.startswith(("Rss", "VmR"))
-        }
-        self.anonymous = max(self.anonymous, now["RssAnon:"])
-        self.resident = max(self.resident, now["VmRSS:"])
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self._note()
 
 
 class Parts:
