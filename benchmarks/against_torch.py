@@ -35,7 +35,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks and configs
 
 from safetydpo_jax.errors import run_main
-from safetydpo_jax.huge_pages import use_huge_pages
+from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.storage import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,40 +123,24 @@ def ours(checkpoint: Path, pixels: int, remat: bool) -> Works:
     """JAX, as `launch/train.py` runs it."""
     import jax
 
-    from benchmarks.dpo_step import random_batch
-    from configs import common
-    from safetydpo_jax import lora, sharding
+    from benchmarks.dpo_step import make_case
     from safetydpo_jax.models.pretrained import load_pipeline
-    from safetydpo_jax.train.settings import resolve
-    from safetydpo_jax.train.state import TrainState, make_optimizer
-    from safetydpo_jax.train.step import make_train_step
 
     pipe = load_pipeline(checkpoint)
-    unet, side = pipe.unet.clone(remat=remat), pixels // 8
-    config = common.get_config("hate")
-    config.recipe, config.batch_size, config.preserve_batch_size = "paper", 1, 0
-    config.lora.rank, config.optimizer.learning_rate = RANK, LEARNING_RATE
-    config = resolve(config)
-    adapters = lora.init_adapters(
-        jax.random.key(0), pipe.unet_params, rank=RANK, targets=config.lora.targets
-    )
+    pipe.networks["unet"] = pipe.unet.clone(remat=remat)
     null = jax.tree.map(lambda x: x[0], pipe.encode_negative([""]))
-    batch = random_batch(config, (side, side, 4), null)
-    mesh = sharding.make_mesh()
-    step = make_train_step(unet, pipe.schedule, config, mesh)
-    state = TrainState.create(adapters, make_optimizer(config))
-    state = [jax.device_put(state, sharding.replicated(mesh))]
-    apply = jax.jit(unet.apply)
+    del pipe.params["vae"]  # what the cache has done is not needed in training
+    case = make_case(pipe, null, "paper", pixels)
+    apply, batch = jax.jit(pipe.unet.apply), case.batch
     latents = np.concatenate([batch["winner"]["mean"], batch["loser"]["mean"]])
     told = jax.tree.map(lambda x: np.concatenate([x, x]), batch["conditioning"])
-    del pipe.params["vae"]  # what the cache has done is not needed in training
 
     def forward() -> None:
         variables = {"params": pipe.unet_params}
         jax.block_until_ready(apply(variables, latents, np.full(2, 500), *told))
 
     def train() -> None:
-        state[0], metrics = step(state[0], pipe.unet_params, batch, null)
+        case.state, metrics = case.step(case.state, pipe.unet_params, batch, null)
         jax.block_until_ready(metrics)
 
     return {"forward": forward, "step": train}

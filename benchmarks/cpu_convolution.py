@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks
 import jax
 
 from benchmarks.cpu_matmul import convolution
-from safetydpo_jax.huge_pages import use_huge_pages
+from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.models import columns
 from safetydpo_jax.storage import write_file
 

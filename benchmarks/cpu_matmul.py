@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from safetydpo_jax.huge_pages import use_huge_pages
+from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.models import mixed
 
 RESULT = Path(__file__).with_name("results") / "cpu_matmul.json"

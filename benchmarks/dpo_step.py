@@ -3,10 +3,8 @@
     python benchmarks/dpo_step.py
     python benchmarks/dpo_step.py --model runs/true_size/sd15 --pixels 512 --remat   # one pair
 
-A step needs three forward passes' worth of products over its rows: the policy's, the reference's,
-and the gradient with respect to activations (the base is frozen, so no weight has a gradient but
-the adapters). The anchor needs one more, of the reference over the pairs' rows. The floor is their
-FLOPs over the rate of one large matrix product, measured in the same process just before.
+The floor is the FLOPs that the step needs (see `step_flops`) over the rate of one large matrix
+product, measured in the same process just before.
 
 The memory that a step cannot do without is the base's weights, the adapters with their optimiser,
 and the activations that the gradient keeps; the peak is of the whole process, Python included.
@@ -14,6 +12,7 @@ Writes benchmarks/results/dpo_step.json, or dpo_step_MODEL_PIXELS.json.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -31,14 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs
 
 from benchmarks.memory import Memory
 from configs import common
-from safetydpo_jax import lora, sharding
+from safetydpo_jax import host_memory, lora, sharding
 from safetydpo_jax.errors import run_main
-from safetydpo_jax.huge_pages import use_huge_pages
-from safetydpo_jax.models import attention
 from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.models.pipeline import Pipeline
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.storage import write_file
+from safetydpo_jax.train.flops import step_flops
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
 from safetydpo_jax.train.step import make_loss, make_train_step
@@ -88,6 +86,39 @@ def main() -> None:
     print(f"written: {path}")
 
 
+@dataclasses.dataclass
+class Case:
+    """A step with all that it takes, of random numbers; `state` is given up to the step."""
+
+    config: Any
+    step: Any
+    state: TrainState
+    batch: dict[str, Any]
+    mesh: jax.sharding.Mesh
+
+
+def make_case(pipeline: Pipeline, null: Conditioning, recipe: str, pixels: int | None) -> Case:
+    """The recipe's own batch; or, with `pixels`, one pair of so large pictures and rank 4."""
+    config = common.get_config("hate")
+    config.recipe = recipe
+    shape = pipeline.latent_shape
+    if pixels:
+        config.batch_size, config.lora.rank = 1, 4
+        shape = (*(n * pixels // pipeline.resolution for n in shape[:2]), shape[2])
+    config, mesh = resolve(config), sharding.make_mesh()
+    adapters = lora.init_adapters(
+        jax.random.key(0), pipeline.unet_params, rank=config.lora.rank, targets=config.lora.targets
+    )
+    state = TrainState.create(adapters, make_optimizer(config))
+    return Case(
+        config,
+        make_train_step(pipeline.unet, pipeline.schedule, config, mesh),
+        jax.device_put(state, sharding.replicated(mesh)),
+        random_batch(config, shape, null),
+        mesh,
+    )
+
+
 def measure(
     pipeline: Pipeline,
     null: Conditioning,
@@ -97,27 +128,15 @@ def measure(
     pixels: int | None,
 ) -> dict[str, Any]:
     """One case: the median step of `steps`, the floor at the products' rate, and the memory."""
-    config = common.get_config("hate")
-    config.recipe, config.matmul_precision = recipe, precision
-    shape = pipeline.latent_shape
-    if pixels:
-        config.batch_size, config.lora.rank = 1, 4
-        shape = (*(n * pixels // pipeline.resolution for n in shape[:2]), shape[2])
-    config = resolve(config)
-    mesh = sharding.make_mesh()
-    adapters = lora.init_adapters(
-        jax.random.key(0), pipeline.unet_params, rank=config.lora.rank, targets=config.lora.targets
-    )
-    state = TrainState.create(adapters, make_optimizer(config))
-    state = jax.device_put(state, sharding.replicated(mesh))
-    batch = random_batch(config, shape, null)
-    step = make_train_step(pipeline.unet, pipeline.schedule, config, mesh)
+    case = make_case(pipeline, null, recipe, pixels)
+    config, state, batch = case.config, case.state, case.batch
     count = 2 * config.batch_size + config.preserve_batch_size
     with jax.default_matmul_precision(precision):
         rate = product_rate(precision)
         started = time.perf_counter()
-        compiled = step.lower(state, pipeline.unet_params, batch, null).compile()
+        compiled = case.step.lower(state, pipeline.unet_params, batch, null).compile()
         compile_seconds = time.perf_counter() - started
+        host_memory.give_back()  # as training does
         with Memory() as memory:
             state, metrics = compiled(state, pipeline.unet_params, batch, null)
             jax.block_until_ready(metrics)
@@ -127,14 +146,14 @@ def measure(
                 state, metrics = compiled(state, pipeline.unet_params, batch, null)
                 jax.block_until_ready(metrics)
                 seconds.append(time.perf_counter() - started)
-    loss = make_loss(pipeline.unet, pipeline.schedule, config, mesh)
+    loss = make_loss(pipeline.unet, pipeline.schedule, config, case.mesh)
     weights, trained = (
         sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (pipeline.unet_params, state)
     )
     kept = kept_bytes(lambda x: loss(x, pipeline.unet_params, batch, null), state.adapters, count)
     needed = (weights + trained + kept) // 10**6
-    passes = 3.0 + (2 * config.batch_size / count if config.loss.winner_anchor > 0 else 0.0)
-    flops = passes * forward_flops(pipeline.unet, pipeline.unet_params, count, shape, null)
+    shape = batch["winner"]["mean"].shape[1:]
+    flops = step_flops(pipeline.unet, pipeline.unet_params, shape, null, config)
     step_seconds, floor = float(np.median(seconds)), flops / rate
     return {
         "recipe": recipe,
@@ -153,24 +172,6 @@ def measure(
         "peak_mb": memory.anonymous,
         "peak_over_needed": round(memory.anonymous / needed, 2),
     }
-
-
-def forward_flops(unet: Any, params: Any, rows: int, shape: Any, null: Conditioning) -> float:
-    """Of one pass, in float32: the forms for bfloat16 on a CPU hold additions that are no products.
-
-    XLA counts a loop's body once, so attention is not to go through the heads in turn.
-    """
-    before, attention.LOGITS = attention.LOGITS, 2**62
-    jax.clear_caches()
-    lowered = jax.jit(unet.clone(remat=False).apply).lower(
-        {"params": params},
-        jnp.zeros((rows, *shape)),
-        jnp.zeros(rows, jnp.int32),
-        *jax.tree.map(lambda x: jnp.zeros((rows, *x.shape)), null),
-    )
-    attention.LOGITS = before
-    jax.clear_caches()
-    return lowered.cost_analysis()["flops"]
 
 
 def kept_bytes(loss: Any, adapters: Any, rows: int) -> int:
@@ -220,5 +221,5 @@ def random_batch(config: Any, latent_shape: tuple[int, ...], null: Conditioning)
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    host_memory.use_huge_pages()
     run_main(main)

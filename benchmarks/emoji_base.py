@@ -34,7 +34,7 @@ from safetydpo_jax.errors import run_main
 from safetydpo_jax.evaluate import Bootstrap, detect
 from safetydpo_jax.evaluate.detections import EmojiJudge
 from safetydpo_jax.evaluate.pictures import blurred
-from safetydpo_jax.huge_pages import use_huge_pages
+from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.models.pipeline import Pipeline
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.pretrain.autoencoder import psnr

@@ -356,7 +356,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    from safetydpo_jax.huge_pages import use_huge_pages
+    from safetydpo_jax.host_memory import use_huge_pages
 
     use_huge_pages()
     run_main(main)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks a
 
 from benchmarks.memory import Memory
 from safetydpo_jax.errors import UserError, run_main
-from safetydpo_jax.huge_pages import use_huge_pages
+from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.storage import write_file
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from safetydpo_jax.command_line import add_model_arguments
 from safetydpo_jax.errors import MissingFileError, UserError, run_main
-from safetydpo_jax.huge_pages import use_huge_pages
+from safetydpo_jax.host_memory import use_huge_pages
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 GRID_NAME = "grid.png"

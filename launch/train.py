@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetydpo_jax.command_line import read_command_line, shown_command
 from safetydpo_jax.errors import run_main
-from safetydpo_jax.huge_pages import use_huge_pages
+from safetydpo_jax.host_memory import use_huge_pages
 
 
 def main() -> None:

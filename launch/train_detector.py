@@ -40,7 +40,7 @@ from safetydpo_jax.emoji.detector import (
 from safetydpo_jax.emoji.junk import JUNK, degrade
 from safetydpo_jax.emoji.scenes import SIDE, Scene, pick, render, sample_scene
 from safetydpo_jax.errors import UserError, run_main
-from safetydpo_jax.huge_pages import use_huge_pages
+from safetydpo_jax.host_memory import use_huge_pages
 
 JUNK_SHARE = 0.35
 HARD_JUNK = ("blend", "crossfade", "crossfade", "smear")  # drawn so much more often

@@ -10,7 +10,7 @@ import sys
 from safetydpo_jax import __version__
 from safetydpo_jax.command_line import ROOT
 from safetydpo_jax.errors import UserError, run_main
-from safetydpo_jax.huge_pages import use_huge_pages
+from safetydpo_jax.host_memory import use_huge_pages
 
 LAUNCH = ROOT / "launch"
 COMMANDS = (

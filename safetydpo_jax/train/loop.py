@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 from ml_collections import ConfigDict
 
-from safetydpo_jax import __version__, data, lora, sharding, storage
+from safetydpo_jax import __version__, data, host_memory, lora, sharding, storage
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train.flops import step_flops
 from safetydpo_jax.train.guard import Guard
 from safetydpo_jax.train.metrics import MetricsLog
 from safetydpo_jax.train.model_card import base_name, write_model_card
@@ -217,10 +218,10 @@ def _train(
     batch = on_mesh(next(batches))
     began = time.monotonic()
     with jax.default_matmul_precision(config.matmul_precision):
-        lowered = step_fn.lower(state, pipeline.unet_params, batch, null)
-    compiled = lowered.compile()
-    # Before partitioning, so of all devices together; a scan's body is counted once.
-    flops = lowered.cost_analysis()["flops"] * config.accumulation
+        compiled = step_fn.lower(state, pipeline.unet_params, batch, null).compile()
+    host_memory.give_back()
+    shape = batch["winner"]["mean"].shape[1:]
+    flops = step_flops(pipeline.unet, pipeline.unet_params, shape, null, config)
     progress(f"compiled in {time.monotonic() - began:.1f} s; {flops / 1e12:.3f} TFLOP a step")
 
     phases.begin("train")

@@ -1,18 +1,23 @@
-"""A script starts anew once, with its arguments, its standard input and its process id."""
+"""Large pages come with one new start of the script, and freed memory goes back to the system."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+
+from safetydpo_jax import host_memory
 
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from safetydpo_jax import huge_pages
-huge_pages._MODE = Path(sys.argv[1])
+from safetydpo_jax import host_memory
+host_memory._MODE = Path(sys.argv[1])
 print(os.getpid(), flush=True)
-huge_pages.use_huge_pages()
+host_memory.use_huge_pages()
 print(os.environ.get("GLIBC_TUNABLES", ""), sys.argv[2:], sys.flags.utf8_mode, sys.stdin.read())
 """
 
@@ -33,6 +38,7 @@ print(os.environ.get("GLIBC_TUNABLES", ""), sys.argv[2:], sys.flags.utf8_mode, s
     ],
 )
 def test_started_anew_where_it_helps(tmp_path, mode, before, starts, after):
+    """With its arguments, its standard input and its process id."""
     script, file = tmp_path / "script.py", tmp_path / "enabled"
     script.write_text(SCRIPT)
     if mode is not None:
@@ -52,3 +58,19 @@ def test_started_anew_where_it_helps(tmp_path, mode, before, starts, after):
     assert last == f"{after} ['--a', 'b c'] 1 typed"
     assert len(pids) == starts
     assert len(set(pids)) == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_freed_memory_is_given_back():
+    """What lies below a piece still in use stays with glibc until then."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    pieces = [np.ones(2**12) for _ in range(4000)]  # 32 KiB each: from the heap
+    kept = pieces.pop()
+    del pieces
+    before = resident()
+    host_memory.give_back()
+    assert before - resident() > 80e6
+    assert kept.sum() == 2**12

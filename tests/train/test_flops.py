@@ -1,0 +1,73 @@
+"""The step's FLOPs against counts by hand, and against XLA's own count."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.dpo_step import random_batch
+from configs import common
+from safetydpo_jax import sharding
+from safetydpo_jax.lora import init_adapters
+from safetydpo_jax.models import attention
+from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train.flops import product_flops, step_flops
+from safetydpo_jax.train.settings import resolve
+from safetydpo_jax.train.state import TrainState, make_optimizer
+from safetydpo_jax.train.step import make_train_step
+
+A, B = jnp.zeros((3, 5, 7)), jnp.zeros((3, 7, 11))
+PRODUCT = 2 * 3 * 5 * 7 * 11
+X, KERNEL = jnp.zeros((2, 8, 8, 4)), jnp.zeros((3, 3, 2, 6))
+
+
+@pytest.mark.parametrize(
+    ("f", "args", "flops"),
+    [
+        (jnp.matmul, (A, B), PRODUCT),
+        (jax.jit(jnp.matmul), (A, B), PRODUCT),
+        (jax.checkpoint(jnp.matmul), (A, B), PRODUCT),
+        (lambda a, b: jax.lax.map(lambda x: x[0] @ x[1], (a, b)), (A, B), PRODUCT),
+        (lambda a, b: jax.lax.cond(a.sum() > 0, jnp.matmul, lambda a, b: 0 * a @ b, a, b), (A, B),
+         PRODUCT),
+        (lambda a, b: a + 1, (A, B), 0),
+        (lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=2), (X, KERNEL), 2 * (2 * 4 * 4 * 6) * 3 * 3 * 2),
+    ],
+)  # fmt: skip
+def test_products_are_counted(f, args, flops):
+    """Each once, however they are wrapped, and a loop's as often as it runs."""
+    assert product_flops(f, *args) == flops
+
+
+def test_attention_counts_the_same_in_parts(monkeypatch):
+    """XLA's count of it would fall with the number of parts."""
+    qkv, flops = [jnp.zeros((2, 128, 4, 8))] * 3, 4 * 2 * 4 * 8 * 128**2
+    assert product_flops(attention.dot_product_attention, *qkv) == flops
+    monkeypatch.setattr(attention, "LOGITS", 4 * 128 * 128)
+    assert product_flops(attention.dot_product_attention, *qkv) == flops
+
+
+@pytest.mark.parametrize("recipe", ["paper", "anchored"])
+def test_step_against_xla(recipe):
+    """The embedded model's. XLA counts additions too, but no tap on a convolution's padding."""
+    pipeline = load_pipeline("emoji")
+    config = common.get_config("hate")
+    config.recipe, config.batch_size = recipe, 4
+    config = resolve(config)
+    config.preserve_batch_size //= 4
+    null = jax.tree.map(lambda x: x[0], pipeline.encode_negative([""]))
+    shapes = {"latent_shape": pipeline.latent_shape, "null": null}
+    flops = step_flops(pipeline.unet, pipeline.unet_params, config=config, **shapes)
+    adapters = init_adapters(
+        jax.random.key(0), pipeline.unet_params, rank=2, targets=config.lora.targets
+    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    step = make_train_step(pipeline.unet, pipeline.schedule, config, mesh)
+    state = TrainState.create(adapters, make_optimizer(config))
+    batch = random_batch(config, pipeline.latent_shape, null)
+    lowered = step.lower(state, pipeline.unet_params, batch, null)
+    assert lowered.cost_analysis()["flops"] == pytest.approx(flops, rel=0.15)
+    config.accumulation *= 3
+    thrice = step_flops(pipeline.unet, pipeline.unet_params, config=config, **shapes)
+    assert thrice == pytest.approx(3 * flops)
