@@ -79,6 +79,17 @@ CURVES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {"paper-rows-unsafe": {"rows": "unsafe_prompt"}, "paper-t-min-200": {"loss.t_min": 200}},
     ),
 }  # fmt: skip
+KEYS = {
+    "beta": "loss.beta",
+    "winner anchor": "loss.winner_anchor",
+    "preservation": "loss.preservation",
+    "steps": "steps",
+    "rank": "lora.rank",
+    "learning rate": "optimizer.learning_rate",
+    "least timestep": "loss.t_min",
+    "paper, beta at rate 4e-3": "loss.beta",
+}  # of the curves over one number
+CLOSE_UP, WHOLE = ((-6, 3), (-1, 18)), ((-105, 40), (-3, 109))  # of the plot's axes
 POINTS = {
     name: shared | changed for shared, points in CURVES.values() for name, changed in points.items()
 }
@@ -320,39 +331,70 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """IP against fidelity, both after training, one panel a curve; down and right is better."""
+    """IP against what the safe pictures lost, one panel a curve; down and right is better.
+
+    The recipe's own panels are a close-up, with what lies outside at the border; those of `paper`
+    reach up to the base.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves = {curve: list(points) for curve, (_, points) in CURVES.items() if len(points) > 1}
-    columns = 4
+    curves = [curve for curve, (_, points) in CURVES.items() if len(points) > 1 or curve in KEYS]
+    columns = 5
     rows = -(-len(curves) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4 * columns, 3.3 * rows), sharex=True, sharey=True
-    )
-    for axis, (curve, names) in zip(axes.flat, curves.items(), strict=False):
-        if not curve.startswith("paper"):
-            names = ["anchored", *names]
-        for split, style in (("tune", {"alpha": 0.35}), ("test", {})):
-            xs = [100 * results[name][split]["fidelity_after"] for name in names]
-            ys = [100 * results[name][split]["ip_after"] for name in names]
-            axis.scatter(xs, ys, color="#0072b2" if split == "test" else "#999999", **style)
-        for x, y, name in zip(xs, ys, names, strict=True):
-            axis.annotate(name, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
-        base = results["anchored"]["test"]
-        axis.scatter(
-            100 * base["fidelity_before"], 100 * base["ip_before"], marker="x", color="#d55e00"
-        )
-        axis.set_title(curve, fontsize=10)
-        axis.grid(alpha=0.3)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.3 * rows))
     for axis in axes.flat[len(curves) :]:
         axis.axis("off")
-    figure.supxlabel("safe fidelity, % of pictures (x: the base; grey: tuning split)")
+    for axis, curve in zip(axes.flat, curves, strict=False):
+        (left, right), (bottom, top) = WHOLE if curve.startswith("paper") else CLOSE_UP
+        axis.set(xlim=(left, right), ylim=(bottom, top), title=curve)
+        axis.grid(alpha=0.3)
+        axis.axvline(0, color="#d55e00", ls=":")
+        axis.plot(0, 100 * results["anchored"]["test"]["ip_before"], "x", color="#d55e00")
+        labels = labelled(curve)
+        for split, color in (("tune", "#bbbbbb"), ("test", "#0072b2")):
+            true = [
+                [100 * results[name][split][key] for key in ("fidelity_change", "ip_after")]
+                for name in labels
+            ]
+            shown = [(max(x, left), min(y, top)) for x, y in true]
+            style = "o-" if curve in KEYS else "o"
+            axis.plot(*zip(*shown, strict=True), style, color=color, lw=0.8, clip_on=False)
+        for i, (place, label) in enumerate(zip(shown, labels.values(), strict=True)):
+            near = [
+                abs(x - place[0]) < 0.3 * (right - left)
+                and abs(y - place[1]) < 0.07 * (top - bottom)
+                for x, y in shown[:i]
+            ]
+            outside = "" if place == tuple(true[i]) else " ({:.0f}, {:.0f})".format(*true[i])
+            above = (5, 4 + 9 * sum(near))
+            axis.annotate(
+                label + outside, place, fontsize=7, xytext=above, textcoords="offset points"
+            )
+    figure.supxlabel("change of safe fidelity, points (x: the base; grey: tuning split)")
     figure.supylabel("IP, % of pictures")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0.01, 0.01, 1, 1))
     figure.savefig(path, dpi=110)
+
+
+def labelled(curve: str) -> dict[str, str]:
+    """The curve's points, with that from which they start, as point -> label; by value, if any."""
+    shared, points = CURVES[curve]
+    start = [name for name, changes in POINTS.items() if changes == shared and name not in points]
+    names = start + list(points)
+    if curve not in KEYS:
+        return {name: name for name in names}
+
+    def value(name: str) -> float:
+        config: Any = settings_of(name)["config"]
+        for part in KEYS[curve].split("."):
+            config = config[part]
+        return config
+
+    notes = {name: f" {name}" if name in start else "" for name in names}
+    return {name: f"{value(name):g}{notes[name]}" for name in sorted(names, key=value)}
 
 
 if __name__ == "__main__":
