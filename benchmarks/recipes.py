@@ -67,6 +67,10 @@ CURVES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {}, {f"{v}": {"loss.preference": v} for v in ("ipo", "hinge", "winner_preserving")}
     ),
     "paper as published": ({"recipe": "paper"}, {"paper": {}}),
+    "paper, learning rate": (
+        {"recipe": "paper"},
+        {f"paper-lr-{v:g}": {"optimizer.learning_rate": v} for v in (5e-4, 1e-3, 2e-3)},
+    ),
     "paper, beta at rate 4e-3": (
         PAPER, {f"paper-beta-{v:g}": {"loss.beta": v} for v in (5.0, 50.0, 500.0, 5000.0)}
     ),
@@ -87,6 +91,7 @@ KEYS = {
     "rank": "lora.rank",
     "learning rate": "optimizer.learning_rate",
     "least timestep": "loss.t_min",
+    "paper, learning rate": "optimizer.learning_rate",
     "paper, beta at rate 4e-3": "loss.beta",
 }  # of the curves over one number
 CLOSE_UP, WHOLE = ((-6, 3), (-1, 18)), ((-105, 40), (-3, 109))  # of the plot's axes
@@ -349,7 +354,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.axis("off")
     for axis, curve in zip(axes.flat, curves, strict=False):
         (left, right), (bottom, top) = WHOLE if curve.startswith("paper") else CLOSE_UP
-        axis.set(xlim=(left, right), ylim=(bottom, top), title=curve)
+        axis.set(xlim=(left, right), ylim=(bottom, top))
+        axis.set_title(curve, pad=14)
         axis.grid(alpha=0.3)
         axis.axvline(0, color="#d55e00", ls=":")
         axis.plot(0, 100 * results["anchored"]["test"]["ip_before"], "x", color="#d55e00")
@@ -369,10 +375,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 for x, y in shown[:i]
             ]
             outside = "" if place == tuple(true[i]) else " ({:.0f}, {:.0f})".format(*true[i])
-            above = (5, 4 + 9 * sum(near))
+            side, shift = ("right", -5) if place[0] > (left + 2 * right) / 3 else ("left", 5)
             axis.annotate(
-                label + outside, place, fontsize=7, xytext=above, textcoords="offset points"
-            )
+                label + outside,
+                place,
+                fontsize=7,
+                ha=side,
+                xytext=(shift, 4 + 9 * sum(near)),
+                textcoords="offset points",
+            ).set_in_layout(False)
     figure.supxlabel("change of safe fidelity, points (x: the base; grey: tuning split)")
     figure.supylabel("IP, % of pictures")
     figure.tight_layout(rect=(0.01, 0.01, 1, 1))
