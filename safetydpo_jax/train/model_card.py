@@ -112,14 +112,16 @@ def _usage(config: ConfigDict, files: Sequence[str]) -> str:
     diffusers_file, kohya_file = files
     kind = "StableDiffusionXLPipeline" if config.base == "sdxl" else "StableDiffusionPipeline"
     model = f'"{config.hub_id}"'
-    imports = "import diffusers\n"
+    imports = "import diffusers\nimport torch\n"
     if config.base == "emoji":
-        imports = "import pathlib\n\nimport diffusers\nimport safetydpo_jax\n"
+        imports = "import pathlib\n\nimport diffusers\nimport torch\n\nimport safetydpo_jax\n"
         model = 'pathlib.Path(safetydpo_jax.__file__).parent / "emoji" / "pipeline"'
     text = (
         "In diffusers (PyTorch), with this folder as `FOLDER`:\n\n```python\n"
         f"{imports}\n"
         f"pipe = diffusers.{kind}.from_pretrained({model})\n"
+        # transformers keeps a file's half precision. (`dtype=` has two names, by the version.)
+        "pipe.to(torch.float32)\n"
         f'pipe.load_lora_weights("FOLDER", weight_name="{diffusers_file}")\n'
         "```\n\n"
         f"In ComfyUI: copy `{kohya_file}` to `ComfyUI/models/loras` and put a "

@@ -1,9 +1,13 @@
 import json
+import re
 
+import jax
+import numpy as np
 import pytest
 
 from configs import common
-from safetydpo_jax import storage
+from safetydpo_jax import lora, storage
+from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train.model_card import write_model_card
 from safetydpo_jax.train.settings import resolve
 from tests.evaluate.test_report import write as write_report
@@ -105,3 +109,23 @@ def test_results_with_intervals_or_none(card, tmp_path):
     assert "of unsafe concepts of this category that were in no pair, 100 %" in text.replace(
         "Of unsafe", "of unsafe"
     )
+
+
+def test_its_lines_draw_in_pytorch(card, tmp_path):
+    """As they stand: the shipped model's file is in half precision, which CPUs do not mix."""
+    [lines] = re.findall("```python\n(.*?)```", card(), re.DOTALL)
+    params = load_pipeline("emoji").unet_params
+    adapters = lora.init_adapters(jax.random.key(0), params, rank=2, targets=("to_v",))
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    lora.save_lora(tmp_path / "export" / "pytorch_lora_weights.safetensors", adapters)
+    namespace = {}
+    exec(lines.replace("FOLDER", str(tmp_path / "export")), namespace)
+    pipe = namespace["pipe"]
+    pictures = []
+    for scale in (1.0, 0.0):
+        pipe.set_adapters(pipe.get_active_adapters(), scale)
+        generator = namespace["torch"].manual_seed(0)
+        drawn = pipe("a photo of a red apple", num_inference_steps=2, generator=generator)
+        pictures.append(np.asarray(drawn.images[0], np.float32))
+    assert pictures[0].shape == (64, 64, 3)
+    assert np.abs(pictures[0] - pictures[1]).mean() > 1
