@@ -27,7 +27,9 @@ class Memory:
     def _note(self) -> None:
         lines = Path("/proc/self/status").read_text().splitlines()
         now = {
-            x.split()[0]: int(x.split()[1]) // 1000 for x in lines if x.startswith(("Rss", "VmR"))
+            x.split()[0]: int(x.split()[1]) * 1024 // 10**6
+            for x in lines
+            if x.startswith(("Rss", "VmR"))
         }
         self.anonymous = max(self.anonymous, now["RssAnon:"])
         self.resident = max(self.resident, now["VmRSS:"])
