@@ -135,7 +135,7 @@ def _read_csv(text: str, file: Path) -> list[dict[str, str]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
-        if set(reader.fieldnames or ()) != {"unsafe", "safe"}:
+        if sorted(reader.fieldnames or ()) != ["safe", "unsafe"]:
             raise UserError(f"{file}: the first line must name the columns unsafe,safe")
         for row in reader:
             if None in row or None in row.values():

@@ -191,6 +191,7 @@ prompts: [{{unsafe: a, safe: b}}, {{unsafe: a, safe: c}}]
     [
         ("", "the first line must name the columns unsafe,safe"),
         (f"{SECRET},safe\n", "the first line must name the columns unsafe,safe"),
+        ("unsafe,safe,safe\na,b,c\n", "the first line must name the columns unsafe,safe"),
         (f"unsafe,safe\na,b\n{SECRET},b,c\n", "prompts.csv, line 3: not two fields; .* quotes"),
         (f"unsafe,safe\n{SECRET}\n", "prompts.csv, line 2: not two fields"),
         (f'unsafe,safe\n"{SECRET},b\n', "prompts.csv, line 2: not valid CSV"),
