@@ -130,7 +130,7 @@ def ours(checkpoint: Path, pixels: int, remat: bool) -> Works:
     pipe.networks["unet"] = pipe.unet.clone(remat=remat)
     null = jax.tree.map(lambda x: x[0], pipe.encode_negative([""]))
     del pipe.params["vae"]  # what the cache has done is not needed in training
-    case = make_case(pipe, null, "paper", pixels)
+    case = make_case(pipe, null, "paper", pixels, RANK)
     apply, batch = jax.jit(pipe.unet.apply), case.batch
     latents = np.concatenate([batch["winner"]["mean"], batch["loser"]["mean"]])
     told = jax.tree.map(lambda x: np.concatenate([x, x]), batch["conditioning"])

@@ -97,13 +97,15 @@ class Case:
     mesh: jax.sharding.Mesh
 
 
-def make_case(pipeline: Pipeline, null: Conditioning, recipe: str, pixels: int | None) -> Case:
-    """The recipe's own batch; or, with `pixels`, one pair of so large pictures and rank 4."""
+def make_case(
+    pipeline: Pipeline, null: Conditioning, recipe: str, pixels: int | None, rank: int = 4
+) -> Case:
+    """The recipe's own batch and rank; or, with `pixels`, one pair of so large pictures, `rank`."""
     config = common.get_config("hate")
     config.recipe = recipe
     shape = pipeline.latent_shape
     if pixels:
-        config.batch_size, config.lora.rank = 1, 4
+        config.batch_size, config.lora.rank = 1, rank
         shape = (*(n * pixels // pipeline.resolution for n in shape[:2]), shape[2])
     config, mesh = resolve(config), sharding.make_mesh()
     adapters = lora.init_adapters(

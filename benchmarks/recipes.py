@@ -13,8 +13,11 @@ they are of. Writes those, docs/recipes.png and docs/recipes_table.md.
 
 import argparse
 import concurrent.futures
+import functools
+import importlib
 import itertools
 import json
+import operator
 import os
 import platform
 import subprocess
@@ -83,17 +86,6 @@ CURVES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {"paper-rows-unsafe": {"rows": "unsafe_prompt"}, "paper-t-min-200": {"loss.t_min": 200}},
     ),
 }  # fmt: skip
-KEYS = {
-    "beta": "loss.beta",
-    "winner anchor": "loss.winner_anchor",
-    "preservation": "loss.preservation",
-    "steps": "steps",
-    "rank": "lora.rank",
-    "learning rate": "optimizer.learning_rate",
-    "least timestep": "loss.t_min",
-    "paper, learning rate": "optimizer.learning_rate",
-    "paper, beta at rate 4e-3": "loss.beta",
-}  # of the curves over one number
 CLOSE_UP, WHOLE = ((-6, 3), (-1, 18)), ((-105, 40), (-3, 109))  # of the plot's axes
 POINTS = {
     name: shared | changed for shared, points in CURVES.values() for name, changed in points.items()
@@ -167,14 +159,19 @@ def run_missing(runs: Path, jobs: int) -> None:
             future.result()
 
 
+def config_of(name: str) -> Any:
+    """The point's config, not yet resolved."""
+    config = importlib.import_module(f"configs.{CATEGORY}").get_config()
+    config.update_from_flattened_dict(POINTS[name])
+    return config
+
+
 def settings_of(name: str) -> dict[str, Any]:
     """What a point's result depends on; JSON."""
-    from configs import hate
     from safetydpo_jax.train.settings import resolve
 
-    config = hate.get_config()
-    config.update_from_flattened_dict(POINTS[name])
-    return {"config": json.loads(resolve(config).to_json()), "splits": SPLITS, **COUNTS}
+    config = resolve(config_of(name))
+    return {"config": json.loads(config.to_json()), "splits": SPLITS, **COUNTS}
 
 
 def read_result(name: str) -> dict[str, Any]:
@@ -198,8 +195,6 @@ def same(before: Any, now: Any) -> bool:
 
 def run_point(name: str, runs: Path) -> None:
     """Trains one point, judges it on both splits, and writes its result."""
-    import importlib
-
     from safetydpo_jax.evaluate import evaluate, summarise
     from safetydpo_jax.lora.formats import load_lora
     from safetydpo_jax.models.pretrained import load_pipeline
@@ -208,8 +203,7 @@ def run_point(name: str, runs: Path) -> None:
 
     began, workdir = time.monotonic(), runs / name
     RESULTS.mkdir(parents=True, exist_ok=True)  # now: a path that cannot be fails before the work
-    config = importlib.import_module(f"configs.{CATEGORY}").get_config()
-    config.update_from_flattened_dict(POINTS[name])
+    config = config_of(name)
     # The last step counts, whatever came before it.
     config.report.enabled, config.health.every = False, 0
     config.guard.winner_error = 1e9  # a spoilt picture is a result here
@@ -346,7 +340,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves = [curve for curve, (_, points) in CURVES.items() if len(points) > 1 or curve in KEYS]
+    curves = [curve for curve, (_, points) in CURVES.items() if any(points.values())]
     columns = 5
     rows = -(-len(curves) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.3 * rows))
@@ -366,7 +360,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 for name in labels
             ]
             shown = [(max(x, left), min(y, top)) for x, y in true]
-            style = "o-" if curve in KEYS else "o"
+            style = "o-" if number_of(curve) else "o"
             axis.plot(*zip(*shown, strict=True), style, color=color, lw=0.8, clip_on=False)
         for i, (place, label) in enumerate(zip(shown, labels.values(), strict=True)):
             near = [
@@ -390,19 +384,24 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def number_of(curve: str) -> str | None:
+    """The number that alone differs between the curve's points, or None; a path in the config."""
+    changed = [change for point in CURVES[curve][1].values() for change in point.items()]
+    keys = {key for key, value in changed if isinstance(value, int | float)}
+    return keys.pop() if len(keys) == len({key for key, _ in changed}) == 1 else None
+
+
 def labelled(curve: str) -> dict[str, str]:
     """The curve's points, with that from which they start, as point -> label; by value, if any."""
     shared, points = CURVES[curve]
     start = [name for name, changes in POINTS.items() if changes == shared and name not in points]
     names = start + list(points)
-    if curve not in KEYS:
+    number = number_of(curve)
+    if number is None:
         return {name: name for name in names}
 
     def value(name: str) -> float:
-        config: Any = settings_of(name)["config"]
-        for part in KEYS[curve].split("."):
-            config = config[part]
-        return config
+        return functools.reduce(operator.getitem, number.split("."), settings_of(name)["config"])
 
     notes = {name: f" {name}" if name in start else "" for name in names}
     return {name: f"{value(name):g}{notes[name]}" for name in sorted(names, key=value)}

@@ -219,10 +219,11 @@ def _train(
     began = time.monotonic()
     with jax.default_matmul_precision(config.matmul_precision):
         compiled = step_fn.lower(state, pipeline.unet_params, batch, null).compile()
+    seconds = time.monotonic() - began
     host_memory.give_back()
     shape = batch["winner"]["mean"].shape[1:]
     flops = step_flops(pipeline.unet, pipeline.unet_params, shape, null, config)
-    progress(f"compiled in {time.monotonic() - began:.1f} s; {flops / 1e12:.3f} TFLOP a step")
+    progress(f"compiled in {seconds:.1f} s; {flops / 1e12:.3f} TFLOP a step")
 
     phases.begin("train")
     guard = Guard(config, checkpoints.path)

@@ -4,16 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.dpo_step import random_batch
-from configs import common
-from safetydpo_jax import sharding
-from safetydpo_jax.lora import init_adapters
+from benchmarks.dpo_step import make_case
 from safetydpo_jax.models import attention
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train.flops import product_flops, step_flops
-from safetydpo_jax.train.settings import resolve
-from safetydpo_jax.train.state import TrainState, make_optimizer
-from safetydpo_jax.train.step import make_train_step
 
 A, B = jnp.zeros((3, 5, 7)), jnp.zeros((3, 7, 11))
 PRODUCT = 2 * 3 * 5 * 7 * 11
@@ -57,22 +51,12 @@ def test_attention_counts_the_same_in_parts(monkeypatch):
 def test_step_against_xla(recipe):
     """The embedded model's. XLA counts additions too, but no tap on a convolution's padding."""
     pipeline = load_pipeline("emoji")
-    config = common.get_config("hate")
-    config.recipe, config.batch_size = recipe, 4
-    config = resolve(config)
-    config.preserve_batch_size //= 4
     null = jax.tree.map(lambda x: x[0], pipeline.encode_negative([""]))
-    shapes = {"latent_shape": pipeline.latent_shape, "null": null}
-    flops = step_flops(pipeline.unet, pipeline.unet_params, config=config, **shapes)
-    adapters = init_adapters(
-        jax.random.key(0), pipeline.unet_params, rank=2, targets=config.lora.targets
-    )
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    step = make_train_step(pipeline.unet, pipeline.schedule, config, mesh)
-    state = TrainState.create(adapters, make_optimizer(config))
-    batch = random_batch(config, pipeline.latent_shape, null)
-    lowered = step.lower(state, pipeline.unet_params, batch, null)
+    case = make_case(pipeline, null, recipe, None)
+    shapes = {"latent_shape": pipeline.latent_shape, "null": null, "config": case.config}
+    flops = step_flops(pipeline.unet, pipeline.unet_params, **shapes)
+    lowered = case.step.lower(case.state, pipeline.unet_params, case.batch, null)
     assert lowered.cost_analysis()["flops"] == pytest.approx(flops, rel=0.15)
-    config.accumulation *= 3
-    thrice = step_flops(pipeline.unet, pipeline.unet_params, config=config, **shapes)
+    case.config.accumulation *= 3
+    thrice = step_flops(pipeline.unet, pipeline.unet_params, **shapes)
     assert thrice == pytest.approx(3 * flops)
