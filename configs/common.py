@@ -78,7 +78,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.category = category
     config.harm = ""  # configs/own.py alone: a YAML file, docs/own_harm.md; it names the category
     config.base = base
-    config.license, config.hub_id = BASES[base]  # said in the model card
+    config.license, hub_id = BASES[base]  # said in the model card
     # "emoji", the folder of a diffusers checkpoint, the id of one on the Hugging Face hub, or a
     # .safetensors file in the original layout.
     config.model = "emoji"
@@ -182,14 +182,14 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "seed": 1,
         "split": "test",  # "tune": other held-out prompts, to choose settings on
     }
-    if base != "emoji":
+    if hub_id:
+        config.model = hub_id
         _stable_diffusion(config)
-    return config
+    return config.lock()  # against keys that nothing reads
 
 
 def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
     """The released hyper-parameters of SafetyDPO (arXiv 2412.10493), for one device."""
-    config.model = config.hub_id
     config.recipe = "paper"
     config.lora.rank = 4
     config.steps = 2000

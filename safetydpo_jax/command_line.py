@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -40,8 +41,9 @@ def read_command_line(argv: list[str], description: str) -> tuple[ConfigDict, Pa
 
     Raises:
       UserError: no config, an unknown key or flag, a value of the wrong type.
+      Exception: what the config file's own code raised, if that is no UserError.
     """
-    arguments, name = _config_first(argv[1:])
+    arguments, file = _config_first(argv[1:])
     argv = [argv[0], *arguments]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -49,7 +51,11 @@ def read_command_line(argv: list[str], description: str) -> tuple[ConfigDict, Pa
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     try:
         rest = values(argv)
-    except (flags.Error, AttributeError, ValueError) as error:
+    except AttributeError as error:
+        if not _is_of_an_override(error, file):
+            raise
+        raise _unknown_key(error) from None
+    except (flags.Error, ValueError) as error:
         raise _explained(error) from None
     if values.help:
         print(description)
@@ -60,11 +66,11 @@ def read_command_line(argv: list[str], description: str) -> tuple[ConfigDict, Pa
         )
     if values.config is None:
         raise UserError("no config: give one, as in --config hate")
-    return values.config, Path(values.workdir or f"runs/{name}")
+    return values.config, Path(values.workdir or f"runs/{file.stem}")
 
 
-def _config_first(arguments: list[str]) -> tuple[list[str], str]:
-    """`--config=FILE` before its overrides, FILE a path or one of ours by name; the file's name."""
+def _config_first(arguments: list[str]) -> tuple[list[str], Path]:
+    """`--config=FILE` before its overrides, FILE a path or one of ours by name; and the file."""
     for i, argument in enumerate(arguments):
         if argument in ("--config", "-config"):
             given, rest = arguments[i + 1 : i + 2], arguments[:i] + arguments[i + 2 :]
@@ -83,12 +89,16 @@ def _config_first(arguments: list[str]) -> tuple[list[str], str]:
             raise MissingFileError(
                 f"{path}: no such config; give a file, or one of {', '.join(names)} in {ours}"
             )
-        return [f"--config={found}{colon}{base}", *rest], found.stem
-    return arguments, ""
+        if "get_config" not in found.read_text(errors="replace"):
+            raise UserError(f"{found}: no config, as it has no get_config(); see {ours}/hate.py")
+        return [f"--config={found}{colon}{base}", *rest], found
+    return arguments, Path()
 
 
 def shown_command(command: str, arguments: list[str]) -> str:
-    """A command line as others may see it: no prompts, and of paths on this machine the last part.
+    """A command line as others may see it: no prompts, and the last part of paths from elsewhere.
+
+    Elsewhere is what does not lie below the working directory.
 
     >>> shown_command("safetydpo train", ["--config", "hate", "--config.model=/home/me/sd15"])
     'safetydpo train --config hate --config.model=sd15'
@@ -102,19 +112,30 @@ def shown_command(command: str, arguments: list[str]) -> str:
         key, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
         if value_is_prompts or (equals and key.endswith(_PROMPTS)):
             value = "..."
-        elif value.startswith(("/", "~")):
+        elif value.startswith(("/", "~")) or ".." in Path(value).parts:
             value = Path(value).name
         value_is_prompts = not equals and key.endswith(_PROMPTS)
         words.append(f"{key}{equals}{value}")
     return f"{command} {shlex.join(words)}".strip()
 
 
+def _is_of_an_override(error: AttributeError, file: Path) -> bool:
+    """Whether an override's key is unknown; the config file's own code may fail the same way."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error.__context__, KeyError) and all(
+        Path(frame.filename).resolve() != file.resolve() for frame in frames
+    )
+
+
+def _unknown_key(error: AttributeError) -> UserError:
+    # The library quotes the key twice, and advice may follow.
+    key, *advice = re.findall(r"[\w.]+(?=\\*['\"])", str(error))
+    hint = f"did you mean {advice[0]!r}?" if advice else "the config file lists them all"
+    return UserError(f"the config has no key {key!r}; {hint}")
+
+
 def _explained(error: Exception) -> UserError:
     """One line for what went wrong inside the flag library."""
-    if isinstance(error, AttributeError):  # an unknown key, quoted twice, perhaps with advice
-        key, *advice = re.findall(r"[\w.]+(?=\\*['\"])", str(error))
-        hint = f"did you mean {advice[0]!r}?" if advice else "the config file lists them all"
-        return UserError(f"the config has no key {key!r}; {hint}")
     # A config file's own error comes with its traceback as text: the last line is the message.
     message = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
     if _PROMPTS in message:  # it quotes what was given

@@ -91,12 +91,41 @@ def test_a_path_as_given_comes_first(tmp_path, monkeypatch):
     assert read("--config=hate")[0].category == "hate"
 
 
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        ("return None.items()", AttributeError, "'NoneType' object has no attribute 'items'"),
+        ("return common.get_config('hate').lora.nothing", AttributeError, "'nothing'"),
+        ("common.get_config('hate').stepz = 3", AttributeError, 'Did you mean "steps"'),
+        ("import no_such_module", ModuleNotFoundError, "no_such_module"),
+        ("return common.get_config('hate', 'sd9')", UserError, "no such base"),
+    ],
+)
+def test_what_a_config_files_own_code_raises(tmp_path, body, error, message):
+    """It is a bug there: its traceback says where, and no advice on keys is made of it."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"from configs import common\n\n\ndef get_config():\n    {body}\n")
+    with pytest.raises(error, match=message) as raised:
+        read("--config", str(file), "--config.steps=1")
+    if error is not UserError:
+        assert any(x.path == file for x in raised.traceback)
+
+
+def test_a_file_that_is_no_config(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("steps = 3\n")
+    with pytest.raises(UserError, match=r"mine.py: no config, as it has no get_config\(\)"):
+        read("--config", str(file))
+
+
 def test_a_command_as_others_may_see_it():
     arguments = ["--config", "hate", "--config.model=/home/me/sd15", "--workdir", "~/runs/x"]
+    arguments += ["--config.vae=../private/vae", "--config.pairs.path=runs/pairs"]
     arguments += ["--config.health.prompts=('secret',)", "--config.health.prompts", "('secret',)"]
     shown = shown_command("safetydpo train", arguments)
     assert shown == (
         "safetydpo train --config hate --config.model=sd15 --workdir x "
+        "--config.vae=vae --config.pairs.path=runs/pairs "
         "--config.health.prompts=... --config.health.prompts ..."
     )
 

@@ -90,7 +90,7 @@ def write_model_card(
     }
     header = {
         "license": config.license,
-        **({"base_model": config.hub_id} if config.hub_id else {}),
+        **({"base_model": config.model} if _is_on_the_hub(config) else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["lora", "safety", "diffusion-dpo", "safetydpo"],
@@ -104,22 +104,29 @@ def write_model_card(
 
 def base_name(config: ConfigDict) -> str:
     """The base as it may be told to others: of a folder on this machine the last part."""
-    folder = pathlib.Path(config.model)
-    return folder.name if folder.is_absolute() or folder.exists() else config.model
+    return config.model if _is_on_the_hub(config) else pathlib.Path(config.model).name
+
+
+def _is_on_the_hub(config: ConfigDict) -> bool:
+    place = pathlib.Path(config.model)
+    return config.model != "emoji" and not place.is_absolute() and not place.exists()
 
 
 def _usage(config: ConfigDict, files: Sequence[str]) -> str:
     diffusers_file, kohya_file = files
     kind = "StableDiffusionXLPipeline" if config.base == "sdxl" else "StableDiffusionPipeline"
-    model = f'"{config.hub_id}"'
+    base, load = base_name(config), "from_pretrained"
+    model = f'"{base}"' if _is_on_the_hub(config) else f'"PATH/TO/{base}"'
+    if base.endswith(".safetensors"):
+        load = "from_single_file"
     imports = "import diffusers\nimport torch\n"
-    if config.base == "emoji":
+    if base == "emoji":
         imports = "import pathlib\n\nimport diffusers\nimport torch\n\nimport safetydpo_jax\n"
         model = 'pathlib.Path(safetydpo_jax.__file__).parent / "emoji" / "pipeline"'
     text = (
         "In diffusers (PyTorch), with this folder as `FOLDER`:\n\n```python\n"
         f"{imports}\n"
-        f"pipe = diffusers.{kind}.from_pretrained({model})\n"
+        f"pipe = diffusers.{kind}.{load}({model})\n"
         # transformers keeps a file's half precision. (`dtype=` has two names, by the version.)
         "pipe.to(torch.float32)\n"
         f'pipe.load_lora_weights("FOLDER", weight_name="{diffusers_file}")\n'

@@ -64,12 +64,28 @@ def test_header_is_what_hubs_read(card):
         "pipeline_tag": "text-to-image",
         "tags": ["lora", "safety", "diffusion-dpo", "safetydpo"],
     }
-    sd15 = card(base="sd15", model="/home/me/my sd15")
+    sd15 = card(base="sd15")
     assert header(sd15)["license"] == "creativeml-openrail-m"
     assert header(sd15)["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assert "`my sd15`, UNet" in sd15
-    assert "/home/me" not in sd15
-    assert "StableDiffusionXLPipeline" in card(base="sdxl")
+
+
+@pytest.mark.parametrize(
+    ("base", "model", "line"),
+    [
+        ("sd15", "me/tuned", 'Pipeline.from_pretrained("me/tuned")'),
+        ("sd15", "/home/me/my sd15", 'Pipeline.from_pretrained("PATH/TO/my sd15")'),
+        ("sdxl", "/home/me/x.safetensors", 'XLPipeline.from_single_file("PATH/TO/x.safetensors")'),
+        ("emoji", "/home/me/small", 'Pipeline.from_pretrained("PATH/TO/small")'),
+        ("emoji", "emoji", 'from_pretrained(pathlib.Path(safetydpo_jax.__file__).parent / "emoji'),
+    ],
+)
+def test_the_model_that_was_aligned_is_the_one_named(card, base, model, line):
+    """Not the preset's; and a model from this machine has no id on the hub that we know."""
+    text = card(base=base, model=model)
+    assert header(text).get("base_model") == ("me/tuned" if model == "me/tuned" else None)
+    assert line in text
+    assert f"of the UNet of `{model.removeprefix('/home/me/')}`" in text
+    assert "/home/me" not in text
 
 
 def test_a_lora_that_it_goes_on_from_is_named_without_its_folder(card, tmp_path):
