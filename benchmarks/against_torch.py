@@ -14,7 +14,7 @@ whatever else the machine does befalls both, and the second of two runs in a row
     official   what the published training script does in its step: a policy and a reference UNet,
                the autoencoder's encoder on both pictures, and the text encoder
 
-"forward" is one UNet pass over the pair's two rows without a gradient. Writes
+"forward" is one UNet pass over the pair's two rows, without a LoRA and without a gradient. Writes
 benchmarks/results/against_torch_PIXELS.json.
 """
 
@@ -34,7 +34,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks and configs
 
-from safetydpo_jax.errors import run_main
+from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.storage import write_file
 
@@ -77,14 +77,14 @@ def meet(rival: str | None, args: argparse.Namespace) -> dict[str, Any]:
         what = (name, args.checkpoint, args.pixels, args.remat, theirs)
         processes.append(context.Process(target=contend, args=what, daemon=True))
         processes[-1].start()
-        print(f"{name}: {pipes[name].recv()}", flush=True)
+        theirs.close()  # so that we hear of it when they die
+        print(f"{name}: {ask(name, pipes[name])}", flush=True)
     found: dict[str, Any] = {}
     for work in ("forward", "step"):
         seconds: dict[str, list[float]] = {name: [] for name in pipes}
         for turn in range(args.rounds + 1):
             for name, pipe in pipes.items():
-                pipe.send(work)
-                took = pipe.recv()
+                took = ask(name, pipe, work)
                 print(f"{turn}/{args.rounds} {work} {name}: {took:.2f} s", flush=True)
                 if turn:  # the first compiles
                     seconds[name].append(took)
@@ -93,11 +93,22 @@ def meet(rival: str | None, args: argparse.Namespace) -> dict[str, Any]:
         if rival:
             found[f"{work}_ratio"] = round(medians[rival] / medians["ours"], 2)
     for name, pipe in pipes.items():
-        pipe.send("peak")
-        found[f"{name}_peak_resident_mb"] = pipe.recv()
+        found[f"{name}_peak_resident_mb"] = ask(name, pipe, "peak")
     for process in processes:
         process.join()
     return found
+
+
+def ask(name: str, pipe: Any, work: str | None = None) -> Any:
+    """A contender's answer to what it is told to do."""
+    try:
+        if work:
+            pipe.send(work)
+        return pipe.recv()
+    except (EOFError, BrokenPipeError):
+        raise UserError(
+            f"{name} ended at {work or 'loading'}: its error is above, if it was no lack of memory"
+        ) from None
 
 
 def contend(name: str, checkpoint: Path, pixels: int, remat: bool, pipe: Any) -> None:
@@ -124,6 +135,7 @@ def ours(checkpoint: Path, pixels: int, remat: bool) -> Works:
     import jax
 
     from benchmarks.dpo_step import make_case
+    from safetydpo_jax.host_memory import give_back
     from safetydpo_jax.models.pretrained import load_pipeline
 
     pipe = load_pipeline(checkpoint)
@@ -134,13 +146,15 @@ def ours(checkpoint: Path, pixels: int, remat: bool) -> Works:
     apply, batch = jax.jit(pipe.unet.apply), case.batch
     latents = np.concatenate([batch["winner"]["mean"], batch["loser"]["mean"]])
     told = jax.tree.map(lambda x: np.concatenate([x, x]), batch["conditioning"])
+    step = case.step.lower(case.state, pipe.unet_params, batch, null).compile()
+    give_back()  # as training does
 
     def forward() -> None:
         variables = {"params": pipe.unet_params}
         jax.block_until_ready(apply(variables, latents, np.full(2, 500), *told))
 
     def train() -> None:
-        case.state, metrics = case.step(case.state, pipe.unet_params, batch, null)
+        case.state, metrics = step(case.state, pipe.unet_params, batch, null)
         jax.block_until_ready(metrics)
 
     return {"forward": forward, "step": train}
@@ -185,8 +199,10 @@ def _torch(checkpoint: Path, pixels: int, official: bool) -> Works:
     ids, states = torch.randint(0, 49000, (1, 77)), torch.randn(1, 77, 768)
 
     def forward() -> None:
+        unet.disable_adapters()
         with torch.no_grad():
             unet(latents, 500, states.repeat(2, 1, 1))
+        unet.enable_adapters()
 
     def step() -> None:
         clean, prompt = latents, states

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,10 +24,11 @@ def step_flops(
     """FLOPs of the products that one step needs, over all devices.
 
     Those of the policy's and the reference's forward pass over all rows, of a gradient with respect
-    to activations for each part of the loss (the base is frozen, so its weights have none), and of
-    the anchor's reference over the pairs' rows. The adapters' own are left out: a thousandth. What
-    is computed again to save memory counts once, so that the rate over a device's peak is the model
-    FLOPs utilisation (MFU) of the PaLM paper, appendix B, arXiv 2204.02311.
+    to activations for each part of the loss (the base is frozen, so its weights have none; of
+    attention's products both operands have one), and of the anchor's reference over the pairs'
+    rows. The adapters' own are left out: a thousandth of Stable Diffusion's, 2 % of the embedded
+    model's. What is computed again to save memory counts once, so that the rate over a device's
+    peak is the model FLOPs utilisation (MFU) of the PaLM paper, appendix B, arXiv 2204.02311.
 
     Args:
       unet: called as `unet.apply({"params"}, latents, timesteps, *conditioning)`.
@@ -45,13 +46,27 @@ def step_flops(
         jax.ShapeDtypeStruct((rows,), jnp.int32),
         *jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), null),
     )
-    passes = 2 + len(part_names(config))
     anchor = pairs / rows if config.loss.winner_anchor > 0 else 0
-    return config.accumulation * (passes + anchor) * forward
+    parts = len(part_names(config))
+    return config.accumulation * ((2 + anchor) * sum(forward) + parts * forward.backward)
 
 
-def product_flops(f: Callable[..., Any], *args: Any) -> float:
+class Products(NamedTuple):
+    """FLOPs: of activations with weights, and, as in attention, of activations with each other."""
+
+    of_weights: float
+    of_activations: float
+
+    @property
+    def backward(self) -> float:
+        """FLOPs of the gradient with respect to activations."""
+        return self.of_weights + 2 * self.of_activations
+
+
+def product_flops(f: Callable[..., Any], *args: Any) -> Products:
     """FLOPs of the matrix products and convolutions in f(*args), which is traced but not run.
+
+    Those over batch dimensions of both operands are taken to be of activations with each other.
 
     A loop's body counts as often as it runs, unlike in XLA's own analysis, and of branches the
     dearest counts. Taps of a convolution that fall on its padding are counted, as is usual.
@@ -60,21 +75,25 @@ def product_flops(f: Callable[..., Any], *args: Any) -> float:
     return _count(jax.make_jaxpr(f)(*args).jaxpr)
 
 
-def _count(jaxpr: Any) -> float:
-    total = 0.0
+def _count(jaxpr: Any) -> Products:
+    of_weights = of_activations = 0.0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
+            (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
             lhs = eqn.invars[0].aval.shape
-            total += 2.0 * eqn.outvars[0].aval.size * math.prod(lhs[i] for i in contracted)
+            flops = 2.0 * eqn.outvars[0].aval.size * math.prod(lhs[i] for i in contracted)
+            of_weights += 0 if batch else flops
+            of_activations += flops if batch else 0
         elif name == "conv_general_dilated":
             kernel = eqn.invars[1].aval
             outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / outputs
-        elif name == "cond":
-            total += max(_count(branch.jaxpr) for branch in eqn.params["branches"])
+            of_weights += 2.0 * eqn.outvars[0].aval.size * kernel.size / outputs
         else:
+            within = list(map(_count, jax.extend.core.jaxprs_in_params(eqn.params)))
+            if name == "cond":
+                within = [max(within, key=sum)]
             times = eqn.params["length"] if name == "scan" else 1
-            total += times * sum(map(_count, jax.extend.core.jaxprs_in_params(eqn.params)))
-    return total
+            of_weights += times * sum(x.of_weights for x in within)
+            of_activations += times * sum(x.of_activations for x in within)
+    return Products(of_weights, of_activations)
