@@ -1,13 +1,16 @@
 """Matrix products and convolutions with bfloat16 operands and float32 sums, made fast on CPUs.
 
-XLA's CPU backend has kernels for bfloat16 x bfloat16 -> float32 that are faster than
-its float32 ones (matrix units of recent x86 processors), but reaches them only for products that
-are laid out plainly, and never for convolutions. The layers take these forms on a CPU when JAX's
-own switch asks for that precision: `with jax.default_matmul_precision("bfloat16")`. Accelerators do
-the same by themselves. Measured in benchmarks/cpu_matmul.py.
+On x86 processors that multiply bfloat16 themselves XLA's CPU backend has kernels for bfloat16 x
+bfloat16 -> float32 that are faster than its float32 ones, but reaches them only for products that
+are laid out plainly, and never for convolutions. The layers take these forms on such a CPU when
+JAX's own switch asks for that precision: `with jax.default_matmul_precision("bfloat16")`. On other
+CPUs such products are float32's with more work, and slower, so there the layers stay with float32.
+Accelerators do the same by themselves. Measured in benchmarks/cpu_matmul.py.
 """
 
 import functools
+import pathlib
+import re
 from typing import Any
 
 import jax
@@ -15,11 +18,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+@functools.cache
+def has_units() -> bool:
+    """Whether the processor multiplies bfloat16 itself; known on Linux, on x86."""
+    info = pathlib.Path("/proc/cpuinfo")
+    if not info.is_file():
+        return False
+    flags = re.search(r"^flags\s*:(.*)$", info.read_text(), re.MULTILINE)
+    return bool(flags and {"avx512_bf16", "amx_bf16"} & set(flags[1].split()))
+
+
 def wanted() -> bool:
-    """Whether layers should use these forms: bfloat16 products are asked for, on a CPU."""
+    """Whether layers should use these forms: asked for, on a CPU that gains by them."""
     config: Any = jax.config  # its settings are attributes made at run time
-    precision = config.jax_default_matmul_precision
-    return precision == "bfloat16" and jax.default_backend() == "cpu"
+    asked = config.jax_default_matmul_precision == "bfloat16"
+    return asked and jax.default_backend() == "cpu" and has_units()
 
 
 def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:

@@ -35,18 +35,23 @@ def test_values_and_gradients_are_those_of_float32(fast, plain, x_shape, w_shape
 
 
 @pytest.mark.parametrize("layer", [Dense(48), Conv(48), Conv(48, 1, padding=0)])
-def test_layers_change_only_inside_the_context(layer):
+@pytest.mark.parametrize("gains", [True, False])
+def test_layers_change_only_inside_the_context(layer, gains, monkeypatch):
+    """And only where the processor has units for it."""
+    monkeypatch.setattr(mixed, "has_units", lambda: gains)
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 128))
     params = layer.init(jax.random.key(1), x)
     exact = layer.apply(params, x)
     with jax.default_matmul_precision("bfloat16"):
         rounded = layer.apply(params, x)
     error = float(jnp.abs(exact - rounded).max() / jnp.abs(exact).max())
-    assert 0 < error < 1e-2
+    assert error < 1e-2
+    assert (error > 0) == gains
     np.testing.assert_array_equal(exact, layer.apply(params, x))
 
 
-def test_convolutions_that_would_not_gain_stay_exact():
+def test_convolutions_that_would_not_gain_stay_exact(monkeypatch):
+    monkeypatch.setattr(mixed, "has_units", lambda: True)
     for shape in ((1, 4, 4, 64), (1, 16, 16, 128)):
         x, layer = jax.random.normal(jax.random.key(0), shape), Conv(8)
         params = layer.init(jax.random.key(1), x)
@@ -54,3 +59,21 @@ def test_convolutions_that_would_not_gain_stay_exact():
         with jax.default_matmul_precision("bfloat16"):
             # On a CPU float32 products stay float32 unless the layer itself rounds.
             np.testing.assert_array_equal(exact, layer.apply(params, x))
+
+
+@pytest.mark.parametrize(
+    ("info", "has"),
+    [
+        ("model name : x\nflags\t\t: fpu avx2 avx512_bf16 sse\n", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx2 fma\nbugs : bf16\n", False),
+        ("Features\t: fp asimd bf16\n", False),  # on ARM XLA has no faster kernels for it
+        (None, False),
+    ],
+)
+def test_which_processors_gain(info, has, monkeypatch, tmp_path):
+    file = tmp_path / "cpuinfo"
+    if info is not None:
+        file.write_text(info)
+    monkeypatch.setattr(mixed.pathlib, "Path", lambda _: file)
+    assert mixed.has_units.__wrapped__() == has
