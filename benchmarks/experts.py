@@ -35,7 +35,7 @@ from safetydpo_jax.evaluate.metrics import judge_unsafe, pool
 from safetydpo_jax.evaluate.report import picture_seeds
 from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.host_memory import use_huge_pages
-from safetydpo_jax.lora.formats import load_lora
+from safetydpo_jax.lora.reader import load_lora
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.storage import write_file
 from safetydpo_jax.train import loop

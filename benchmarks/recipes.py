@@ -196,7 +196,7 @@ def same(before: Any, now: Any) -> bool:
 def run_point(name: str, runs: Path) -> None:
     """Trains one point, judges it on both splits, and writes its result."""
     from safetydpo_jax.evaluate import evaluate, summarise
-    from safetydpo_jax.lora.formats import load_lora
+    from safetydpo_jax.lora.reader import load_lora
     from safetydpo_jax.models.pretrained import load_pipeline
     from safetydpo_jax.storage import write_file
     from safetydpo_jax.train import loop

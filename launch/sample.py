@@ -11,15 +11,14 @@ an interrupted run goes on where it was. The prompts of a CSV are never printed.
 """
 
 import argparse
-import csv
-import io
 import os
 import time
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from safetydpo_jax.command_line import add_model_arguments
-from safetydpo_jax.errors import MissingFileError, UserError, run_main
+from safetydpo_jax.csv_file import read_rows
+from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.host_memory import use_huge_pages
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -90,42 +89,18 @@ def read_requests(table: Path, out: Path, first_seed: int, reserved: str | None)
     Raises:
       UserError: the table is missing, empty or not such a table.
     """
-    if not table.is_file():
-        raise MissingFileError(f"--prompts {table}: there is no such file")
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {table}: the file is not UTF-8 text") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     requests: list[Request] = []
-    line_of: dict[Path, int] = {}
-    try:
-        missing = {"prompt", "image"} - set(reader.fieldnames or ())
-        if missing:
+    line_of: dict[Path, str] = {}
+    for where, row in read_rows(table, ("prompt", "image"), ("seed",)):
+        path = picture_path(row["image"], out, where, reserved)
+        if path in line_of:
             raise UserError(
-                f"{table}: the first line lacks the column {' and '.join(sorted(missing))}; "
-                "it must name the columns prompt,image and may name seed"
+                f"{where}: column image repeats the name of {line_of[path]}; every picture needs a "
+                "name of its own"
             )
-        for row in reader:
-            where = f"{table}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{where}: not as many fields as the first line has; "
-                    "put a prompt that holds a comma in double quotes"
-                )
-            path = picture_path(row["image"], out, where, reserved)
-            if path in line_of:
-                raise UserError(
-                    f"{where}: column image repeats the name of line {line_of[path]}; "
-                    "every picture needs a name of its own"
-                )
-            line_of[path] = reader.line_num
-            seed = parse_seed(row.get("seed") or str(first_seed + len(requests)), where)
-            requests.append(Request(row["prompt"], seed, path))
-    except csv.Error as error:
-        raise UserError(f"{table}, line {reader.line_num}: not valid CSV ({error})") from error
-    if not requests:
-        raise UserError(f"{table}: the table has no rows below its first line")
+        line_of[path] = where.rpartition(", ")[2]
+        seed = parse_seed(row.get("seed") or str(first_seed + len(requests)), where)
+        requests.append(Request(row["prompt"], seed, path))
     return requests
 
 
@@ -196,7 +171,7 @@ def draw(requests: list[Request], arguments: argparse.Namespace) -> None:
     adapters = None
     if arguments.lora is not None:
         from safetydpo_jax.lora.adapters import scaled
-        from safetydpo_jax.lora.formats import load_lora
+        from safetydpo_jax.lora.reader import load_lora
 
         adapters, _ = load_lora(arguments.lora, pipeline.unet_params)
         adapters = scaled(adapters, alpha=arguments.scale, rank=1)

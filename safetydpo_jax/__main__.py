@@ -17,7 +17,8 @@ COMMANDS = (
     "train",
     "generate",
     "sample",
-    "fuse",
+    "merge",
+    "export",
     "pretrain",
 )  # scripts in launch/; the others are maintainers'
 

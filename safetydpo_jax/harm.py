@@ -4,10 +4,8 @@ The seven built-in categories are harms of the embedded world (emoji/concepts.HA
 user's makes another. Errors tell the number of an entry, never its words: they may be hateful.
 """
 
-import csv
 import difflib
 import functools
-import io
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 import yaml
 
 from safetydpo_jax.command_line import ROOT
+from safetydpo_jax.csv_file import read_rows
 from safetydpo_jax.errors import MissingFileError, UserError
 
 # The harm categories of CoProV2 (SafetyDPO, arXiv 2412.10493).
@@ -30,6 +29,7 @@ CATEGORIES = (
     "illegal_activity",
 )
 _TAKEN = (*CATEGORIES, "safe")  # a name begins the ids of its prompts, as "safe" those of others
+_SIDES = ("unsafe", "safe")
 _KEYS = ("name", "concepts", "prompts", "preserve")
 # What PyYAML raises for a value that its tag does not fit, such as a date or a truth value.
 _OF_TAGS = (ValueError, KeyError, AttributeError, IndexError, TypeError)
@@ -99,14 +99,11 @@ def read_harm(path: str) -> Harm:
         file = found[0]
     if not file.is_file():
         raise MissingFileError(f"config.harm is {path}: there is no such file; {_SHOWN}")
-    try:
-        text = file.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: the file is not UTF-8 text") from None
     if file.name == "prompts.csv":
-        content = {"name": file.resolve().parent.name, "prompts": _read_csv(text, file)}
+        rows = [{key: row[key] for key in _SIDES} for _, row in read_rows(file, _SIDES)]
+        content = {"name": file.resolve().parent.name, "prompts": rows}
     else:
-        content = _read_yaml(text, file)
+        content = _read_yaml(file)
     return _checked(content, file)
 
 
@@ -120,34 +117,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str, file: Path) -> Any:
+def _read_yaml(file: Path) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(file.read_text("utf-8-sig"), _Loader)
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: the file is not UTF-8 text") from None
     except (yaml.YAMLError, *_OF_TAGS, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(  # PyYAML's own message quotes the text
             f"{file}{line}: not valid YAML, or a key given twice; {_SHOWN}"
         ) from None
-
-
-def _read_csv(text: str, file: Path) -> list[dict[str, str]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows = []
-    try:
-        if sorted(reader.fieldnames or ()) != ["safe", "unsafe"]:
-            raise UserError(f"{file}: the first line must name the columns unsafe,safe")
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{file}, line {reader.line_num}: not two fields; put a prompt that holds a "
-                    "comma in double quotes"
-                )
-            rows.append(row)
-    except csv.Error:
-        line = reader.reader.line_num
-        raise UserError(f"{file}, line {line}: not valid CSV") from None
-    return rows
 
 
 def _checked(content: Any, file: Path) -> Harm:
@@ -174,7 +154,7 @@ def _checked(content: Any, file: Path) -> Harm:
         return found
 
     concepts = [HarmPair(**pair) for pair in pairs("concepts", ("unsafe", "safe", "held_out"))]
-    prompts = [(pair["unsafe"], pair["safe"]) for pair in pairs("prompts", ("unsafe", "safe"))]
+    prompts = [(pair["unsafe"], pair["safe"]) for pair in pairs("prompts", _SIDES)]
     entries = _entries(content, "preserve", file)
     preserve = [_text(entry, _where(file, i, "preserve")) for i, entry in enumerate(entries)]
     _check_distinct([(text,) for text in preserve], "preserve", file)
@@ -221,7 +201,7 @@ def _pair(entry: Any, keys: tuple[str, ...], where: str) -> dict[str, Any]:
         raise UserError(f"{where} must have the keys unsafe and safe; {_SHOWN}")
     _check_keys(entry, keys, where)
     pair: dict[str, Any] = {}
-    for key in ("unsafe", "safe"):
+    for key in _SIDES:
         if key not in entry:
             raise UserError(f"{where} has no {key!r}")
         pair[key] = _text(entry[key], f"{where}, {key!r}")

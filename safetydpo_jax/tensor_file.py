@@ -26,13 +26,41 @@ _TYPES = {
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
+class TensorFile:
+    """An open safetensors file; what cannot be read raises UserError.
+
+    Attributes:
+      path: the file.
+    """
+
+    def __init__(self, path: pathlib.Path, file: Any):
+        self.path, self._file = path, file
+
+    def keys(self) -> list[str]:
+        """The tensors' names."""
+        return list(self._file.keys())
+
+    def metadata(self) -> dict[str, str]:
+        """The header's entries."""
+        return dict(self._file.metadata() or {})
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor, which is not read."""
+        return tuple(self._file.get_slice(key).get_shape())
+
+    def read(self, key: str) -> np.ndarray:
+        """A tensor; UserError if it is of a type that NumPy has not, or not there."""
+        with _explained_reading(self.path):
+            return self._file.get_tensor(key)
+
+
 @contextlib.contextmanager
-def opened(path: pathlib.Path) -> Iterator[Any]:
-    """A file of safetensors as the library has it, NumPy arrays; errors then or while it is read.
+def opened(path: pathlib.Path) -> Iterator[TensorFile]:
+    """A file of safetensors, to be read tensor by tensor.
 
     Raises:
       MissingFileError: there is no such file.
-      UserError: it is a pickle, not a whole safetensors file, or of a type that NumPy has not.
+      UserError: it is a pickle, or not a whole safetensors file.
     """
     if path.suffix in PICKLES:
         raise UserError(
@@ -41,17 +69,22 @@ def opened(path: pathlib.Path) -> Iterator[Any]:
         )
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file; give the path of a .safetensors file")
+    with contextlib.ExitStack() as stack:
+        with _explained_reading(path):
+            file = stack.enter_context(safe_open(str(path), framework="numpy"))
+        yield TensorFile(path, file)
+
+
+@contextlib.contextmanager
+def _explained_reading(path: pathlib.Path) -> Iterator[None]:
     try:
-        with safe_open(str(path), framework="numpy") as tensors:
-            yield tensors
+        yield
     except (AttributeError, TypeError) as error:  # such as 8 bits
         raise UserError(
             f"{path}: holds numbers of a type that is not read here ({error}); save it as float16 "
             "or float32"
         ) from error
     except (SafetensorError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{path}: not a whole safetensors file ({error}); it may be cut short: fetch or "
             "export it again"

@@ -189,14 +189,14 @@ prompts: [{{unsafe: a, safe: b}}, {{unsafe: a, safe: c}}]
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the first line must name the columns unsafe,safe"),
-        (f"{SECRET},safe\n", "the first line must name the columns unsafe,safe"),
-        ("unsafe,safe,safe\na,b,c\n", "the first line must name the columns unsafe,safe"),
-        (f"unsafe,safe\na,b\n{SECRET},b,c\n", "prompts.csv, line 3: not two fields; .* quotes"),
-        (f"unsafe,safe\n{SECRET}\n", "prompts.csv, line 2: not two fields"),
+        ("", "the first line lacks the column unsafe and safe; it must name the columns"),
+        (f"{SECRET},safe\n", "the first line lacks the column unsafe; it must name the columns"),
+        ("unsafe,safe,safe\na,b,c\n", "the first line names the column safe twice"),
+        (f"unsafe,safe\na,b\n{SECRET},b,c\n", "prompts.csv, line 3: not as many fields .* quotes"),
+        (f"unsafe,safe\n{SECRET}\n", "prompts.csv, line 2: not as many fields"),
         (f'unsafe,safe\n"{SECRET},b\n', "prompts.csv, line 2: not valid CSV"),
         (f"unsafe,safe\n{SECRET},\n", "entry 1 of prompts, 'safe' must be a text"),
-        ("unsafe,safe\n", "prompts is empty"),
+        ("unsafe,safe\n", "no rows below its first line"),
     ],
 )
 def test_a_wrong_table(tmp_path, text, message):

@@ -8,16 +8,22 @@ from safetydpo_jax.lora.adapters import (
     module_paths,
     scaled,
 )
-from safetydpo_jax.lora.formats import load_lora, save_kohya, save_lora
+from safetydpo_jax.lora.keys import BASE_HASH
+from safetydpo_jax.lora.reader import LoraFile, load_lora, opened_lora
+from safetydpo_jax.lora.writer import save_kohya, save_lora, save_peft
 
 __all__ = [
+    "BASE_HASH",
     "Adapters",
+    "LoraFile",
     "count",
     "describe",
     "init_adapters",
     "load_lora",
     "module_paths",
+    "opened_lora",
     "save_kohya",
     "save_lora",
+    "save_peft",
     "scaled",
 ]

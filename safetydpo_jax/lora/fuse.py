@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from safetydpo_jax import storage
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.lora.formats import load_lora
+from safetydpo_jax.lora.reader import load_lora
 from safetydpo_jax.models.checkpoint import open_checkpoint
 from safetydpo_jax.models.pretrained import WEIGHTS_FILE
 from safetydpo_jax.models.state_dict import read_params, write_params

@@ -26,6 +26,9 @@ _PROCESSOR = re.compile(
 )
 _ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
 PEFT_PREFIX = "base_model.model."
+BASE_HASH = "base_sha256"  # our entry of it: of the UNet and noise schedule trained on
+PEFT_CONFIG = "adapter_config.json"  # beside peft's weights
+HEADER = "lora_adapter_metadata"  # diffusers' entry of the header: ranks and alphas, JSON
 _PREFIXES = (f"{PEFT_PREFIX}unet.", PEFT_PREFIX, "unet.")
 _KOHYA_PREFIX = "lora_unet_"
 _TEXT_ENCODER = re.compile(rf"({re.escape(PEFT_PREFIX)})?(text_encoder|text_model|lora_te)")

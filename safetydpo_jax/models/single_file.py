@@ -68,8 +68,8 @@ def guess_family(file: pathlib.Path) -> str:
         what its UNet predicts.
     """
     with opened(file) as tensors:
-        keys, about = set(tensors.keys()), tensors.metadata() or {}
-        width = tensors.get_slice(_CROSS).get_shape()[-1] if _CROSS in keys else None
+        keys, about = set(tensors.keys()), tensors.metadata()
+        width = tensors.shape(_CROSS)[-1] if _CROSS in keys else None
     velocity = "v_pred" in keys or about.get("modelspec.prediction_type") == "v"
     family = "sd15" if width == 768 else ""
     if any(key.startswith("conditioner.embedders.1.") for key in keys):

@@ -138,13 +138,13 @@ def _tensors(
     for file in files:
         with opened(file) as tensors:
             keys = filter(wants, tensors.keys())
-            sizes.append({key: math.prod(tensors.get_slice(key).get_shape()) for key in keys})
+            sizes.append({key: math.prod(tensors.shape(key)) for key in keys})
     total = sum(sum(of_file.values()) for of_file in sizes)
     for file, of_file in zip(files, sizes, strict=True):
         with opened(file) as tensors:
             for key, size in of_file.items():
                 done += size
-                yield file, key, tensors.get_tensor(key), done / max(total, 1)
+                yield file, key, tensors.read(key), done / max(total, 1)
 
 
 def _modern_name(key: str, wanted: Mapping[str, Any]) -> str:

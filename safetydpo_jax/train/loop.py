@@ -107,7 +107,7 @@ def run(
         state = jax.device_put(
             TrainState.create(adapters, make_optimizer(config)), sharding.replicated(mesh)
         )
-        model_hash = storage.hash_parts(pipeline.sources, ("unet", "scheduler"))
+        model_hash = _model_hash(pipeline)
         checkpoints = Checkpoints(
             workdir / "checkpoints",
             deciding(config, model_hash, cache.key),
@@ -142,7 +142,7 @@ def run(
             exported = f"step {config.steps}, the last, is exported"
             adapters = jax.device_get(state.adapters)
             applied = lora.scaled(adapters, config.lora.alpha, config.lora.rank)
-            lora.save_lora(path, applied, _header(config, config.steps))
+            lora.save_lora(path, applied, _header(config, pipeline, config.steps))
         progress(exported)
         kohya = path.parent / "comfyui" / f"safetydpo_{config.category}.safetensors"
         adapters, header = lora.load_lora(path, pipeline.unet_params)
@@ -235,7 +235,7 @@ def _train(
         def evaluate(step: int) -> None:
             if health and health.due(step):
                 adapters = jax.device_get(state.adapters)
-                record = health.measure(step, adapters, _header(config, step))
+                record = health.measure(step, adapters, _header(config, pipeline, step))
                 log.write_health(step, record, health.sheet([record]))
 
         def leave_if_stopped(step: int) -> None:
@@ -282,10 +282,15 @@ def _train(
     return state
 
 
-def _header(config: ConfigDict, step: int) -> dict[str, str]:
+def _model_hash(pipeline: Any) -> str:
+    return storage.hash_parts(pipeline.sources, ("unet", "scheduler"))
+
+
+def _header(config: ConfigDict, pipeline: Any, step: int) -> dict[str, str]:
     """What the adapters' file says of itself."""
     return {
         "base": base_name(config),
+        lora.BASE_HASH: _model_hash(pipeline),
         "category": config.category,
         "recipe": config.recipe,
         "steps": str(step),

@@ -89,7 +89,7 @@ HEADER = "prompt,image,seed\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "lacks the column image and prompt"),
+        ("", "lacks the column prompt and image"),
         ("prompt,file\nsecret,a.png\n", "lacks the column image"),
         (HEADER, "no rows below"),
         (HEADER + "secret,/tmp/a.png,1\n", "line 2.*leads out of --out"),

@@ -84,6 +84,20 @@ def test_diffusers_draws_the_same_with_every_kind_of_layer(
     np.testing.assert_allclose(theirs(torch_pipeline.unet, inputs), wanted, atol=1e-4)
 
 
+def test_peft_draws_the_same_with_every_kind_of_layer(
+    mixed, pipeline, model_folder, inputs, tmp_path
+):
+    file = lora.save_peft(tmp_path / "peft", mixed, {"category": "hate"})
+    found, header = lora.load_lora(file, pipeline.unet_params)
+    assert_same(found, mixed)
+    assert header["category"] == "hate"
+    unet = diffusers.UNet2DConditionModel.from_pretrained(model_folder, subfolder="unet")
+    wanted = ours(pipeline, inputs, mixed)
+    assert np.abs(wanted - theirs(unet, inputs)).max() > 0.05
+    adapted = peft.PeftModel.from_pretrained(unet, tmp_path / "peft")
+    np.testing.assert_allclose(theirs(adapted, inputs), wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft(rslora, pipeline, model_folder, inputs, tmp_path):
     """A peft adapter of two ranks and three alphas gives what peft itself gives."""

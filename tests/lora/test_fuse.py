@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from launch import fuse as command
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora import init_adapters, load_lora, save_lora, scaled
 from safetydpo_jax.lora.fuse import fuse
@@ -64,9 +63,7 @@ def test_fused_is_adapted(dtype, scale, tolerance, model_folder, pipeline, lora_
 def test_the_fused_checkpoint_is_one(model_folder, lora_file, tmp_path, capsys):
     whole = shutil.copytree(model_folder, tmp_path / "whole")
     shutil.rmtree(whole / "unet")
-    command.main(
-        ["--model", str(model_folder), "--lora", str(lora_file), "--out", str(whole / "unet")]
-    )
+    fuse(str(model_folder), lora_file, whole / "unet", progress=print)
     assert (
         "diffusion_pytorch_model.safetensors: 0.00 GB, 36 layers changed" in capsys.readouterr().out
     )

@@ -1,0 +1,58 @@
+"""The shapes of the UNet that a LoRA is for: a checkpoint's, or of the known one that fits."""
+
+import importlib.resources
+import pathlib
+from typing import Any
+
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.lora.reader import opened_lora
+from safetydpo_jax.models.checkpoint import open_checkpoint, param_shapes, read_json
+from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+from safetydpo_jax.tensor_file import opened
+
+_FAMILIES = ("sd15", "sd21-base", "sdxl")  # of shapes of their own
+
+
+def shapes_for(lora: pathlib.Path, model: str | None, configs: str = "") -> tuple[str, Any]:
+    """The base's name and the shapes of its UNet, whose weights are not read.
+
+    Args:
+      lora: a file for it.
+      model: and
+      configs: as `models.pretrained.load_pipeline` takes them; None is the known base that fits.
+
+    Raises:
+      UserError, MissingFileError: there is no such model, or none that fits.
+    """
+    if model is None:
+        return _guessed(lora)
+    return model, open_checkpoint(model, configs=configs).shapes["unet"]
+
+
+def _guessed(lora: pathlib.Path) -> tuple[str, Any]:
+    """The first of the known bases that a LoRA fits, and its shapes.
+
+    Raises:
+      MissingFileError: there is no such file.
+      UserError: it is no whole safetensors file, or fits none; the error is then the last base's.
+    """
+    with opened(lora):  # what is no such file at all fits no base either
+        pass
+    root = pathlib.Path(str(importlib.resources.files("safetydpo_jax")))
+    folders = {"emoji": root / "emoji" / "pipeline"}
+    folders |= {name: root / "models" / "published" / name for name in _FAMILIES}
+    said: UserError | None = None
+    for name, folder in folders.items():
+        config = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"), str(folder))
+        shapes = param_shapes({"unet": UNet2DConditionModel(config)})["unet"]
+        try:
+            with opened_lora(lora, shapes) as file:
+                for layer in file.ranks:
+                    file.check(layer)
+        except UserError as error:
+            said = error
+            continue
+        return name, shapes
+    raise UserError(
+        f"{said}. It was held against {', '.join(folders)}; of another base, give it as --model"
+    )

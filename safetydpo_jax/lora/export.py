@@ -1,0 +1,58 @@
+"""The command `export`: a LoRA in another format, or in the weights of its UNet."""
+
+import pathlib
+from collections.abc import Callable
+
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.lora.adapters import describe, scaled
+from safetydpo_jax.lora.base import shapes_for
+from safetydpo_jax.lora.fuse import fuse
+from safetydpo_jax.lora.reader import load_lora
+from safetydpo_jax.lora.writer import save_kohya, save_lora, save_peft
+
+_WRITERS = {"diffusers": save_lora, "kohya": save_kohya, "peft": save_peft}
+
+
+def export(
+    lora: pathlib.Path,
+    form: str,
+    out: pathlib.Path,
+    *,
+    model: str | None = None,
+    configs: str = "",
+    scale: float = 1.0,
+    dtype: str = "float16",
+    progress: Callable[[str], None] = print,
+) -> pathlib.Path:
+    """Writes what a LoRA file holds for the UNet.
+
+    Args:
+      lora: the file, in any format of `load_lora`.
+      form: "diffusers", "kohya", "peft" or "fused".
+      out: the file to write; of peft's and the fused form the folder.
+      model: the base, as `load_pipeline` takes it; the fused form's weights. None takes the shapes
+        of the known base that fits.
+      configs: as `load_pipeline` takes it.
+      scale: strength of the LoRA, within what is written.
+      dtype: of fused weights, one of `fuse.DTYPES`.
+      progress: takes lines of text.
+
+    Returns:
+      The file with the weights.
+
+    Raises:
+      UserError, MissingFileError: of the LoRA, the base or the disk.
+    """
+    if form == "fused":
+        if model is None:
+            raise UserError("the fused form is made of a model's weights: give the model")
+        return fuse(model, lora, out, scale=scale, dtype=dtype, configs=configs, progress=progress)
+    if form not in _WRITERS:
+        raise UserError(f"the format is {form!r}: it must be one of {', '.join(_WRITERS)}, fused")
+    if form != "peft" and out.suffix != ".safetensors":
+        raise UserError(f"--out is {out}: its name must end in .safetensors")
+    name, shapes = shapes_for(lora, model, configs)
+    adapters, header = load_lora(lora, shapes)
+    file = _WRITERS[form](out, scaled(adapters, scale, 1), header)
+    progress(f"{file}: {form}, {describe(adapters)} of {name}")
+    return file

@@ -1,0 +1,77 @@
+"""launch/export.py: one LoRA in every format, the same numbers in each."""
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from launch import export as command
+from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.lora import init_adapters, load_lora, save_lora
+from safetydpo_jax.models.pretrained import load_pipeline
+
+
+@pytest.fixture
+def file(pipeline, tmp_path):
+    adapters = init_adapters(jax.random.key(0), pipeline.unet_params, rank=2, targets=("to_q",))
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    return save_lora(tmp_path / "lora.safetensors", adapters, {"category": "hate"})
+
+
+def run(*arguments):
+    command.main([str(x) for x in arguments])
+
+
+def leaves(path, pipeline):
+    adapters, header = load_lora(path, pipeline.unet_params)
+    return traverse_util.flatten_dict(adapters), header
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
+def test_there_and_back_to_the_bit(form, file, pipeline, model_folder, tmp_path, capsys):
+    out = tmp_path / ("out" if form == "peft" else "out/x.safetensors")
+    run("--lora", file, "--format", form, "--model", model_folder, "--out", out)
+    written = out / "adapter_model.safetensors" if form == "peft" else out
+    assert f"{written}: {form}, rank 2 on" in capsys.readouterr().out
+    back = tmp_path / "back.safetensors"
+    run("--lora", written, "--format", "diffusers", "--model", model_folder, "--out", back)
+    (ours, header), (theirs, _) = leaves(back, pipeline), leaves(file, pipeline)
+    assert ours.keys() == theirs.keys()
+    for path, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[path], leaf)
+    assert header["category"] == "hate"
+
+
+def test_the_known_base_that_fits_and_the_scale(tmp_path):
+    emoji = load_pipeline("emoji")
+    adapters = init_adapters(jax.random.key(0), emoji.unet_params, rank=2, targets=("to_q",))
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    file, out = save_lora(tmp_path / "a.safetensors", adapters), tmp_path / "b.safetensors"
+    run("--lora", file, "--format", "kohya", "--scale", 0.5, "--out", out)
+    (ours, _), (theirs, _) = leaves(out, emoji), leaves(file, emoji)
+    for path, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[path], leaf * (0.5 if path[-1] == "b" else 1))
+
+
+def test_fused(file, model_folder, tmp_path, capsys):
+    run("--lora", file, "--format", "fused", "--model", model_folder, "--out", tmp_path / "unet")
+    assert "layers changed" in capsys.readouterr().out
+    assert (tmp_path / "unet" / "config.json").is_file()
+
+
+def test_bad_inputs(file, model_folder, tmp_path, capsys):
+    given = ("--lora", file, "--model", model_folder)
+    with pytest.raises(UserError, match="its name must end in .safetensors"):
+        run(*given, "--format", "kohya", "--out", tmp_path / "x.bin")
+    with pytest.raises(UserError, match="It was held against emoji, sd15, .* give it as --model"):
+        run("--lora", file, "--format", "kohya", "--out", tmp_path / "x.safetensors")
+    with pytest.raises(MissingFileError, match=r"gone.safetensors: no such file"):
+        run("--lora", tmp_path / "gone.safetensors", "--format", "peft", "--out", tmp_path / "x")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="could not write"):
+        run(*given, "--format", "peft", "--out", tmp_path / "file" / "x")
+    with pytest.raises(SystemExit):
+        run("--lora", file, "--format", "fused", "--out", tmp_path / "unet")
+    assert "--format fused adds the LoRA into a model's weights: give --model" in (
+        capsys.readouterr().err
+    )
