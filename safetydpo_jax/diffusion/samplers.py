@@ -138,6 +138,22 @@ def _x0_columns(schedule: NoiseSchedule, alpha: np.ndarray, sigma: np.ndarray):
 
 SAMPLERS = {"ddim": ddim_table, "dpmsolver++": dpmsolver_table, "euler": euler_table}
 
+
+def advance(
+    row: Mapping[str, Array], carry: tuple[Array, Array], output: Array
+) -> tuple[Array, Array]:
+    """One step: (x, x0 before) and the model's output to the next x and this x0; float32.
+
+    Args:
+      row: of `SamplerTable.rows`.
+      carry: latents; before the first step any x0 will do.
+      output: of the model, guided or not.
+    """
+    x, x0_before = carry
+    x0 = row["x_to_x0"] * x + row["out_to_x0"] * output
+    return row["keep"] * x + row["pull"] * x0 + row["memory"] * x0_before, x0
+
+
 # (params, adapters or None, latents, conditioning, negative or None) -> latents
 Sampler = Callable[..., Float[Array, "b h w c"]]
 
@@ -213,13 +229,10 @@ def _scan(unet: Any, guided: bool, rescaled: bool) -> Callable[..., Array]:
     @jax.jit
     def run(variables, latents, conditioning, negative, rows, guidance):
         def step(carry, row):
-            x, x0_before = carry
             output = predict(
-                variables, x, row["timesteps"], conditioning, negative, guidance
-            ).astype(jnp.float32)
-            x0 = row["x_to_x0"] * x + row["out_to_x0"] * output
-            x = row["keep"] * x + row["pull"] * x0 + row["memory"] * x0_before
-            return (x, x0), None
+                variables, carry[0], row["timesteps"], conditioning, negative, guidance
+            )
+            return advance(row, carry, output.astype(jnp.float32)), None
 
         (latents, _), _ = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), rows)
         return latents

@@ -1,0 +1,73 @@
+"""Merges safety experts into one LoRA.
+
+    python launch/merge.py --experts hate.safetensors violence.safetensors --model emoji \
+        --out merged.safetensors
+    python launch/merge.py --experts A B C --method ties --density 0.3 --rank 8 --out FILE
+    python launch/merge.py --recipe merge.yaml  # the same options, by name, in a file
+    safetydpo merge ...  # from the installed package
+
+Co-Merge gives each output of a layer to the expert that is the most active there. For that it
+draws with the base model, once; the votes are kept beside the result, so that merging again with
+other options takes no model: --stats OUT.votes.safetensors. Beside the merged LoRA, which diffusers
+loads, it writes a picture of who won what and how much the experts have in common.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from safetydpo_jax.errors import run_main
+from safetydpo_jax.host_memory import use_huge_pages
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line, over a recipe's values; argparse exits with 2 on a wrong one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="these options, by name")
+    parser.add_argument("--experts", nargs="+", metavar="FILE", help="LoRA files of one base")
+    parser.add_argument("--weights", nargs="+", type=float, help="one for each expert (1)")
+    parser.add_argument("--method", default="co_merge", help="co_merge, average, ties, ...")
+    parser.add_argument("--rank", type=int, help="of the result (the highest of the experts')")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the result (1)")
+    parser.add_argument("--density", type=float, help="share of entries kept: ties, dare, ...")
+    parser.add_argument("--sharpness", type=float, help="of co_merge_soft's votes")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (0)")
+    parser.add_argument("--stats", type=Path, metavar="FILE", help="votes counted before")
+    parser.add_argument("--model", help="the base: as launch/sample.py takes it")
+    parser.add_argument("--model_config", default="", help="what such a file is")
+    parser.add_argument("--prompts", type=Path, metavar="FILE.csv", help="columns category,prompt")
+    parser.add_argument(
+        "--num_prompts", type=int, default=16, help="of each category, where emoji makes them (16)"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="of the drawing, for votes (20)")
+    parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time (8)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the merged .safetensors")
+    first = parser.parse_args(argv)
+    if first.recipe:
+        from safetydpo_jax.merge.recipe import read_recipe
+
+        known = {action.dest: action for action in parser._actions}
+        parser.set_defaults(**read_recipe(first.recipe, known))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line and merges.
+
+    Raises:
+      UserError: an input that is wrong.
+    """
+    arguments: Any = parse_arguments(argv)
+    from safetydpo_jax.merge.command import run  # here, so that a wrong command is told at once
+
+    run(arguments, progress=lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    use_huge_pages()
+    run_main(main)

@@ -1,0 +1,208 @@
+"""Votes counted: one pass over the prompts for all experts, along the base model's own drawing.
+
+The layers' inputs are the base's, no expert being on, so they are computed once; each adapted layer
+then applies all experts' factors, which are stacked on an axis of their own.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from safetydpo_jax import sharding, storage
+from safetydpo_jax.diffusion.samplers import SAMPLERS, advance, initial_latents
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.merge.experts import Experts
+from safetydpo_jax.merge.statistics import Statistics
+from safetydpo_jax.models.layers import Conv, Dense
+
+BANDS = 4  # of timesteps, from noisy to clean, equally many steps each
+# Of one layer: (a, b) of all experts, (experts, in, rank) and (experts, rank, out).
+Stacked = tuple[Float[np.ndarray, "e *in r"], Float[np.ndarray, "e r out"]]
+
+
+def count_votes(
+    pipeline: Any,
+    experts: Experts,
+    prompts: Sequence[str],
+    categories: Sequence[str],
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    sampler: str = "ddim",
+    num_steps: int = 20,
+    guidance_scale: float = 7.5,
+    progress: Callable[[str], None] = print,
+) -> Statistics:
+    """Draws with the base model and counts, at every step, which expert would change most.
+
+    Args:
+      pipeline: the base, a `models.pipeline.Pipeline`.
+      experts: of that base.
+      prompts: n texts, of all categories.
+      categories: of each prompt.
+      seed: of the initial noise.
+      batch_size: prompts at a time, over all devices.
+      sampler: `SAMPLERS`, and
+      num_steps: its steps, and
+      guidance_scale: as for a picture.
+      progress: takes a line after every batch: done, rate, time left.
+
+    Raises:
+      UserError: no prompts, or fewer than two of a category, or an unknown sampler.
+    """
+    names = sorted(set(categories))
+    if len(prompts) != len(categories) or not names:
+        raise UserError(f"{len(prompts)} prompts with {len(categories)} categories: give prompts")
+    if lonely := [name for name in names if list(categories).count(name) < 2]:
+        raise UserError(f"fewer than two prompts of {', '.join(lonely)}: each half needs one")
+    if sampler not in SAMPLERS:
+        raise UserError(f"the sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
+    mesh = sharding.make_mesh()
+    devices = mesh.shape["data"]
+    batch_size = max(devices, min(batch_size, len(prompts)) // devices * devices)
+    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    table = SAMPLERS[sampler](pipeline.schedule, num_steps)
+    rows = jax.tree.map(np.asarray, table.rows())
+    stacked = jax.device_put(_stacked(experts), whole)
+    params = jax.device_put(pipeline.unet_params, whole)
+    step = _make_step(pipeline.unet, guidance_scale)
+    halves = _halves(categories)
+    cells = halves * len(names) + np.array([names.index(x) for x in categories])
+    sizes = {layer: b.shape[0::2] for layer, (_, b) in stacked.items()}
+    outputs = {
+        layer: np.zeros((2 * len(names), BANDS, *size), np.int64) for layer, size in sizes.items()
+    }
+    same_rank = _of_one_rank(experts)
+    ranks = {
+        layer: np.zeros((2 * len(names), BANDS, *stacked[layer][1].shape[:2]), np.int64)
+        for layer in same_rank
+    }
+    seeds = np.random.SeedSequence(seed).generate_state(len(prompts))
+    started = time.monotonic()
+    for start in range(0, len(prompts), batch_size):
+        index = np.arange(start, start + batch_size)
+        real = index < len(prompts)
+        index = np.minimum(index, len(prompts) - 1)
+        told = pipeline.encode_prompts([prompts[i] for i in index])
+        negative = pipeline.encode_negative([""] * batch_size)
+        x = initial_latents(seeds[index], pipeline.latent_shape) * np.float32(table.start)
+        told, negative, x = jax.device_put((told, negative, x), split)
+        carry = (x, jnp.zeros_like(x))
+        for i in range(num_steps):
+            row = jax.tree.map(lambda column, i=i: column[i], rows)
+            carry, counts = step(params, stacked, carry, row, told, negative)
+            band = i * BANDS // num_steps
+            for layer, (of_outputs, of_ranks) in jax.device_get(counts).items():
+                np.add.at(outputs[layer][:, band], cells[index[real]], of_outputs[real])
+                if layer in ranks:
+                    np.add.at(ranks[layer][:, band], cells[index[real]], of_ranks[real])
+        done = min(start + batch_size, len(prompts))
+        left = (time.monotonic() - started) / done * (len(prompts) - done)
+        progress(f"votes: {done}/{len(prompts)} prompts, {left:.0f} s left")
+
+    def shaped(x: np.ndarray) -> np.ndarray:
+        return x.reshape(2, len(names), *x.shape[1:]).astype(np.float32)
+
+    return Statistics(
+        experts.hashes,
+        names,
+        {layer: shaped(x) for layer, x in outputs.items()},
+        {layer: shaped(x) for layer, x in ranks.items()},
+        {
+            "prompts": len(prompts),
+            "prompts_sha256": storage.digest(list(prompts)),
+            "seed": seed,
+            "sampler": sampler,
+            "num_steps": num_steps,
+            "guidance_scale": guidance_scale,
+        },
+    )
+
+
+def _halves(categories: Sequence[str]) -> np.ndarray:
+    """0 and 1 in turn within each category."""
+    seen: dict[str, int] = {}
+    halves = []
+    for name in categories:
+        halves.append(seen.get(name, 0) % 2)
+        seen[name] = seen.get(name, 0) + 1
+    return np.array(halves)
+
+
+def _of_one_rank(experts: Experts) -> list[str]:
+    """The layers in which all experts have the same rank."""
+    return [
+        layer
+        for layer in experts.places
+        if all(layer in file.ranks for file in experts.files)
+        and len({file.ranks[layer] for file in experts.files}) == 1
+    ]
+
+
+def _stacked(experts: Experts) -> dict[str, Stacked]:
+    """All experts' factors by layer, filled up with zeros to the highest rank there."""
+    found = {}
+    for name, (_, kernel) in experts.places.items():
+        layer = experts.layer(name, weighted=False)
+        rank = max(x.rank for x in layer.present)
+        a = np.zeros((len(layer.experts), layer.shape[0], rank), np.float32)
+        b = np.zeros((len(layer.experts), rank, layer.shape[1]), np.float32)
+        for i, factors in enumerate(layer.experts):
+            if factors is not None:
+                a[i, :, : factors.rank], b[i, : factors.rank] = factors
+        found[name] = a.reshape(len(a), *kernel[:-1], rank), b
+    return found
+
+
+def _make_step(unet: Any, guidance_scale: float) -> Callable[..., Any]:
+    """Compiles one step of drawing with its votes: by layer, (b, experts, out) and (.., rank)."""
+
+    @jax.jit
+    def step(params, stacked, carry, row, told, negative):
+        found: dict[str, tuple[Array, Array]] = {}
+
+        def listen(call, args, kwargs, context):
+            name = ".".join(context.module.path)
+            if context.method_name == "__call__" and name in stacked:
+                found[name] = _votes(context.module, args[0], *stacked[name])
+            return call(*args, **kwargs)
+
+        x = carry[0]
+        timesteps = jnp.full(len(x), row["timesteps"])
+        with nn.intercept_methods(listen):
+            output = unet.apply({"params": params}, x, timesteps, *told)
+        if guidance_scale > 1:
+            away = unet.apply({"params": params}, x, timesteps, *negative)
+            output = away + guidance_scale * (output - away)
+        return advance(row, carry, output.astype(jnp.float32)), found
+
+    return step
+
+
+def _votes(
+    module: Dense | Conv, x: Array, a: Float[Array, "e *in r"], b: Float[Array, "e r out"]
+) -> tuple[Array, Array]:
+    """How often each expert's change is the largest: of the outputs, and of the rank's units."""
+    x = x.astype(jnp.float32)
+    if isinstance(module, Conv):
+        inner = jax.vmap(lambda kernel: module._convolve(x, kernel), out_axes=1)(a)
+    else:
+        inner = jnp.einsum("b...i,eir->be...r", x, a)
+    inner = inner.reshape(*inner.shape[:2], -1, inner.shape[-1])  # (b, e, tokens, r)
+    outer = jnp.einsum("betr,ero->beto", inner, b)
+    return _winners(outer), _winners(inner)
+
+
+def _winners(activity: Float[Array, "b e t u"]) -> Int[Array, "b e u"]:
+    """Of b rows, how many tokens each expert wins at each unit; none where all are 0."""
+    size = jnp.abs(activity)
+    best = jnp.argmax(size, 1, keepdims=True)
+    won = (jnp.arange(size.shape[1])[None, :, None, None] == best) & (size > 0)
+    return won.sum(2)

@@ -1,0 +1,177 @@
+"""The command `merge`: experts in, one LoRA out, with votes and a picture of what was done."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safetydpo_jax import storage
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.lora.adapters import describe
+from safetydpo_jax.lora.base import shapes_for
+from safetydpo_jax.lora.keys import BASE_HASH
+from safetydpo_jax.lora.writer import save_lora
+from safetydpo_jax.merge import summary
+from safetydpo_jax.merge.experts import Experts, opened_experts
+from safetydpo_jax.merge.layer import Votes
+from safetydpo_jax.merge.overlap import cosines, inner_products
+from safetydpo_jax.merge.run import Merged, check, merge
+from safetydpo_jax.merge.statistics import Statistics, load_statistics
+
+OPTIONS = ("density", "sharpness")  # of methods
+
+
+def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
+    """Merges as the command line says.
+
+    Args:
+      arguments: of launch/merge.py.
+      progress: takes lines of text.
+
+    Returns:
+      The merged LoRA's file.
+
+    Raises:
+      UserError, MissingFileError: an input is wrong; nothing is written then.
+    """
+    options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+    needs_votes = check(arguments.method, options).needs_votes
+    if arguments.out is None:
+        raise UserError("no --out: say where the merged LoRA goes, as in --out merged.safetensors")
+    if arguments.out.suffix != ".safetensors":
+        raise UserError(f"--out is {arguments.out}: its name must end in .safetensors")
+    if not arguments.experts:
+        raise UserError("no experts: give LoRA files, as in --experts hate.safetensors FILE ...")
+    if needs_votes and arguments.stats is None and arguments.model is None:
+        raise UserError(
+            f"{arguments.method} asks which expert is active where: give the base as --model, or "
+            "--stats with votes counted before"
+        )
+    files = [Path(file) for file in arguments.experts]
+    base, shapes = shapes_for(files[0], arguments.model, arguments.model_config)
+    progress(f"{len(files)} experts of {base}")
+    with opened_experts(files, shapes, arguments.weights) as experts:
+        for name, file, weight in zip(experts.names, files, experts.weights, strict=True):
+            ranks = sorted(set(experts.files[files.index(file)].ranks.values()))
+            progress(f"  {name}: rank {ranks[0]}, weight {weight:g}, {file}")
+        statistics = _statistics(arguments, experts, progress) if needs_votes else None
+        votes = statistics.votes() if statistics else None
+        merged = _merge(arguments, experts, options, votes, progress)
+        products = sum(inner_products(experts.layer(layer)) for layer in experts.places)
+        return _write(arguments, experts, options, votes, merged, np.asarray(products), progress)
+
+
+def _statistics(arguments: Any, experts: Experts, progress: Callable[[str], None]) -> Statistics:
+    """The votes of a file, or counted anew and kept beside the result."""
+    if arguments.stats is not None:
+        found = load_statistics(arguments.stats).ordered(experts.hashes, str(arguments.stats))
+    else:
+        from safetydpo_jax.merge.activity import count_votes
+        from safetydpo_jax.merge.prompts import emoji_prompts, read_prompts
+        from safetydpo_jax.models.pretrained import load_pipeline
+
+        if arguments.prompts is not None:
+            prompts, categories = read_prompts(arguments.prompts)
+        elif arguments.model == "emoji":
+            prompts, categories = emoji_prompts(arguments.num_prompts, arguments.seed)
+        else:
+            raise UserError(
+                "no --prompts: give a CSV with the columns category,prompt, prompts of all the "
+                "categories that the experts are for"
+            )
+        pipeline = load_pipeline(arguments.model, configs=arguments.model_config, progress=progress)
+        found = count_votes(
+            pipeline,
+            experts,
+            prompts,
+            categories,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            num_steps=arguments.steps,
+            progress=progress,
+        )
+        path = arguments.out.with_suffix(".votes.safetensors")
+        found.save(path)
+        progress(f"votes: kept in {path}, for --stats")
+    progress(
+        f"votes: on {found.about['prompts']} prompts; by either half of them "
+        f"{100 * found.agreement():.0f} % of the outputs have the same winner"
+    )
+    return found
+
+
+def _merge(
+    arguments: Any,
+    experts: Experts,
+    options: dict[str, Any],
+    votes: dict[str, Votes] | None,
+    progress: Callable[[str], None],
+) -> Merged:
+    began = told = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told > 5:
+            told = now
+            left = (now - began) / done * (total - done)
+            progress(f"merging: {done}/{total} layers, {left:.0f} s left")
+
+    return merge(
+        experts,
+        arguments.method,
+        rank=arguments.rank,
+        scale=arguments.scale,
+        options=options,
+        votes=votes,
+        seed=arguments.seed,
+        progress=say,
+    )
+
+
+def _write(
+    arguments: Any,
+    experts: Experts,
+    options: dict[str, Any],
+    votes: dict[str, Votes] | None,
+    merged: Merged,
+    products: np.ndarray,
+    progress: Callable[[str], None],
+) -> Path:
+    energy = float(np.mean(list(merged.energy.values())))
+    header = {
+        "method": arguments.method,
+        "options": json.dumps(options),
+        "experts": json.dumps(
+            [
+                {"name": name, "sha256": digest, "weight": weight}
+                for name, digest, weight in zip(
+                    experts.names, experts.hashes, experts.weights, strict=True
+                )
+            ]
+        ),
+        "rank": str(merged.rank),
+        "scale": str(arguments.scale),
+        "seed": str(arguments.seed),
+        "energy_kept": f"{energy:.4f}",
+        **{
+            key: value
+            for key, value in experts.files[0].header.items()
+            if key in ("base", BASE_HASH)
+        },
+    }
+    path = save_lora(arguments.out, merged.adapters, header)
+    shares = summary.winners(votes) if votes else None
+    progress(f"{arguments.method}, {describe(merged.adapters)}, energy kept {100 * energy:.1f} %")
+    for line in summary.lines(experts.names, merged.energy, merged.error, shares):
+        progress(line)
+    drawn = path.with_suffix(".png")
+    title = f"{len(experts.names)} experts merged by {arguments.method}, rank {merged.rank}"
+    image = summary.picture(title, experts.names, cosines(products), shares)
+    with storage.explained_writes(drawn):
+        image.save(drawn)
+    progress(f"written: {path}, {drawn.name}")
+    return path

@@ -1,0 +1,142 @@
+"""A layer's change as two thin factors, and the cut to a rank; no d x d matrix where none is asked.
+
+All in NumPy: a layer is small, there are hundreds of shapes, and float64 is a word away.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float
+
+OVERSAMPLES, POWERS = 16, 2  # of the randomised SVD, Halko et al. 2011, algorithm 4.4
+
+
+class Factors(NamedTuple):
+    """What a LoRA adds to a layer's kernel: a @ b, its scale within.
+
+    A convolution's `a` is flat: (kh * kw * in, rank).
+    """
+
+    a: Float[np.ndarray, "in rank"]
+    b: Float[np.ndarray, "rank out"]
+
+    @property
+    def rank(self) -> int:
+        """Of the factors; that of the product may be lower."""
+        return len(self.b)
+
+    @property
+    def delta(self) -> Float[np.ndarray, "in out"]:
+        """The product, in float32."""
+        return np.asarray(self.a, np.float32) @ np.asarray(self.b, np.float32)
+
+
+class Cut(NamedTuple):
+    """Factors of a given rank, and what was lost on the way.
+
+    Attributes:
+      factors: float32.
+      energy: the share of the squared Frobenius norm that is left; 1 where there was nothing.
+      error: the most, as a share of the same, that the best factors of that rank could keep beyond
+        these; 0 where the cut is exact.
+    """
+
+    factors: Factors
+    energy: float
+    error: float = 0.0
+
+
+def stack(factors: Sequence[Factors]) -> Factors:
+    """The sum of the products, exactly: factors side by side."""
+    if len(factors) == 1:
+        return factors[0]
+    return Factors(
+        np.concatenate([f.a for f in factors], 1), np.concatenate([f.b for f in factors], 0)
+    )
+
+
+def inner(x: Factors, y: Factors) -> float:
+    """The Frobenius inner product of two products."""
+    left = np.asarray(x.a, np.float64).T @ np.asarray(y.a, np.float64)
+    right = np.asarray(x.b, np.float64) @ np.asarray(y.b, np.float64).T
+    return float((left * right).sum())
+
+
+def cut(factors: Factors, rank: int) -> Cut:
+    """The best factors of at most `rank`: the truncated SVD of the product, from thin matrices.
+
+    With A = QR, the squares of the product's singular values are the eigenvalues of R B B^T R^T,
+    which has the factors' rank as its side. It is formed in float64, so that what squaring loses
+    lies below what float32 holds.
+
+    Args:
+      factors: of any rank; of no more than `rank` they are returned as they are.
+      rank: at least 1.
+    """
+    if factors.rank <= rank:
+        return Cut(factors, 1.0)
+    if factors.rank > len(factors.a):
+        return _cut_wide(factors, rank)
+    a, b = (np.asarray(x, np.float64) for x in factors)
+    q, r = np.linalg.qr(a)
+    core = r @ (b @ b.T) @ r.T
+    size = len(core)
+    values, vectors = scipy.linalg.eigh(
+        core, subset_by_index=(size - rank, size - 1), driver="evr", check_finite=False
+    )
+    kept = vectors[:, ::-1]
+    return _balanced(q @ kept, (kept.T @ r) @ b, values[::-1], float(np.trace(core)))
+
+
+def _cut_wide(factors: Factors, rank: int) -> Cut:
+    """Where there are more columns than rows, QR saves nothing: the rows' own Gram matrix."""
+    a, b = (np.asarray(x, np.float64) for x in factors)
+    gram = a @ (b @ b.T) @ a.T
+    size = len(gram)
+    first = max(size - rank, 0)
+    values, vectors = scipy.linalg.eigh(
+        gram, subset_by_index=(first, size - 1), driver="evr", check_finite=False
+    )
+    kept = vectors[:, ::-1]
+    return _balanced(kept, (kept.T @ a) @ b, values[::-1], float(np.trace(gram)))
+
+
+def cut_dense(delta: Float[np.ndarray, "in out"], rank: int, seed: int = 0) -> Cut:
+    """Factors of at most `rank` near a whole matrix, by a randomised SVD.
+
+    Args:
+      delta: the matrix, float32.
+      rank: at least 1.
+      seed: of the random test matrix.
+    """
+    total = float(np.square(delta, dtype=np.float64).sum())
+    width = min(rank + OVERSAMPLES, *delta.shape)
+    rng = np.random.default_rng(seed)
+    y = delta @ rng.standard_normal((delta.shape[1], width), np.float32)
+    for _ in range(POWERS):
+        y = delta @ (delta.T @ _orthonormal(y))
+    q = _orthonormal(y)
+    rest = q.T @ delta  # (width, out)
+    vectors, singular, right = np.linalg.svd(rest, full_matrices=False)
+    values = np.square(singular[:rank], dtype=np.float64)
+    found = _balanced(q @ vectors[:, :rank], singular[:rank, None] * right[:rank], values, total)
+    # The best ones keep no more than these do and all that lies outside the subspace.
+    outside = max(total - float(np.square(singular, dtype=np.float64).sum()), 0.0)
+    exact = width == min(delta.shape) or not total
+    return found._replace(error=0.0 if exact else outside / total)
+
+
+def _orthonormal(y: np.ndarray) -> np.ndarray:
+    return np.linalg.qr(y)[0]
+
+
+def _balanced(left: np.ndarray, right: np.ndarray, squares: np.ndarray, total: float) -> Cut:
+    """U and S V^T of a product as factors of equal norms: halves of float16 then hold both."""
+    roots = np.maximum(squares, 0.0) ** 0.25
+    scale = np.where(roots > 0, roots, 1.0)
+    factors = Factors(
+        np.asarray(left * roots, np.float32), np.asarray(right / scale[:, None], np.float32)
+    )
+    return Cut(factors, min(float(np.maximum(squares, 0.0).sum()) / total, 1.0) if total else 1.0)

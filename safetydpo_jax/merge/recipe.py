@@ -1,0 +1,92 @@
+"""A merge's options in a YAML file, by the names that the command line has for them."""
+
+import argparse
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safetydpo_jax.errors import MissingFileError, UserError
+
+_NOT_HERE = ("recipe", "help")
+_EXPERT = ("file", "weight")
+
+
+def read_recipe(path: Path, options: Mapping[str, argparse.Action]) -> dict[str, Any]:
+    """The values of a recipe, converted as on the command line.
+
+    `experts` is a list of files, or of tables with `file` and `weight`. Paths that are not absolute
+    are taken from the recipe's own folder, so that it can be moved with its experts.
+
+    Args:
+      path: the file.
+      options: the command line's, by name.
+
+    Raises:
+      MissingFileError: there is no such file.
+      UserError: it is no YAML table, or a key or value is none that there can be.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"{path}: there is no such recipe")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a table of options, as in 'method: ties'")
+    known = {name: action for name, action in options.items() if name not in _NOT_HERE}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in known:
+            meant = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {meant[0]!r}?" if meant else f"there are {', '.join(known)}"
+            raise UserError(f"{path}: there is no option {key!r}; {hint}")
+        if key == "experts":
+            files, weights = _experts(value, path)
+            values["experts"] = files
+            if weights:
+                values["weights"] = weights
+        else:
+            values[key] = _converted(value, known[key], f"{path}, {key}")
+    for key in ("stats", "prompts", "out"):
+        if key in values:
+            values[key] = path.parent / values[key]
+    return values
+
+
+def _experts(entries: Any, path: Path) -> tuple[list[str], list[float]]:
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: experts must be a list of files, each after a dash")
+    files, weights = [], []
+    for i, entry in enumerate(entries, 1):
+        where = f"{path}, expert {i}"
+        table = {"file": entry} if isinstance(entry, str) else entry
+        if not isinstance(table, dict) or not isinstance(table.get("file"), str):
+            raise UserError(f"{where}: give a file, or a table with file and weight")
+        if wrong := [key for key in table if key not in _EXPERT]:
+            raise UserError(f"{where}: there is no key {wrong[0]!r}; the keys are file and weight")
+        weight = table.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise UserError(f"{where}: the weight must be a number")
+        files.append(str(path.parent / table["file"]))
+        weights.append(float(weight))
+    return files, [] if all(weight == 1 for weight in weights) else weights
+
+
+def _converted(value: Any, option: argparse.Action, where: str) -> Any:
+    convert: Any = option.type or str
+    wanted = {int: "a whole number", float: "a number"}.get(convert, "a text")
+    fits = {int: int, float: (int, float)}.get(convert, str)
+
+    def one(x: Any) -> Any:
+        if isinstance(x, bool) or not isinstance(x, fits):
+            raise UserError(f"{where}: it must be {wanted}, not {x!r}")
+        return convert(x)
+
+    if option.nargs == "+":
+        if not isinstance(value, list):
+            raise UserError(f"{where}: it must be a list")
+        return [one(x) for x in value]
+    return one(value)

@@ -1,0 +1,101 @@
+"""Experts merged into one LoRA, layer by layer."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.lora.adapters import Adapters
+from safetydpo_jax.merge.experts import Experts
+from safetydpo_jax.merge.factors import Cut, Factors, cut, cut_dense
+from safetydpo_jax.merge.layer import Method, Votes
+from safetydpo_jax.merge.methods import METHODS
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """One LoRA of several.
+
+    Attributes:
+      adapters: ready to apply.
+      energy: of every layer, the share of the merged change's squared norm that its rank holds.
+      error: of every layer, the most of it that another LoRA of that rank could hold beyond that.
+      rank: that was asked for, or taken.
+    """
+
+    adapters: Adapters
+    energy: dict[str, float]
+    error: dict[str, float]
+    rank: int
+
+
+def merge(
+    experts: Experts,
+    method: str,
+    *,
+    rank: int | None = None,
+    scale: float = 1.0,
+    options: Mapping[str, Any] | None = None,
+    votes: Mapping[str, Votes] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Merged:
+    """Merges, one layer in memory at a time.
+
+    Args:
+      experts: from `opened_experts`.
+      method: one of `METHODS`.
+      rank: of every layer of the result, at least 1; None is the highest of the experts', or the
+        sum of theirs for a method that keeps it. A layer whose change has less keeps less.
+      scale: what the result is multiplied by.
+      options: the method's own, by name.
+      votes: by layer, for methods that need them: `Statistics.votes`.
+      seed: for methods that draw.
+      progress: told after every layer how many are done, and of how many.
+
+    Raises:
+      UserError: no such method, option or rank; votes are missing; experts hold NaN.
+    """
+    chosen, options = check(method, options or {}), dict(options or {})
+    if rank is not None and rank < 1:
+        raise UserError(f"the rank is {rank}: it must be at least 1")
+    if chosen.needs_votes and votes is None:
+        raise UserError(
+            f"{method} asks which expert is active where: give statistics, or a model to make them"
+        )
+    if rank is None:
+        rank = experts.sum_of_ranks() if chosen.keeps_rank else experts.highest_rank
+    flat, energy, error = {}, {}, {}
+    for done, (name, (path, kernel)) in enumerate(experts.places.items(), 1):
+        layer = experts.layer(name, (votes or {}).get(name), seed)
+        found = _cut(chosen.change(layer, **options), rank)
+        a, b = found.factors
+        flat[(*path, "a")] = a.reshape(*kernel[:-1], a.shape[-1])
+        flat[(*path, "b")] = b * np.float32(scale) if scale != 1 else b
+        energy[name], error[name] = found.energy, found.error
+        progress(done, len(experts.places))
+    return Merged(traverse_util.unflatten_dict(flat), energy, error, rank)
+
+
+def check(method: str, options: Mapping[str, Any]) -> Method:
+    """The method, if there is one of that name with such options; else UserError."""
+    if method not in METHODS:
+        raise UserError(f"the method is {method!r}: it must be one of {', '.join(METHODS)}")
+    known = inspect.signature(METHODS[method].change).parameters
+    for name, value in options.items():
+        if name not in known or name == "layer":
+            has = ", ".join(x for x in known if x != "layer") or "none"
+            raise UserError(f"{method} has no option {name!r}; those it has: {has}")
+        if name == "density" and not 0 < value <= 1:
+            raise UserError(f"density is {value}: it must be above 0 and at most 1")
+        if name == "sharpness" and not 0 <= value < float("inf"):
+            raise UserError(f"sharpness is {value}: it must be finite and at least 0")
+    return METHODS[method]
+
+
+def _cut(change: Factors | np.ndarray, rank: int) -> Cut:
+    return cut(change, rank) if isinstance(change, Factors) else cut_dense(change, rank)

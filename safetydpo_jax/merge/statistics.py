@@ -1,0 +1,116 @@
+"""Which expert is the most active at each output of each layer: counted once, kept in a file.
+
+A vote is one token of one prompt at one step of the base model's own drawing. Kept apart are the
+category of the prompt, the band of timesteps and the half of the prompts, so that a merge can weigh
+them anew, and the two halves say how far the winners can be relied on.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.merge.layer import Votes
+from safetydpo_jax.tensor_file import opened, write_tensors
+
+_HEADER = "safetydpo_statistics"
+Counts = Float[np.ndarray, "half category band expert _"]
+
+
+@dataclasses.dataclass
+class Statistics:
+    """Votes on every layer.
+
+    Attributes:
+      experts: sha256 of the files, in the order of the counts' axis.
+      categories: of the prompts.
+      outputs: by layer, votes on its outputs.
+      ranks: by layer, votes on the experts' rank units; only layers in which ranks are one.
+      about: how they were made: prompts' number and hash, sampler, steps, the base's hash.
+    """
+
+    experts: list[str]
+    categories: list[str]
+    outputs: dict[str, Counts]
+    ranks: dict[str, Counts]
+    about: dict[str, object]
+
+    def votes(self, weights: Mapping[str, float] | None = None) -> dict[str, Votes]:
+        """By layer, the votes summed over what is kept apart.
+
+        Args:
+          weights: of each category; None is 1 for all.
+        """
+        factors = np.array([(weights or {}).get(name, 1.0) for name in self.categories])
+
+        def summed(counts: Counts) -> Float[np.ndarray, "expert unit"]:
+            return np.einsum("hcbeu,c->eu", counts.astype(np.float64), factors)
+
+        return {
+            layer: Votes(summed(counts), summed(self.ranks[layer]) if layer in self.ranks else None)
+            for layer, counts in self.outputs.items()
+        }
+
+    def agreement(self) -> float:
+        """The share of outputs whose winner is the same by either half of the prompts."""
+        same = total = 0
+        for counts in self.outputs.values():
+            first, second = counts.sum((1, 2)).argmax(1)
+            same, total = same + int((first == second).sum()), total + len(first)
+        return same / max(total, 1)
+
+    def ordered(self, experts: Sequence[str], where: str = "the statistics") -> "Statistics":
+        """The same for experts in another order.
+
+        Args:
+          experts: sha256 of their files.
+          where: said in the error.
+
+        Raises:
+          UserError: they are of other experts.
+        """
+        if sorted(experts) != sorted(self.experts):
+            raise UserError(
+                f"{where}: the votes are of other experts than these {len(experts)} "
+                f"({len(set(experts) & set(self.experts))} of its {len(self.experts)} are among "
+                "them): make the statistics anew, without --stats"
+            )
+        order = [self.experts.index(digest) for digest in experts]
+        tables = [
+            {layer: counts[:, :, :, order] for layer, counts in table.items()}
+            for table in (self.outputs, self.ranks)
+        ]
+        return dataclasses.replace(self, experts=list(experts), outputs=tables[0], ranks=tables[1])
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        tensors = {f"outputs.{layer}": counts for layer, counts in self.outputs.items()}
+        tensors |= {f"ranks.{layer}": counts for layer, counts in self.ranks.items()}
+        said = {"experts": self.experts, "categories": self.categories, "about": self.about}
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        write_tensors(path, shapes, tensors.items(), metadata={_HEADER: json.dumps(said)})
+
+
+def load_statistics(path: pathlib.Path) -> Statistics:
+    """Reads what `Statistics.save` wrote.
+
+    Raises:
+      MissingFileError: there is no such file.
+      UserError: it holds no statistics, or is damaged.
+    """
+    with opened(path) as file:
+        header = file.metadata()
+        if _HEADER not in header:
+            raise UserError(f"{path}: holds no statistics of a merge: is it a LoRA?")
+        tables: dict[str, dict[str, Counts]] = {"outputs": {}, "ranks": {}}
+        for key in file.keys():  # noqa: SIM118
+            kind, _, layer = key.partition(".")
+            tables[kind][layer] = file.read(key)
+    said = json.loads(header[_HEADER])
+    return Statistics(
+        said["experts"], said["categories"], tables["outputs"], tables["ranks"], said["about"]
+    )

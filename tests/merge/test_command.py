@@ -1,0 +1,155 @@
+"""launch/merge.py from the command line to files that diffusers reads."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from flax import traverse_util
+from PIL import Image
+
+from launch import merge
+from safetydpo_jax import lora
+from safetydpo_jax.errors import MissingFileError, UserError
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["category", "prompt"])
+        rows.writerows([(c, f"secret {i}") for c in ("hate", "violence") for i in range(2)])
+    return path
+
+
+def run(*arguments):
+    merge.main([str(x) for x in arguments])
+
+
+def change(path, pipeline):
+    flat = traverse_util.flatten_dict(lora.load_lora(path, pipeline.unet_params)[0])
+    return {
+        k[:-1]: np.asarray(a).reshape(-1, a.shape[-1]) @ np.asarray(flat[(*k[:-1], "b")])
+        for k, a in flat.items()
+        if k[-1] == "a"
+    }
+
+
+def test_co_merge_and_again_from_its_votes(
+    files, prompts, pipeline, model_folder, tmp_path, capsys
+):
+    out = tmp_path / "out" / "merged.safetensors"
+    run("--experts", *files, "--model", model_folder, "--prompts", prompts, "--steps", 4,
+        "--rank", 3, "--out", out)  # fmt: skip
+    said = capsys.readouterr().out
+    assert "secret" not in said
+    assert "of the outputs have the same winner" in said
+    assert f"written: {out}, merged.png" in said
+    assert "won by" in said
+    _, header = lora.load_lora(out, pipeline.unet_params)
+    assert (header["method"], header["rank"]) == ("co_merge", "3")
+    assert [x["name"] for x in json.loads(header["experts"])] == ["hate", "violence", "shocking"]
+    with Image.open(out.with_suffix(".png")) as picture:
+        assert picture.size[0] >= 720
+    again = tmp_path / "again.safetensors"
+    run("--experts", *files, "--model", model_folder, "--rank", 3, "--out", again,
+        "--stats", out.with_suffix(".votes.safetensors"))  # fmt: skip
+    one, two = change(out, pipeline), change(again, pipeline)
+    for layer, matrix in one.items():
+        np.testing.assert_allclose(matrix, two[layer], atol=1e-5)
+
+
+def test_a_recipe_stands_for_the_options(files, pipeline, model_folder, tmp_path):
+    recipe = files[0].parent / "merge.yaml"
+    recipe.write_text(
+        "experts:\n"
+        f"  - {files[0].name}\n"
+        f"  - {{file: {files[1].name}, weight: 0.5}}\n"
+        "method: ties\ndensity: 0.5\nrank: 4\n"
+        f"model: {model_folder}\nout: merged.safetensors\n"
+    )
+    run("--recipe", recipe)
+    other = tmp_path / "other.safetensors"
+    run("--experts", files[0], files[1], "--weights", 1, 0.5, "--method", "ties", "--density", 0.5,
+        "--rank", 4, "--model", model_folder, "--out", other)  # fmt: skip
+    assert (files[0].parent / "merged.safetensors").read_bytes() == other.read_bytes()
+    run("--recipe", recipe, "--rank", 2, "--out", other)  # the command line counts
+    assert lora.load_lora(other, pipeline.unet_params)[1]["rank"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methot: ties", "there is no option 'methot'; did you mean 'method'?"),
+        ("recipe: x", "there is no option 'recipe'"),
+        ("- a", "a recipe is a table of options"),
+        ("method: [", "not valid YAML"),
+        ("rank: four", "merge.yaml, rank: it must be a whole number, not 'four'"),
+        ("rank: true", "it must be a whole number"),
+        ("scale: [1]", "it must be a number"),
+        ("weights: 1", "merge.yaml, weights: it must be a list"),
+        ("experts: a", "experts must be a list of files"),
+        ("experts: [{weight: 1}]", "expert 1: give a file"),
+        ("experts: [{file: a, wait: 1}]", "expert 1: there is no key 'wait'"),
+        ("experts: [{file: a, weight: x}]", "expert 1: the weight must be a number"),
+    ],
+)
+def test_recipes_that_are_none(tmp_path, text, message):
+    recipe = tmp_path / "merge.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UserError, match=message.replace("?", r"\?").replace("[", r"\[")):
+        run("--recipe", recipe)
+
+
+def test_what_is_refused_before_any_work(files, prompts, model_folder, tmp_path):
+    out = ("--out", tmp_path / "m.safetensors")
+    model = ("--model", model_folder)
+    experts = ("--experts", *files)
+    for arguments, message in (
+        ((*experts,), "no --out"),
+        ((*experts, "--out", "m.bin", *model), "its name must end in .safetensors"),
+        ((*out, *model), "no experts"),
+        ((*experts, *out), "co_merge asks which expert is active where"),
+        ((*experts, *out, "--method", "mean"), "the method is 'mean'"),
+        ((*experts, *out, "--method", "average", "--density", 1), "average has no option 'density"),
+        ((*experts, *out, *model), "no --prompts: give a CSV"),
+        (
+            (*experts, *out, "--method", "average"),
+            r"It was held against emoji, sd15, .* as --model",
+        ),
+        ((*experts, *out, *model, "--stats", files[0]), "holds no statistics"),
+        ((*experts, *out, *model, "--weights", 1), "1 weights for 3 experts"),
+        ((*experts, *out, *model, "--prompts", files[0]), "is not UTF-8 text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(*arguments)
+    for arguments in (
+        ("--recipe", tmp_path / "gone.yaml"),
+        (*experts, *out, *model, "--stats", tmp_path / "gone.safetensors"),
+        (*experts, *out, *model, "--prompts", tmp_path / "gone.csv"),
+        ("--experts", tmp_path / "gone.safetensors", *out, "--method", "average"),
+    ):
+        with pytest.raises(MissingFileError, match="gone"):
+            run(*arguments)
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind,prompt\na,b\n", "the first line lacks the column category"),
+        ("category,prompt\n", "the table has no rows"),
+        ("category,prompt\nhate,secret, b\n", "line 2: not as many fields"),
+        ("category,prompt\nhate,\n", "line 2: the column prompt is empty"),
+        ("category,prompt,prompt\nhate,a,b\n", "names the column prompt twice"),
+        ("category,prompt\nhate,secret\n", "fewer than two prompts of hate"),
+    ],
+)
+def test_tables_of_prompts_that_are_none(files, model_folder, tmp_path, text, message):
+    table = tmp_path / "prompts.csv"
+    table.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        run("--experts", *files, "--model", model_folder, "--prompts", table,
+            "--out", tmp_path / "m.safetensors")  # fmt: skip
+    assert "secret" not in str(error.value)

@@ -1,0 +1,196 @@
+"""Votes against a count by hand, one layer and one expert at a time; their file and its errors."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from safetydpo_jax import lora
+from safetydpo_jax.diffusion.samplers import SAMPLERS, advance, initial_latents
+from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.merge import opened_experts
+from safetydpo_jax.merge.activity import count_votes
+from safetydpo_jax.merge.statistics import Statistics, load_statistics
+
+PROMPTS = ["a", "b c", "d", "e f", "g", "h", "i j", "k"]
+OF = ["hate", "hate", "sexual", "sexual", "hate", "hate", "sexual", "sexual"]
+SETTINGS = {"num_steps": 4, "guidance_scale": 3.0, "batch_size": 8, "progress": lambda line: None}
+LAYERS = (
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v",
+    "down_blocks.0.resnets.0.conv1",
+)
+
+
+@pytest.fixture(scope="module")
+def statistics(kept_files, pipeline):
+    with opened_experts(kept_files, pipeline.unet_params) as experts:
+        return count_votes(pipeline, experts, PROMPTS, OF, **SETTINGS)
+
+
+def output_of(pipeline, layer, inputs, adapters=None):
+    """What one layer puts out in the UNet."""
+    variables = {"params": pipeline.unet_params} | ({"lora": adapters} if adapters else {})
+    # Not compiled: it would be for every layer and rank anew.
+    _, kept = pipeline.unet.apply(variables, *inputs, capture_intermediates=True)
+    flat = traverse_util.flatten_dict(kept["intermediates"])
+    [found] = [v for path, (v, *_) in flat.items() if ".".join(path[:-1]) == layer]
+    return np.asarray(found)
+
+
+def by_hand(pipeline, files, layer):
+    """(half, category, band, expert, out), along the base's own drawing."""
+    experts = [
+        traverse_util.flatten_dict(lora.load_lora(x, pipeline.unet_params)[0]) for x in files
+    ]
+    alone = [
+        traverse_util.unflatten_dict(
+            {path: leaf for path, leaf in flat.items() if ".".join(path[:-1]) == layer}
+        )
+        for flat in experts
+    ]
+    told, negative = jax.tree.map(
+        jnp.asarray, (pipeline.encode_prompts(PROMPTS), pipeline.encode_negative([""] * 8))
+    )
+    seeds = np.random.SeedSequence(0).generate_state(8)
+    table = SAMPLERS["ddim"](pipeline.schedule, 4)
+    x = initial_latents(seeds, pipeline.latent_shape)
+    carry, rows, counts = (x, 0 * x), table.rows(), None
+    for step in range(4):
+        row = jax.tree.map(lambda column, step=step: column[step], rows)
+        timesteps = jnp.full(8, row["timesteps"])
+        inputs = (carry[0], timesteps, *told)
+        base = output_of(pipeline, layer, inputs)
+        change = [
+            np.abs(output_of(pipeline, layer, inputs, x) - base) if x else 0 * base for x in alone
+        ]
+        best = np.argmax(change, 0).reshape(8, -1, base.shape[-1])
+        if counts is None:
+            counts = np.zeros((2, 2, 4, len(files), base.shape[-1]))
+        for i, category in enumerate(OF):
+            half = OF[:i].count(category) % 2
+            for expert in range(len(files)):
+                votes = (best[i] == expert).sum(0)
+                counts[half, ["hate", "sexual"].index(category), step, expert] += votes
+        answer, away = (
+            pipeline.unet.apply({"params": pipeline.unet_params}, *inputs[:2], *x)
+            for x in (told, negative)
+        )
+        carry = advance(row, carry, away + 3.0 * (answer - away))
+    return counts
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_votes_against_a_count_by_hand(statistics, pipeline, files, layer):
+    counts = statistics.outputs[layer]
+    wanted = by_hand(pipeline, files, layer)
+    assert counts.shape == wanted.shape
+    assert counts.sum() == wanted.sum()
+    # Rounding decides where two are as good as equal.
+    assert np.abs(counts - wanted).sum() <= 0.01 * wanted.sum()
+    shares = counts.sum((0, 1, 2)) / counts.sum((0, 1, 2, 3))
+    assert (shares.max(0) < 1).any()  # it is no walkover
+    assert statistics.categories == ["hate", "sexual"]
+
+
+def test_batches_and_devices_change_nothing(statistics, files, pipeline):
+    """Neither does a batch that is not full."""
+    settings = SETTINGS | {"batch_size": 16}
+    with opened_experts(files, pipeline.unet_params) as experts:
+        other = count_votes(pipeline, experts, PROMPTS[:6], OF[:6], **settings)
+    assert other.about["prompts"] == 6
+    first = count_of(statistics, LAYERS[0])
+    assert count_of(other, LAYERS[0]) == first * 6 / 8
+
+
+def count_of(statistics, layer):
+    return statistics.outputs[layer].sum()
+
+
+def test_weights_of_experts_do_not_vote(statistics, files, pipeline):
+    """So that one count serves any weights."""
+    with opened_experts(files, pipeline.unet_params, [0.0, 5.0, 1.0]) as experts:
+        weighted = count_votes(pipeline, experts, PROMPTS, OF, **SETTINGS)
+    for layer, counts in statistics.outputs.items():
+        np.testing.assert_array_equal(weighted.outputs[layer], counts)
+
+
+def test_an_expert_without_the_layer_gets_no_votes(statistics):
+    counts = statistics.outputs[LAYERS[0]]
+    assert counts[:, :, :, 2].sum() == 0  # it has no to_v
+    assert counts[:, :, :, 0].sum() > 0
+
+
+def test_rank_units_vote_where_ranks_are_one(twins, files, pipeline, statistics):
+    assert not statistics.ranks
+    with opened_experts(twins, pipeline.unet_params) as experts:
+        found = count_votes(pipeline, experts, PROMPTS, OF, **SETTINGS)
+    assert found.ranks.keys() == found.outputs.keys()
+    assert found.ranks[LAYERS[0]].shape == (2, 2, 4, 2, 3)
+    assert found.votes()[LAYERS[0]].ranks.shape == (2, 3)
+
+
+def test_file_and_order(statistics, tmp_path):
+    path = tmp_path / "votes.safetensors"
+    statistics.save(path)
+    found = load_statistics(path)
+    assert (found.experts, found.categories, found.about) == (
+        statistics.experts,
+        statistics.categories,
+        statistics.about,
+    )
+    turned = found.ordered(found.experts[::-1])
+    for layer, counts in statistics.outputs.items():
+        np.testing.assert_array_equal(found.outputs[layer], counts)
+        np.testing.assert_array_equal(turned.outputs[layer], counts[:, :, :, ::-1])
+
+
+def test_categories_can_be_weighed(statistics):
+    alone = statistics.votes({"sexual": 0.0})
+    for layer, counts in statistics.outputs.items():
+        np.testing.assert_array_equal(alone[layer].outputs, counts[:, 0].sum((0, 1)))
+
+
+def test_agreement():
+    def of(first, second):
+        counts = np.zeros((2, 1, 1, 2, 3), np.float32)
+        for half, winners in enumerate((first, second)):
+            for unit, winner in enumerate(winners):
+                counts[half, 0, 0, winner, unit] = 5
+        return Statistics([], [], {"layer": counts}, {}, {}).agreement()
+
+    assert of([0, 1, 1], [0, 1, 1]) == 1
+    assert of([0, 1, 1], [0, 1, 0]) == pytest.approx(2 / 3)
+
+
+def test_statistics_that_do_not_fit(statistics, files, tmp_path):
+    with pytest.raises(UserError, match=r"votes: the votes are of other experts .*2 of its 3"):
+        dataclasses.replace(statistics).ordered(statistics.experts[:2], "votes")
+    with pytest.raises(UserError, match=r"hate.safetensors: holds no statistics"):
+        load_statistics(files[0])
+    with pytest.raises(MissingFileError, match="gone.safetensors: no such file"):
+        load_statistics(tmp_path / "gone.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    statistics.save(cut)
+    cut.write_bytes(cut.read_bytes()[:-40])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_statistics(cut)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "categories", "changes", "message"),
+    [
+        ([], [], {}, "0 prompts with 0 categories"),
+        (["a"], ["x", "y"], {}, "1 prompts with 2 categories"),
+        (["a", "b", "c"], ["x", "x", "y"], {}, "fewer than two prompts of y"),
+        (["a", "b"], ["x", "x"], {"sampler": "magic"}, "the sampler is 'magic'"),
+    ],
+)
+def test_prompts_that_do_not_do(files, pipeline, prompts, categories, changes, message):
+    with (
+        opened_experts(files, pipeline.unet_params) as experts,
+        pytest.raises(UserError, match=message),
+    ):
+        count_votes(pipeline, experts, prompts, categories, **(SETTINGS | changes))
