@@ -21,8 +21,6 @@ benchmarks/results/against_torch_PIXELS.json.
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import time
@@ -34,6 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks and configs
 
+from benchmarks.machine import machine
 from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.storage import write_file
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
     args = parser.parse_args()
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "pixels": args.pixels,
         "pairs_in_a_step": 1,
         "remat": args.remat,

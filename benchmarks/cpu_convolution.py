@@ -9,7 +9,6 @@ Writes benchmarks/results/cpu_convolution.json.
 """
 
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks
 import jax
 
 from benchmarks.cpu_matmul import convolution
+from benchmarks.machine import machine
 from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.models import columns
 from safetydpo_jax.storage import write_file
@@ -71,7 +71,7 @@ def main() -> None:
             }
         rows.append(row)
         print(row, flush=True)
-    result = {"machine": platform.machine(), "jax": jax.__version__, "rows": rows}
+    result = {"machine": machine(), "jax": jax.__version__, "rows": rows}
     write_file(RESULT, (json.dumps(result, indent=1) + "\n").encode())
     print(f"written: {RESULT}")
 

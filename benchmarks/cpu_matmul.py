@@ -8,7 +8,6 @@ change by half from run to run. Writes benchmarks/results/cpu_matmul.json.
 """
 
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
+from benchmarks.machine import machine
 from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.models import mixed
 
@@ -80,7 +80,7 @@ def main() -> None:
             )
             print(f"{name}, {what}: {rates[0]:.0f} -> {rates[1]:.0f} GFLOP per CPU second")
     RESULT.parent.mkdir(exist_ok=True)
-    content = {"machine": platform.machine(), "jax": jax.__version__, "rows": rows}
+    content = {"machine": machine(), "jax": jax.__version__, "rows": rows}
     RESULT.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {RESULT}")
 

@@ -15,8 +15,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -28,6 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs
 
+from benchmarks.machine import machine
 from benchmarks.memory import Memory
 from configs import common
 from safetydpo_jax import host_memory, lora, sharding
@@ -75,7 +74,7 @@ def main() -> None:
             flush=True,
         )
     result = {
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
+        "device": f"{jax.devices()[0].device_kind}: {machine()}",
         "jax": jax.__version__,
         "remat": args.remat,
         "cases": rows,

@@ -11,8 +11,6 @@ benchmarks/results/emoji_base.json and emoji_base.png. Prompts are never printed
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.machine import machine
 from benchmarks.torch_drawer import torch_drawer
 from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.emoji.concepts import HARMS
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         records = prompts(64)["safe, one"]
         result["torch"] = compare_with_torch(pipeline, [r.text for r in records], args.batch_size)
         print(f"PyTorch: {result['torch']}", flush=True)
-    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"
+    result["machine"] = f"{machine()}, jax {jax.__version__}"
     result["seconds"] = round(time.monotonic() - started, 1)
     args.out.mkdir(parents=True, exist_ok=True)
     write_file(args.out / "emoji_base.json", (json.dumps(result, indent=1) + "\n").encode())

@@ -15,8 +15,6 @@ categories each, one core each (`taskset -c 0`), are 1.3 times faster than one o
 import argparse
 import importlib
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -27,6 +25,7 @@ import ml_collections
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs and benchmarks
 
+from benchmarks.machine import machine
 from benchmarks.torch_drawer import torch_drawer
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.evaluate import Bootstrap, Evaluation, evaluate, picture_grid, summarise, table
@@ -122,8 +121,7 @@ def measure(category: str, args: argparse.Namespace) -> None:
         "runs": [summarise([evaluation]) for evaluation in evaluations],
         "drawing": config.drawing.to_dict(),
         "torch": compare_with_torch(evaluations, torch_parts) if torch_parts else None,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__} "
-        f"on {jax.default_backend()}",
+        "machine": f"{machine()}, jax {jax.__version__} on {jax.default_backend()}",
         "seconds": round(time.monotonic() - started, 1),
     }
     path = RESULTS / f"{category}.json"

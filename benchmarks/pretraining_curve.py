@@ -10,13 +10,13 @@ began with the model of the one before (config.init).
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.machine import machine
 from safetydpo_jax.errors import MissingFileError, run_main
 from safetydpo_jax.storage import write_file
 
@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     result = {
         "notes": args.note,
-        "machine": platform.machine(),
+        "machine": machine(),
         "runs": [read_run(workdir) for workdir in args.workdir],
     }
     path = ROOT / "benchmarks" / "results" / "emoji_base_training.json"

@@ -19,7 +19,6 @@ import itertools
 import json
 import operator
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs
 
+from benchmarks.machine import machine
 from safetydpo_jax.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,7 +222,7 @@ def run_point(name: str, runs: Path) -> None:
         evaluation, _, _ = evaluate(config, pipeline, adapters, runs / "drawn")
         result[split] = summarise([evaluation])
     result["seconds"] = round(time.monotonic() - began, 1)
-    result["machine"] = f"{platform.machine()}, one core"
+    result["machine"] = f"{machine()}, one used"
     write_file(RESULTS / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
 
 

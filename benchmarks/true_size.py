@@ -12,8 +12,6 @@ memory for SDXL, and 24 GB of disk for all. Writes benchmarks/results/true_size/
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -25,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks and tests
 
+from benchmarks.machine import machine
 from benchmarks.memory import Memory
 from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.host_memory import use_huge_pages
@@ -70,7 +69,7 @@ def compare(model: str, folder: Path) -> float:
     result: dict[str, Any] = {
         "model": model,
         "pixels": SIDES[model],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "versions": {stage: told[stage]["version"] for stage in told},
         "load": {stage: told[stage]["load"] for stage in told},
         "parts": {},
