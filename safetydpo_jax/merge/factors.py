@@ -11,6 +11,7 @@ import scipy.linalg
 from jaxtyping import Float
 
 OVERSAMPLES, POWERS = 16, 2  # of the randomised SVD, Halko et al. 2011, algorithm 4.4
+SMALL = 512  # a side up to which a matrix is decomposed whole, in tenths of a second
 
 
 class Factors(NamedTuple):
@@ -104,7 +105,7 @@ def _cut_wide(factors: Factors, rank: int) -> Cut:
 
 
 def cut_dense(delta: Float[np.ndarray, "in out"], rank: int, seed: int = 0) -> Cut:
-    """Factors of at most `rank` near a whole matrix, by a randomised SVD.
+    """Factors of at most `rank` near a whole matrix, of a large one by a randomised SVD.
 
     Args:
       delta: the matrix, float32.
@@ -112,23 +113,25 @@ def cut_dense(delta: Float[np.ndarray, "in out"], rank: int, seed: int = 0) -> C
       seed: of the random test matrix.
     """
     total = float(np.square(delta, dtype=np.float64).sum())
-    width = min(rank + OVERSAMPLES, *delta.shape)
+    if min(delta.shape) <= max(SMALL, rank + OVERSAMPLES):
+        left, singular, right = np.linalg.svd(delta, full_matrices=False)
+    else:
+        basis = _range(delta, rank + OVERSAMPLES, seed)
+        left, singular, right = np.linalg.svd(basis.T @ delta, full_matrices=False)
+        left = basis @ left
+    values = np.square(singular, dtype=np.float64)
+    found = _balanced(left[:, :rank], singular[:rank, None] * right[:rank], values[:rank], total)
+    # The best ones keep no more than these do and all that lies outside the subspace.
+    outside = total - float(values.sum()) if len(singular) < min(delta.shape) else 0.0
+    return found._replace(error=max(outside, 0.0) / total if total else 0.0)
+
+
+def _range(delta: np.ndarray, width: int, seed: int) -> np.ndarray:
+    """An orthonormal basis of what is likely nearest to the span of the first singular vectors."""
     rng = np.random.default_rng(seed)
     y = delta @ rng.standard_normal((delta.shape[1], width), np.float32)
     for _ in range(POWERS):
-        y = delta @ (delta.T @ _orthonormal(y))
-    q = _orthonormal(y)
-    rest = q.T @ delta  # (width, out)
-    vectors, singular, right = np.linalg.svd(rest, full_matrices=False)
-    values = np.square(singular[:rank], dtype=np.float64)
-    found = _balanced(q @ vectors[:, :rank], singular[:rank, None] * right[:rank], values, total)
-    # The best ones keep no more than these do and all that lies outside the subspace.
-    outside = max(total - float(np.square(singular, dtype=np.float64).sum()), 0.0)
-    exact = width == min(delta.shape) or not total
-    return found._replace(error=0.0 if exact else outside / total)
-
-
-def _orthonormal(y: np.ndarray) -> np.ndarray:
+        y = delta @ (delta.T @ np.linalg.qr(y)[0])
     return np.linalg.qr(y)[0]
 
 

@@ -92,7 +92,7 @@ def _bars(
     groups: Mapping[str, Float[np.ndarray, " experts"]],
     width: int,
 ) -> None:
-    draw.text((MARGIN, 66), "Outputs won, by block", INK, _font(16))
+    draw.text((MARGIN, 66), "Outputs won, per cent, by block", INK, _font(16))
     length = width - 2 * MARGIN - LABEL
     for i, (group, share) in enumerate(groups.items()):
         y = 98 + i * (BAR + 8)

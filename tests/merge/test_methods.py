@@ -239,7 +239,7 @@ def test_cuts_are_the_best_of_their_rank(seed, rank):
 def test_a_large_cut_says_how_far_it_may_be_off():
     rng = np.random.default_rng(0)
     spectrum = 0.8 ** np.arange(200)
-    left, right = (np.linalg.qr(rng.normal(size=(300, 200)))[0] for _ in range(2))
+    left, right = (np.linalg.qr(rng.normal(size=(600, 200)))[0] for _ in range(2))
     delta = ((left * spectrum) @ right.T).astype(np.float32)
     found = cut_dense(delta, 8)
     best = np.square(spectrum[:8]).sum() / np.square(spectrum).sum()
