@@ -3,7 +3,7 @@
 All in NumPy: a layer is small, there are hundreds of shapes, and float64 is a word away.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import scipy.linalg
 from jaxtyping import Float
 
 OVERSAMPLES, POWERS = 16, 2  # of the randomised SVD, Halko et al. 2011, algorithm 4.4
+DEPENDENT = 1e-5  # a column whose own part is a smaller share is not told apart by A^T A
 SMALL = 512  # a side up to which a matrix is decomposed whole, in tenths of a second
 
 
@@ -78,30 +79,31 @@ def cut(factors: Factors, rank: int) -> Cut:
     """
     if factors.rank <= rank:
         return Cut(factors, 1.0)
-    if factors.rank > len(factors.a):
-        return _cut_wide(factors, rank)
     a, b = (np.asarray(x, np.float64) for x in factors)
-    q, r = np.linalg.qr(a)
+    basis, r = _basis(a)
     core = r @ (b @ b.T) @ r.T
     size = len(core)
     values, vectors = scipy.linalg.eigh(
-        core, subset_by_index=(size - rank, size - 1), driver="evr", check_finite=False
+        core, subset_by_index=(max(size - rank, 0), size - 1), driver="evr", check_finite=False
     )
     kept = vectors[:, ::-1]
-    return _balanced(q @ kept, (kept.T @ r) @ b, values[::-1], float(np.trace(core)))
+    return _balanced(basis(kept), (kept.T @ r) @ b, values[::-1], float(np.trace(core)))
 
 
-def _cut_wide(factors: Factors, rank: int) -> Cut:
-    """Where there are more columns than rows, QR saves nothing: the rows' own Gram matrix."""
-    a, b = (np.asarray(x, np.float64) for x in factors)
-    gram = a @ (b @ b.T) @ a.T
-    size = len(gram)
-    first = max(size - rank, 0)
-    values, vectors = scipy.linalg.eigh(
-        gram, subset_by_index=(first, size - 1), driver="evr", check_finite=False
-    )
-    kept = vectors[:, ::-1]
-    return _balanced(kept, (kept.T @ a) @ b, values[::-1], float(np.trace(gram)))
+def _basis(a: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
+    """(x -> Q x, R) with A = QR; Q is the identity where A has more columns than rows."""
+    if a.shape[0] < a.shape[1]:
+        return (lambda x: x), a
+    try:
+        # Four times faster than by reflections; A R^-1 x stands for Q x.
+        r: np.ndarray = scipy.linalg.cholesky(a.T @ a, check_finite=False)
+        sides = np.diag(r)
+        if sides.min() > DEPENDENT * sides.max():
+            return (lambda x: a @ scipy.linalg.solve_triangular(r, x, check_finite=False)), r
+    except np.linalg.LinAlgError:
+        pass  # columns that depend on each other: experts that agree
+    q, r = np.linalg.qr(a)
+    return q.__matmul__, r
 
 
 def cut_dense(delta: Float[np.ndarray, "in out"], rank: int, seed: int = 0) -> Cut:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.merge import METHODS
-from safetydpo_jax.merge.factors import Factors, cut, cut_dense
+from safetydpo_jax.merge.factors import Factors, cut, cut_dense, stack
 from safetydpo_jax.merge.layer import Layer, Votes
 from safetydpo_jax.merge.run import check
 
@@ -234,6 +234,23 @@ def test_cuts_are_the_best_of_their_rank(seed, rank):
         gap = singular[rank - 1] - singular[rank] if rank < len(singular) else 1.0
         if gap > 0.05 * scale:  # else the last direction is anyone's
             np.testing.assert_allclose(dense(found.factors), best, atol=2e-4 * scale)
+
+
+@pytest.mark.parametrize("noise", [0, 1e-9, 1e-4])
+def test_a_cut_of_experts_that_agree(noise):
+    """Whose factors hardly differ, or not at all."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(40, 4)), rng.normal(size=(4, 30))
+    parts = [
+        Factors((a + noise * rng.normal(size=a.shape)).astype(np.float32), (b + i).astype("f4"))
+        for i in range(3)
+    ]
+    matrix = sum(dense(x) for x in parts)
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    for rank in (2, 4, 8):
+        found = cut(stack(parts), rank)
+        lost = np.square(matrix - dense(found.factors)).sum()
+        assert lost == pytest.approx(np.square(singular[rank:]).sum(), abs=1e-9 * singular[0] ** 2)
 
 
 def test_a_large_cut_says_how_far_it_may_be_off():
