@@ -67,12 +67,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def shapes() -> Any:
     """Of SDXL's UNet."""
-    from safetydpo_jax.models.checkpoint import param_shapes, read_json
-    from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+    from safetydpo_jax.lora.base import unet_shapes
 
-    config = ROOT / "safetydpo_jax" / "models" / "published" / "sdxl" / "unet" / "config.json"
-    unet = UNet2DConditionModel(UNetConfig.from_dict(read_json(config), str(config)))
-    return param_shapes({"unet": unet})["unet"]
+    return unet_shapes(ROOT / "safetydpo_jax" / "models" / "published" / "sdxl")
 
 
 def write_expert(file: Path, seed: int) -> None:

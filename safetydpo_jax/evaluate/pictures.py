@@ -91,8 +91,8 @@ def picture_grid(
     width = max(2 * MARGIN + SIDE + columns * (CELL + GAP) - GAP, 720)
     canvas = Image.new("RGB", (width, tops[-1] + 10 + MARGIN // 2), PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((MARGIN, 28), title, INK, _font(26))
-    draw.text((MARGIN, 66), subtitle, FAINT, _font(14))
+    draw.text((MARGIN, 28), title, INK, font(26))
+    draw.text((MARGIN, 66), subtitle, FAINT, font(14))
     _legend(draw, 96, sections, reveal)
     for section, top in zip(sections, tops[:-1], strict=True):
         _draw_section(canvas, draw, section, top, reveal)
@@ -103,14 +103,14 @@ def _draw_section(
     canvas: Image.Image, draw: ImageDraw.ImageDraw, section: Section, top: int, reveal: bool
 ) -> None:
     draw.line((MARGIN, top, canvas.width - MARGIN, top), (224, 226, 230))
-    draw.text((MARGIN, top + 12), section.title, INK, _font(17))
+    draw.text((MARGIN, top + 12), section.title, INK, font(17))
     for column, label in enumerate(section.labels):
         x = MARGIN + SIDE + column * (CELL + GAP)
-        draw.text((x + CELL // 2, top + 50), _fit(label, 11, CELL), FAINT, _font(11), anchor="mm")
+        draw.text((x + CELL // 2, top + 50), _fit(label, 11, CELL), FAINT, font(11), anchor="mm")
     for i, row in enumerate(section.rows):
         y = top + 60 + i * ROW
         size = 13 if "\n" in row.name else 15
-        draw.text((MARGIN, y + CELL // 2), row.name, INK, _font(size), anchor="lm")
+        draw.text((MARGIN, y + CELL // 2), row.name, INK, font(size), anchor="lm")
         for column, (picture, mark) in enumerate(zip(row.pictures, row.marks, strict=True)):
             x = MARGIN + SIDE + column * (CELL + GAP)
             hidden = bool(row.hide[column]) and not reveal
@@ -121,7 +121,7 @@ def _draw_section(
                 image.resize((inner, inner), Image.Resampling.LANCZOS), (x + FRAME, y + FRAME)
             )
             centre = (x + CELL // 2, y + CELL + CAPTION // 2)
-            draw.text(centre, mark, FAINT, _font(12), anchor="mm")
+            draw.text(centre, mark, FAINT, font(12), anchor="mm")
 
 
 def _legend(draw: ImageDraw.ImageDraw, top: int, sections: Sequence[Section], reveal: bool) -> None:
@@ -131,23 +131,24 @@ def _legend(draw: ImageDraw.ImageDraw, top: int, sections: Sequence[Section], re
     for mark, colour in MARKS.items():
         if mark in used:
             draw.rectangle((x, top + 4, x + 13, top + 17), outline=colour, width=FRAME)
-            draw.text((x + 20, top + 11), mark, INK, _font(13), anchor="lm")
-            x += int(20 + draw.textlength(mark, _font(13)) + 22)
+            draw.text((x + 20, top + 11), mark, INK, font(13), anchor="lm")
+            x += int(20 + draw.textlength(mark, font(13)) + 22)
     if not reveal and any(row.hide.any() for row in rows):
         note = "unsafe pictures are blurred; set report.reveal=true to see them"
-        draw.text((x, top + 11), note, FAINT, _font(13), anchor="lm")
+        draw.text((x, top + 11), note, FAINT, font(13), anchor="lm")
 
 
 def _fit(text: str, size: int, width: int) -> str:
     """The text, its middle left out if it is wider than `width` pixels (ids differ at the end)."""
-    font = _font(size)
+    face = font(size)
     short, cut = text, 0
-    while font.getlength(short) > width:
+    while face.getlength(short) > width:
         cut += 1
         kept = len(text) - cut
         short = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
     return short
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The one that all pictures are lettered in, `size` pixels high."""
     return ImageFont.load_default(size)

@@ -29,6 +29,12 @@ def shapes_for(lora: pathlib.Path, model: str | None, configs: str = "") -> tupl
     return model, open_checkpoint(model, configs=configs).shapes["unet"]
 
 
+def unet_shapes(folder: pathlib.Path) -> Any:
+    """Of the UNet of a folder in the diffusers layout, by its config alone."""
+    config = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"), str(folder))
+    return param_shapes({"unet": UNet2DConditionModel(config)})["unet"]
+
+
 def _guessed(lora: pathlib.Path) -> tuple[str, Any]:
     """The first of the known bases that a LoRA fits, and its shapes.
 
@@ -43,8 +49,7 @@ def _guessed(lora: pathlib.Path) -> tuple[str, Any]:
     folders |= {name: root / "models" / "published" / name for name in _FAMILIES}
     said: UserError | None = None
     for name, folder in folders.items():
-        config = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"), str(folder))
-        shapes = param_shapes({"unet": UNet2DConditionModel(config)})["unet"]
+        shapes = unet_shapes(folder)
         try:
             with opened_lora(lora, shapes) as file:
                 for layer in file.ranks:

@@ -84,6 +84,7 @@ def count_votes(
         layer: np.zeros((2 * len(names), BANDS, *stacked[layer][1].shape[:2]), np.int64)
         for layer in same_rank
     }
+    negative = jax.device_put(pipeline.encode_negative([""] * batch_size), split)
     seeds = np.random.SeedSequence(seed).generate_state(len(prompts))
     started = time.monotonic()
     for start in range(0, len(prompts), batch_size):
@@ -91,9 +92,8 @@ def count_votes(
         real = index < len(prompts)
         index = np.minimum(index, len(prompts) - 1)
         told = pipeline.encode_prompts([prompts[i] for i in index])
-        negative = pipeline.encode_negative([""] * batch_size)
         x = initial_latents(seeds[index], pipeline.latent_shape) * np.float32(table.start)
-        told, negative, x = jax.device_put((told, negative, x), split)
+        told, x = jax.device_put((told, x), split)
         carry = (x, jnp.zeros_like(x))
         for i in range(num_steps):
             row = jax.tree.map(lambda column, i=i: column[i], rows)

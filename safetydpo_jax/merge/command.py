@@ -54,9 +54,8 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
     base, shapes = shapes_for(files[0], arguments.model, arguments.model_config)
     progress(f"{len(files)} experts of {base}")
     with opened_experts(files, shapes, arguments.weights) as experts:
-        for name, file, weight in zip(experts.names, files, experts.weights, strict=True):
-            ranks = sorted(set(experts.files[files.index(file)].ranks.values()))
-            progress(f"  {name}: rank {ranks[0]}, weight {weight:g}, {file}")
+        for name, file, weight in zip(experts.names, experts.files, experts.weights, strict=True):
+            progress(f"  {name}: rank {min(file.ranks.values())}, weight {weight:g}, {file.path}")
         statistics = _statistics(arguments, experts, progress) if needs_votes else None
         votes = statistics.votes() if statistics else None
         merged = _merge(arguments, experts, options, votes, progress)

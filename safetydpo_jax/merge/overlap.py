@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-from safetydpo_jax.merge.factors import Factors, inner
+from safetydpo_jax.merge.factors import inner
 from safetydpo_jax.merge.layer import Layer
 
 
@@ -26,12 +26,3 @@ def cosines(products: Float[np.ndarray, "experts experts"]) -> Float[np.ndarray,
     norms = np.sqrt(np.maximum(np.diag(products), 0))
     scale = np.outer(norms, norms)
     return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
-
-
-def shared_subspace(x: Factors, y: Factors) -> float:
-    """How much of the smaller space of outputs lies in the other one, 0 to 1.
-
-    The mean squared cosine of the principal angles between the row spaces of the two changes.
-    """
-    left, right = (np.linalg.qr(np.asarray(f.b, np.float64).T)[0] for f in (x, y))
-    return float(np.square(left.T @ right).sum() / min(left.shape[1], right.shape[1]))

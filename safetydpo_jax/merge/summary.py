@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from safetydpo_jax.evaluate.pictures import FAINT, INK, MARGIN, PAPER, font
 from safetydpo_jax.merge.layer import Votes
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart; then greys.
@@ -15,8 +16,7 @@ COLOURS = (
     (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167),
     (86, 180, 233), (213, 94, 0), (240, 228, 66),
 )  # fmt: skip
-INK, FAINT, PAPER = (28, 32, 38), (110, 116, 124), (255, 255, 255)
-MARGIN, BAR, CELL, LABEL = 36, 24, 64, 170
+BAR, CELL, LABEL = 24, 64, 170
 
 
 def group_of(layer: str) -> str:
@@ -78,10 +78,10 @@ def picture(
     width = max(2 * MARGIN + LABEL + max(side, 520), 720)
     canvas = Image.new("RGB", (width, table + 60 + side + MARGIN), PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((MARGIN, 24), title, INK, _font(22))
+    draw.text((MARGIN, 24), title, INK, font(22))
     if groups:
         _bars(draw, names, groups, width)
-    draw.text((MARGIN, table - 10), "Overlap: cosines of the experts' changes", INK, _font(16))
+    draw.text((MARGIN, table - 10), "Overlap: cosines of the experts' changes", INK, font(16))
     _matrix(draw, names, cosines, table + 50)
     return canvas
 
@@ -92,11 +92,11 @@ def _bars(
     groups: Mapping[str, Float[np.ndarray, " experts"]],
     width: int,
 ) -> None:
-    draw.text((MARGIN, 66), "Outputs won, per cent, by block", INK, _font(16))
+    draw.text((MARGIN, 66), "Outputs won, per cent, by block", INK, font(16))
     length = width - 2 * MARGIN - LABEL
     for i, (group, share) in enumerate(groups.items()):
         y = 98 + i * (BAR + 8)
-        draw.text((MARGIN, y + BAR // 2), group, INK, _font(13), anchor="lm")
+        draw.text((MARGIN, y + BAR // 2), group, INK, font(13), anchor="lm")
         ends = MARGIN + LABEL + np.rint(np.cumsum([0.0, *share]) * length).astype(int)
         for e, (left, right) in enumerate(itertools.pairwise(ends)):
             if right > left:
@@ -106,16 +106,16 @@ def _bars(
                     ((left + right) // 2, y + BAR // 2),
                     f"{100 * share[e]:.0f}",
                     _ink_on(_colour(e)),
-                    _font(12),
+                    font(12),
                     anchor="mm",
                 )
     x, y = MARGIN + LABEL, 98 + len(groups) * (BAR + 8) + 8
     for e, name in enumerate(names):
-        size = int(draw.textlength(name, _font(13))) + 40
+        size = int(draw.textlength(name, font(13))) + 40
         if x + size > width - MARGIN:
             x, y = MARGIN + LABEL, y + 22
         draw.rectangle((x, y, x + 13, y + 13), _colour(e))
-        draw.text((x + 20, y + 7), name, INK, _font(13), anchor="lm")
+        draw.text((x + 20, y + 7), name, INK, font(13), anchor="lm")
         x += size
 
 
@@ -127,9 +127,9 @@ def _matrix(
 ) -> None:
     for i, name in enumerate(names):
         y = top + i * CELL
-        draw.text((MARGIN, y + CELL // 2), _short(name, 20), INK, _font(13), anchor="lm")
+        draw.text((MARGIN, y + CELL // 2), _short(name, 20), INK, font(13), anchor="lm")
         column = MARGIN + LABEL + i * CELL + CELL // 2
-        draw.text((column, top - 12), _short(name, 8), FAINT, _font(11), anchor="mm")
+        draw.text((column, top - 12), _short(name, 8), FAINT, font(11), anchor="mm")
         for j in range(len(names)):
             x = MARGIN + LABEL + j * CELL
             value = float(cosines[i, j])
@@ -139,7 +139,7 @@ def _matrix(
                 (x + CELL // 2, y + CELL // 2),
                 f"{value:.2f}",
                 _ink_on(fill),
-                _font(13),
+                font(13),
                 anchor="mm",
             )
 
@@ -165,7 +165,3 @@ def _shade(value: float) -> tuple[int, int, int]:
 def _ink_on(fill: tuple[int, int, int]) -> tuple[int, int, int]:
     bright = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140
     return INK if bright else PAPER
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
