@@ -97,9 +97,17 @@ class Case:
 
 
 def make_case(
-    pipeline: Pipeline, null: Conditioning, recipe: str, pixels: int | None, rank: int = 4
+    pipeline: Pipeline,
+    null: Conditioning,
+    recipe: str,
+    pixels: int | None,
+    rank: int = 4,
+    experts: int | None = None,
 ) -> Case:
-    """The recipe's own batch and rank; or, with `pixels`, one pair of so large pictures, `rank`."""
+    """The recipe's own batch and rank; or, with `pixels`, one pair of so large pictures, `rank`.
+
+    Of `experts`, the same for each.
+    """
     config = common.get_config("hate")
     config.recipe = recipe
     shape = pipeline.latent_shape
@@ -110,12 +118,16 @@ def make_case(
     adapters = lora.init_adapters(
         jax.random.key(0), pipeline.unet_params, rank=config.lora.rank, targets=config.lora.targets
     )
-    state = TrainState.create(adapters, make_optimizer(config))
+    batch = random_batch(config, shape, null)
+    if experts:
+        adapters = jax.tree.map(lambda x: jnp.stack([x] * experts), adapters)
+        batch = jax.tree.map(lambda x: np.stack([x] * experts, 1), batch)
+    state = TrainState.create(adapters, make_optimizer(config), several=experts is not None)
     return Case(
         config,
-        make_train_step(pipeline.unet, pipeline.schedule, config, mesh),
+        make_train_step(pipeline.unet, pipeline.schedule, config, mesh, experts),
         jax.device_put(state, sharding.replicated(mesh)),
-        random_batch(config, shape, null),
+        batch,
         mesh,
     )
 

@@ -38,6 +38,7 @@ from safetydpo_jax.lora.reader import load_lora
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.storage import write_file
 from safetydpo_jax.train import loop
+from safetydpo_jax.train.expert import LORA_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "experts"
@@ -92,7 +93,7 @@ def measure(category: str, args: argparse.Namespace) -> None:
     pipeline, judge = load_pipeline(config.model), EmojiJudge()
     evaluations, torch_parts = [], []
     for seed, workdir in zip(args.seeds, workdirs, strict=True):
-        export = workdir / "export" / loop.LORA_FILE
+        export = workdir / "export" / LORA_FILE
         adapters, _ = load_lora(export, pipeline.unet_params)
         config.report.seed = PROMPT_SEED + seed
         drawn = args.runs / "drawn"
@@ -176,7 +177,7 @@ def chosen_step(workdir: Path) -> int:
     """The step whose adapters were exported, as the file's header says."""
     from safetensors import safe_open
 
-    with safe_open(workdir / "export" / loop.LORA_FILE, framework="numpy") as file:
+    with safe_open(workdir / "export" / LORA_FILE, framework="numpy") as file:
         return int(file.metadata()["steps"])
 
 

@@ -200,6 +200,7 @@ def run_point(name: str, runs: Path) -> None:
     from safetydpo_jax.models.pretrained import load_pipeline
     from safetydpo_jax.storage import write_file
     from safetydpo_jax.train import loop
+    from safetydpo_jax.train.expert import LORA_FILE
 
     began, workdir = time.monotonic(), runs / name
     RESULTS.mkdir(parents=True, exist_ok=True)  # now: a path that cannot be fails before the work
@@ -211,7 +212,7 @@ def run_point(name: str, runs: Path) -> None:
         config.pairs.path = str(runs / "anchored" / "pairs")
     loop.run(config, workdir)
     pipeline = load_pipeline(config.model)
-    export = workdir / "export" / loop.LORA_FILE
+    export = workdir / "export" / LORA_FILE
     adapters, _ = load_lora(export, pipeline.unet_params)
     result: dict[str, Any] = {"changes": POINTS[name], "settings": settings_of(name)}
     result["last"] = last_metrics(workdir)

@@ -64,7 +64,8 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     """The config of one safety expert.
 
     Args:
-      category: one of `harm.CATEGORIES`, or "own": the harm of a file, given as `config.harm`.
+      category: one of `harm.CATEGORIES`, "all" of them, or "own": the harm of a file, given as
+        `config.harm`.
       base: what to align, one of `BASES`: the part after the colon in `configs/hate.py:emoji`.
 
     Raises:
@@ -134,8 +135,12 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     # Targets are regular expressions for the ends of layers' names, linear or convolutions. With
     # `init`, a LoRA file of diffusers', peft's or kohya's, training goes on from it: its layers
     # and ranks count, not those given here.
-    config.lora = {"rank": 16, "targets": ("to_q", "to_k", "to_v", "to_out.0"), "init": ""}
-    config.lora.alpha = config.lora.get_ref("rank").to_float()  # follows the rank unless set
+    config.lora = {
+        "rank": 16,
+        "alpha": config_dict.placeholder(float),  # None: as the rank
+        "targets": ("to_q", "to_k", "to_v", "to_out.0"),
+        "init": "",
+    }
 
     # A pair is learnt under its "unsafe_prompt", its "safe_prompt", or "both".
     config.rows = config_dict.placeholder(str)

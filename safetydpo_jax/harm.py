@@ -28,7 +28,8 @@ CATEGORIES = (
     "shocking",
     "illegal_activity",
 )
-_TAKEN = (*CATEGORIES, "safe")  # a name begins the ids of its prompts, as "safe" those of others
+# A name begins the ids of its prompts, as "safe" those of others.
+_TAKEN = (*CATEGORIES, "all", "safe")
 _SIDES = ("unsafe", "safe")
 _KEYS = ("name", "concepts", "prompts", "preserve")
 # What PyYAML raises for a value that its tag does not fit, such as a date or a truth value.

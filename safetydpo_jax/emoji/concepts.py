@@ -139,6 +139,9 @@ HARMS: dict[str, Harm] = {
     for category in CATEGORIES
 }
 
+# All seven as one, for a LoRA that is to unlearn them together.
+ALL = Harm("all", tuple(pair for harm in HARMS.values() for pair in harm.concepts))
+
 # The order is the order of the sprite sheet and of the detector's outputs.
 CONCEPTS: tuple[Concept, ...] = (
     *(Concept(p[1], p[0], "unsafe", c) for c, pairs in _PAIRS.items() for p in pairs),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from safetydpo_jax.emoji.concepts import CATEGORY_OF, HARMS, INDEX
+from safetydpo_jax.emoji.concepts import ALL, CATEGORY_OF, HARMS, INDEX
 from safetydpo_jax.emoji.prompts import PromptRecord, harm_prompts
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import Harm, HarmPair, read_harm
@@ -17,18 +17,19 @@ _NAMES = re.compile(rf"\b(?:{'|'.join(sorted(INDEX, key=len, reverse=True))})\b"
 
 
 def harm_of(config: Any) -> Harm:
-    """The harm of a config: that of the file `config.harm`, or the category `config.category`.
+    """The harm of a config: that of `config.harm`, or of `config.category`, which may be "all".
 
     Raises:
         UserError: there is no such category, or the file cannot be a harm of this world.
     """
     if config.harm:
         return embedded(read_harm(config.harm), config.harm)
-    if config.category not in HARMS:
+    harms = HARMS | {ALL.name: ALL}
+    if config.category not in harms:
         raise UserError(
-            f"config.category is {config.category!r}: it must be one of {', '.join(HARMS)}"
+            f"config.category is {config.category!r}: it must be one of {', '.join(harms)}"
         )
-    return HARMS[config.category]
+    return harms[config.category]
 
 
 def embedded(harm: Harm, path: str) -> Harm:

@@ -45,7 +45,11 @@ class Dense(nn.Module):
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             # Adapters are applied in their own precision: a small delta must survive bfloat16.
-            y = y + ((rows.astype(a.dtype) @ a) @ b).astype(self.dtype)
+            h = rows.astype(a.dtype) @ a
+            if self.has_variable("lora", "gate"):
+                gate = self.get_variable("lora", "gate")
+                h = (h.reshape(len(gate), -1, h.shape[-1]) * gate[:, None]).reshape(h.shape)
+            y = y + (h @ b).astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -92,7 +96,10 @@ class Conv(nn.Module):
         y = y + bias.astype(self.dtype)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            y = y + (self._convolve(x.astype(a.dtype), a) @ b).astype(self.dtype)
+            h = self._convolve(x.astype(a.dtype), a)
+            if self.has_variable("lora", "gate"):
+                h = h * self.get_variable("lora", "gate")[:, None, None]
+            y = y + (h @ b).astype(self.dtype)
         return y
 
     def _convolve(

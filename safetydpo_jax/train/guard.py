@@ -19,6 +19,7 @@ class Guard:
     def __init__(self, config: ConfigDict, checkpoints: pathlib.Path):
         self._bound, self._patience = config.guard.winner_error, config.guard.patience
         self._rate, self._beta = config.optimizer.learning_rate, config.loss.beta
+        self._category = config.category
         self._kept = f"the last good state is kept in {checkpoints}"
         self._strikes = 0
 
@@ -40,12 +41,14 @@ class Guard:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
                 raise UserError(
-                    f"{name} became {metrics[name]} at step {step}; {self._kept}: {remedy}"
+                    f"{self._category}: {name} became {metrics[name]} at step {step}; "
+                    f"{self._kept}: {remedy}"
                 )
         self._strikes = self._strikes + 1 if metrics["winner_error"] > self._bound else 0
         if self._strikes >= self._patience:
             raise UserError(
-                f"the winner is collapsing: for {self._strikes} steps up to {step} its error was "
-                f"over {self._bound:g} above the reference's; {self._kept}: {remedy}, with "
-                f"a larger config.loss.winner_anchor or config.loss.beta (now {self._beta:g})"
+                f"{self._category}: the winner is collapsing: for {self._strikes} steps up to "
+                f"{step} its error was over {self._bound:g} above the reference's; {self._kept}: "
+                f"{remedy}, with a larger config.loss.winner_anchor or config.loss.beta "
+                f"(now {self._beta:g})"
             )

@@ -70,11 +70,14 @@ class MetricsLog:
         return step, values
 
     def write_health(self, step: int, record: Mapping[str, Any], picture: Image.Image) -> None:
-        """Logs an evaluation's rates and pictures; its time is taken out of the steps' speed."""
+        """Logs an evaluation's rates and pictures; `pause_ends` is to follow."""
         for name, value in record.items():
             if isinstance(value, float):
                 self._board.add_scalar(f"health/{name}", value, step)
         self._board.add_image("health/samples", np.asarray(picture), step, dataformats="HWC")
+
+    def pause_ends(self) -> None:
+        """Takes the time since the last step out of the steps' speed."""
         now = time.monotonic()
         self._began, self._last = self._began + now - self._last, now
 

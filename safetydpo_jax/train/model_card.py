@@ -58,6 +58,8 @@ def write_model_card(
       version: of this package.
     """
     name = config.category.replace("_", " ")
+    if name == "all":
+        name = "any of the seven harm categories"
     loras = {f.relative_to(path.parent).as_posix(): storage.hash_file(f) for f in files}
     base = base_name(config)
     sections = {

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.sources import two_ways
@@ -41,6 +41,11 @@ def resolve(config: ConfigDict, *, pairs_only: bool = False) -> ConfigDict:
     Raises:
       UserError: a value that cannot be, named with its key.
     """
+    if "experts" in config:
+        raise UserError(
+            "this config trains several experts, which launch/train.py alone does: give that of "
+            "one, such as --config configs/hate.py"
+        )
     if "recipe" not in config:
         raise UserError("this config trains no expert: give one such as --config configs/hate.py")
     config = config.copy_and_resolve_references()
@@ -57,6 +62,8 @@ def resolve(config: ConfigDict, *, pairs_only: bool = False) -> ConfigDict:
         for key, value in given[section].items():
             if config[section][key] is None:
                 config[section][key] = value
+    if config.lora.alpha is None:
+        config.lora.alpha = float(config.lora.rank)
     if config.loss.preservation == 0:
         config.preserve_batch_size = 0
     _check(config)
@@ -66,6 +73,58 @@ def resolve(config: ConfigDict, *, pairs_only: bool = False) -> ConfigDict:
             f"For such pairs: {two_ways(config.base)}"
         )
     return config
+
+
+def resolve_all(config: ConfigDict) -> list[ConfigDict]:
+    """The configs of the experts that a config trains: itself, or one for each of `experts`.
+
+    What an expert sets in `experts.NAME` counts, but where the config leaves a value open (None, or
+    a placeholder that was set since) one that was set for all does. Its pairs are those in
+    `pairs.path`/NAME, if that is given.
+
+    Raises:
+      UserError: no experts, an expert's key that the config does not have, or as `resolve`.
+    """
+    if "experts" not in config:
+        return [resolve(config)]
+    if not config.experts:
+        raise UserError("config.experts is empty: name at least one category")
+    found = []
+    for name, own in config.experts.items():
+        expert = config.copy_and_resolve_references()
+        with expert.unlocked():
+            del expert["experts"]
+        expert.category = name
+        if config.pairs.path:
+            expert.pairs.path = str(Path(config.pairs.path) / name)
+        _set_own(expert, own, config, f"config.experts.{name}")
+        found.append(resolve(expert))
+    return found
+
+
+def _set_own(expert: ConfigDict, own: ConfigDict, shared: ConfigDict, where: str) -> None:
+    with_references = dict(shared.items(preserve_field_references=True))
+    for key, value in own.items():
+        if key not in expert:
+            raise UserError(f"{where}.{key}: the config has no such key")
+        if isinstance(value, ConfigDict):
+            _set_own(expert[key], value, shared[key], f"{where}.{key}")
+        elif not isinstance(with_references[key], FieldReference) or expert[key] is None:
+            expert[key] = value
+
+
+def cohorts_of(configs: list[ConfigDict]) -> list[list[ConfigDict]]:
+    """Groups of configs that differ in category, harm and pairs alone: one step serves a group."""
+
+    def common(config: ConfigDict) -> str:
+        config = config.copy_and_resolve_references()
+        config.category = config.harm = config.pairs.path = ""
+        return config.to_json(sort_keys=True)
+
+    groups: dict[str, list[ConfigDict]] = {}
+    for config in configs:
+        groups.setdefault(common(config), []).append(config)
+    return list(groups.values())
 
 
 def deciding(config: ConfigDict, model_hash: str, data_hash: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class TrainState:
       step: updates made so far, int32 ().
       adapters: nested dict, leaves a and b in float32; b without the factor alpha / rank.
       opt_state: the optimiser's moments.
+
+    Of several experts, every leaf but `step` has them as its first axis.
     """
 
     # Any: the same tree also holds shapes or shardings.
@@ -35,8 +37,12 @@ class TrainState:
     opt_state: Any
 
     @classmethod
-    def create(cls, adapters: Adapters, optimizer: optax.GradientTransformation) -> "TrainState":
-        return cls(jnp.zeros((), jnp.int32), adapters, optimizer.init(adapters))
+    def create(
+        cls, adapters: Adapters, optimizer: optax.GradientTransformation, *, several: bool = False
+    ) -> "TrainState":
+        """Before the first step; `several`: the adapters are of more than one expert."""
+        init = jax.vmap(optimizer.init) if several else optimizer.init
+        return cls(jnp.zeros((), jnp.int32), adapters, init(adapters))
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from safetydpo_jax import sharding
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.lora.adapters import Adapters, scaled
+from safetydpo_jax.lora.adapters import Adapters, routed, scaled
 from safetydpo_jax.models.conditioning import Conditioning, where
 from safetydpo_jax.train.losses import (
     PREFERENCES,
@@ -27,28 +27,39 @@ from safetydpo_jax.train.noise import noisy_rows, row_keys
 from safetydpo_jax.train.state import TrainState, learning_rate, make_optimizer
 
 Batch = Mapping[str, Any]
-Metrics = dict[str, Float[Array, ""]]
-Parts = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, "*experts"]]
+Parts = dict[str, Float[Array, "*experts"]]
 # XLA's CPU backend drops the barriers that keep recomputed work apart, and merges it again.
 KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 LossFn = Callable[[Adapters, Any, Batch, Conditioning], tuple[Parts, Metrics]]
 
 
-def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh: Mesh) -> LossFn:
+def make_loss(
+    unet: nn.Module,
+    schedule: NoiseSchedule,
+    config: ConfigDict,
+    mesh: Mesh,
+    experts: int | None = None,
+) -> LossFn:
     """The loss of one batch as a function of the adapters; arguments as of `make_train_step`.
 
     Returns:
       `loss(adapters, base_params, batch, null) -> (parts, metrics)`, the parts as
-      `part_names` has them.
+      `part_names` has them; of each expert its own, if there are several.
     """
     weights = config.loss
     preference = PREFERENCES[weights.preference]
     # threefry is the one generator whose values do not depend on vmap or sharding.
     seed = jax.random.key(config.seed, impl="threefry2x32")
 
+    def mean(of_rows: Array) -> Array:
+        return of_rows.reshape(-1, experts).mean(0) if experts else of_rows.mean()
+
     def loss(
         adapters: Adapters, base_params: Any, batch: Batch, null: Conditioning
     ) -> tuple[Parts, Metrics]:
+        if experts:  # row by row, so that none has to leave its device
+            batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
         pairs = noisy_rows(
             row_keys(seed, batch["row_id"], batch["draw"]),
             [batch["winner"], batch["loser"]],
@@ -91,6 +102,8 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
         # One forward pass for all, and the reference through the same code at the same shapes: what
         # their rounding has in common cancels in the margin.
         lora = scaled(adapters, config.lora.alpha, config.lora.rank)
+        if experts:
+            lora = routed(lora, jnp.arange(sum(len(x) for x, _, _ in inputs)) % experts)
         policy = predict({"params": base_params, "lora": lora}, inputs)
         reference = reference_of(inputs)
 
@@ -104,33 +117,33 @@ def make_loss(unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh
             )
         )
         margin = preference_margin(winner_error, loser_error, weights.beta)
-        terms, others = {"preference_loss": preference(margin).mean()}, []
+        terms, others = {"preference_loss": mean(preference(margin))}, []
         if weights.winner_anchor > 0:
             # What is to be drawn instead of the loser: the base's own answers under the winner's
             # prompt, on both pictures. The true noise is known for the winner only, and varies.
             prompts = where(pairs.dropped, null, batch["winner_conditioning"])
             wanted = reference_of([(x, pairs.timesteps, prompts) for x in pairs.latents])
             drawn = jnp.concatenate([winner, loser])
-            terms["winner_anchor"] = squared_error(drawn, wanted).mean()
+            terms["winner_anchor"] = mean(squared_error(drawn, wanted))
             others.append(weights.winner_anchor * terms["winner_anchor"])
         if weights.preservation > 0:
-            terms["preservation"] = squared_error(preserved, preserved_ref).mean()
+            terms["preservation"] = mean(squared_error(preserved, preserved_ref))
             others.append(weights.preservation * terms["preservation"])
         parts = {"loss": sum(others, start=terms["preference_loss"])}
         metrics = {
             **parts,
             **terms,
-            "margin": margin.mean(),
-            "implicit_accuracy": (margin > 0).mean(),
-            "winner_error": winner_error.mean(),
-            "loser_error": loser_error.mean(),
+            "margin": mean(margin),
+            "implicit_accuracy": mean(margin > 0),
+            "winner_error": mean(winner_error),
+            "loser_error": mean(loser_error),
         }
         if weights.preference == "winner_preserving":
             # The same loss twice, each time with one of the two errors held still.
             still = jax.lax.stop_gradient
             of_winner = preference_margin(winner_error, still(loser_error), weights.beta)
             of_loser = preference_margin(still(winner_error), loser_error, weights.beta)
-            parts = {"winner": preference(of_winner).mean(), "loser": preference(of_loser).mean()}
+            parts = {"winner": mean(preference(of_winner)), "loser": mean(preference(of_loser))}
             if others:
                 parts["others"] = functools.reduce(jnp.add, others)
         return parts, metrics
@@ -152,9 +165,16 @@ def part_names(config: ConfigDict) -> tuple[str, ...]:
 
 
 def make_train_step(
-    unet: nn.Module, schedule: NoiseSchedule, config: ConfigDict, mesh: Mesh
+    unet: nn.Module,
+    schedule: NoiseSchedule,
+    config: ConfigDict,
+    mesh: Mesh,
+    experts: int | None = None,
 ) -> Any:
-    """Compiles one optimiser step.
+    """Compiles one optimiser step, of one expert or of several at once.
+
+    Several have nothing in common but the base and the forward passes: each has its own rows, mean
+    loss, clipping and moments, and ends as it would have alone.
 
     Args:
       unet: called as `unet.apply({"params", "lora"?}, latents, timesteps, *conditioning)`.
@@ -162,6 +182,8 @@ def make_train_step(
       config: from `settings.resolve`.
       mesh: from `sharding.make_mesh`; the batch is split over its "data" axis. On several TPUs the
         step must be called within `jax.set_mesh(mesh)`; see `models.attention`.
+      experts: how many, if the state is that of several. The batch's arrays then have the experts
+        as their second axis, (rows, experts, ...), and the metrics are (experts,).
 
     Returns:
       A jitted `step(state, base_params, batch, null) -> (state, metrics)`, which donates `state`.
@@ -189,19 +211,38 @@ def make_train_step(
         mesh, batch_size=config.batch_size, preserve_batch_size=config.preserve_batch_size
     )
     optimizer, rate, k = make_optimizer(config), learning_rate(config), config.accumulation
-    loss, names = make_loss(unet, schedule, config, mesh), part_names(config)
+    loss, names = make_loss(unet, schedule, config, mesh, experts), part_names(config)
+
+    def update(
+        gradients: dict[str, Adapters], adapters: Adapters, opt_state: Any, step: Array
+    ) -> tuple[Any, Any, Metrics]:
+        """An expert's adapters and moments, from the gradients of its loss's parts."""
+        metrics = {"lr": jnp.float32(rate(step))}
+        if "loser" in gradients:
+            winner, metrics["loser_scale"] = preserve_winner(
+                gradients["winner"], gradients["loser"]
+            )
+            others = {"others": gradients["others"]} if "others" in gradients else {}
+            gradients = {"winner": winner, **others}
+        gradient = functools.reduce(optax.tree.add, gradients.values())
+        metrics["grad_norm"] = optax.tree.norm(gradient)
+        updates, opt_state = optimizer.update(gradient, opt_state, adapters)
+        return optax.apply_updates(adapters, updates), opt_state, metrics
 
     def step(
         state: TrainState, base_params: Any, batch: Batch, null: Conditioning
     ) -> tuple[TrainState, Metrics]:
         def gradients_of(batch: Batch) -> tuple[dict[str, Adapters], Metrics]:
             """Of each part: one forward pass for all, a backward pass for each."""
-            _, pull_back, metrics = jax.vjp(
+            parts, pull_back, metrics = jax.vjp(
                 lambda adapters: loss(adapters, base_params, batch, null),
                 state.adapters,
                 has_aux=True,
             )
-            one_hots = {part: {x: jnp.float32(x == part) for x in names} for part in names}
+            # An expert's adapters act on its own rows alone: the sum's gradient has them all apart.
+            one_hots = {
+                part: {x: jnp.full_like(parts[x], x == part) for x in names} for part in names
+            }
             return {part: pull_back(one_hot)[0] for part, one_hot in one_hots.items()}, metrics
 
         def accumulate(totals: dict[str, Adapters], microbatch: Batch) -> tuple[Any, Metrics]:
@@ -216,15 +257,9 @@ def make_train_step(
             totals, metrics = jax.lax.scan(accumulate, zeros, microbatches)
             gradients = jax.tree.map(lambda x: x / k, totals)
             metrics = jax.tree.map(lambda x: x.mean(0), metrics)
-        if "loser" in gradients:
-            gradients["winner"], metrics["loser_scale"] = preserve_winner(
-                gradients["winner"], gradients.pop("loser")
-            )
-        gradient = functools.reduce(optax.tree.add, gradients.values())
-        metrics |= {"grad_norm": optax.tree.norm(gradient), "lr": jnp.float32(rate(state.step))}
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.adapters)
-        adapters = optax.apply_updates(state.adapters, updates)
-        return TrainState(state.step + 1, adapters, opt_state), metrics
+        of_each = jax.vmap(update, in_axes=(0, 0, 0, None)) if experts else update
+        adapters, opt_state, more = of_each(gradients, state.adapters, state.opt_state, state.step)
+        return TrainState(state.step + 1, adapters, opt_state), metrics | more
 
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     return jax.jit(

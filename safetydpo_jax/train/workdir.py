@@ -66,7 +66,7 @@ class Phases:
     def __init__(self, progress: Callable[[str], None], total: int):
         self.progress = progress
         self._total = total
-        self._seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}  # in the order of phases, whose names differ
         self._name, self._began = "", time.monotonic()
 
     def begin(self, name: str) -> None:

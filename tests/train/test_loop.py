@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 
 import jax
@@ -300,3 +301,65 @@ def test_a_workdir_that_is_a_file(run, tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match=r"--workdir .* cannot be used"):
         run()
+
+
+@pytest.fixture
+def three(config, pairs_folder, tmp_path):
+    """Changes that make the run one of three experts, each with a folder of pairs."""
+    folder = tmp_path / "pair_sets"
+    folder.mkdir()
+    with config.unlocked():
+        config.experts = {"hate": {}, "violence": {"steps": 6}, "sexual": {"lora": {"rank": 2}}}
+    for name in config.experts:
+        (folder / name).symlink_to(pairs_folder)
+    return {"pairs.path": str(folder)}
+
+
+def test_experts_of_one_run_are_as_if_alone(three, run, config, small, pairs_folder, tmp_path):
+    said = run("all", **three)
+    assert re.findall(r"=== (\d+)/12 (?:compile|train) (\d)", said) == [
+        ("6", "1"), ("7", "1"), ("9", "2"), ("10", "2")
+    ]  # fmt: skip
+    assert re.search(r"^violence: step 6/6: loss", said, re.M)
+    with config.unlocked():
+        del config["experts"]
+    for name, steps in (("hate", 10), ("violence", 6), ("sexual", 10)):
+        changes = {"category": name, "steps": steps, "pairs.path": str(pairs_folder)}
+        run("alone", **changes)
+        folder, alone = tmp_path / "all" / name, tmp_path / "alone"
+        shutil.rmtree(alone / "cache")
+        ours, header = lora.load_lora(folder / EXPORT, small.unet_params)
+        theirs, own_header = lora.load_lora(alone / EXPORT, small.unet_params)
+        assert header == own_header
+        for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            assert np.linalg.norm(x - y) < 1e-3 * np.linalg.norm(y)
+        assert [line["step"] for line in logged_steps(folder)] == list(range(1, steps + 1))
+        assert logged_steps(folder)[0].keys() == logged_steps(alone)[0].keys()
+        assert f"Safety LoRA against {name}" in (folder / "export" / "README.md").read_text()
+        shutil.rmtree(alone)
+
+
+def test_a_killed_run_of_several_goes_on(three, run, tmp_path):
+    run("whole", **three)
+
+    def kill(line):
+        if line.startswith(("hate: step 5/", "violence: step 4/")):
+            raise Killed
+
+    for _ in range(2):  # in the first cohort, in the second
+        with pytest.raises(Killed):
+            run("killed", react=kill, log_every=1, **three)
+    run("killed", **three)
+    for name in ("hate", "violence", "sexual"):
+        whole, killed = (tmp_path / folder / name / EXPORT for folder in ("whole", "killed"))
+        assert whole.read_bytes() == killed.read_bytes()
+    with pytest.raises(UserError, match=r"hate, lora\.alpha = 2.0, but now it is 3.0"):
+        run("whole", **three, **{"lora.alpha": 3.0})
+
+
+def test_evaluations_of_several_on_the_way(three, healthy, tmp_path):
+    said = healthy("run", **three)
+    found = re.findall(r"^(\w+): health at step (\d+)", said, re.M)
+    assert [int(n) for name, n in found if name == "sexual"] == [0, 4, 8, 10]
+    assert [int(n) for name, n in found if name == "violence"] == [0, 4, 6]
+    assert "violence: step 6 is exported" in said

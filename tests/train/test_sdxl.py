@@ -11,6 +11,7 @@ from safetydpo_jax import data, lora
 from safetydpo_jax.diffusion import initial_latents, make_sampler
 from safetydpo_jax.models.pretrained import load_pipeline, save_pipeline
 from safetydpo_jax.train import loop
+from safetydpo_jax.train.expert import LORA_FILE
 from tests.diffusion.tiny_pipeline import write_tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -63,7 +64,7 @@ def test_an_expert_is_trained_and_drawn_by_diffusers(folder, ours, theirs, pairs
     assert not np.any(cache.null.prompt_embeds)
     assert cache.null.time_ids.tolist() == [16, 16, 0, 0, 16, 16]
 
-    file = tmp_path / "export" / loop.LORA_FILE
+    file = tmp_path / "export" / LORA_FILE
     adapters, header = lora.load_lora(file, ours.unet_params)
     assert header["steps"] == "3"
     noise = initial_latents([4, 9], ours.latent_shape)

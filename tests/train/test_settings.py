@@ -1,9 +1,11 @@
+import importlib
+
 import pytest
 
-from configs import common, own
+from configs import all_experts, common, own
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
-from safetydpo_jax.train.settings import deciding, resolve
+from safetydpo_jax.train.settings import cohorts_of, deciding, resolve, resolve_all
 
 
 def test_the_recipe_fills_what_was_left_open(config):
@@ -110,3 +112,59 @@ def test_bad_values(changes, message, config):
 def test_an_unknown_base():
     with pytest.raises(UserError, match=r"hate.py:sd9: no such base; give one of emoji, sd15"):
         common.get_config("hate", "sd9")
+
+
+@pytest.mark.parametrize("base", common.BASES)
+def test_all_experts_are_each_as_its_own_config_has_it(base):
+    config = all_experts.get_config(base)
+    config.pairs.path = "folder"
+    found = {c.category: c for c in resolve_all(config)}
+    assert found.keys() == set(CATEGORIES)
+    for category, expert in found.items():
+        alone = importlib.import_module(f"configs.{category}").get_config(base)
+        alone.pairs.path = f"folder/{category}"
+        assert expert.to_json(sort_keys=True) == resolve(alone).to_json(sort_keys=True)
+    groups = [{c.category for c in group} for group in cohorts_of(list(found.values()))]
+    slow = {"shocking", "self_harm"}
+    assert groups == ([set(CATEGORIES) - slow, slow] if base == "emoji" else [set(CATEGORIES)])
+
+
+def test_what_is_set_for_all_experts_and_for_one():
+    config = all_experts.get_config()
+    config.steps = 40
+    with config.unlocked():
+        config.experts.hate.seed = 3
+        config.experts.hate.loss = {"winner_anchor": 5.0}
+        config.experts.hate.lora = {"rank": 8}
+    found = {c.category: c for c in resolve_all(config)}
+    assert {c.steps for c in found.values()} == {40}
+    assert found["hate"].loss.winner_anchor == 5
+    assert found["shocking"].loss.winner_anchor == 28
+    assert (found["hate"].seed, found["shocking"].seed) == (3, 0)
+    assert [(found[c].lora.rank, found[c].lora.alpha) for c in ("hate", "shocking")] == [
+        (8, 8),
+        (16, 16),
+    ]
+    assert config.experts.hate.steps == 500
+    assert not found["violence"].pairs.path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.experts.hate.update(stepz=3), r"config\.experts\.hate\.stepz: .*no such key"),
+        (lambda c: setattr(c, "experts", {}), "config.experts is empty"),
+        (lambda c: setattr(c.experts.hate, "steps", 0), "config.steps is 0"),
+    ],
+)
+def test_bad_experts(change, message):
+    config = all_experts.get_config()
+    with config.unlocked():
+        change(config)
+    with pytest.raises(UserError, match=message):
+        resolve_all(config)
+
+
+def test_one_of_several_must_be_chosen_where_one_is_asked_for():
+    with pytest.raises(UserError, match="this config trains several experts"):
+        resolve(all_experts.get_config())

@@ -1,0 +1,222 @@
+"""Experts that are trained as one: same settings, one state, one compiled step.
+
+One expert alone is a cohort of one, whose arrays have no axis of experts. Several share the base
+and the forward passes and nothing else; see `step.make_train_step`.
+"""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from safetydpo_jax import data, host_memory, lora, sharding
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.lora import Adapters
+from safetydpo_jax.train.expert import Expert
+from safetydpo_jax.train.flops import step_flops
+from safetydpo_jax.train.guard import Guard
+from safetydpo_jax.train.metrics import MetricsLog
+from safetydpo_jax.train.state import Checkpoints, TrainState, make_optimizer
+from safetydpo_jax.train.step import Batch, make_train_step
+from safetydpo_jax.train.workdir import Phases, Stop, stop_signal
+
+
+class Cohort:
+    """The training of some experts whose configs differ in what they learn alone.
+
+    Args:
+      experts: at least one.
+      pipeline: the base model.
+      mesh: that the step runs on.
+      checkpoints: the folder for their common state.
+      phases: to announce.
+
+    Raises:
+      UserError: a setting that cannot be.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[Expert],
+        pipeline: Any,
+        mesh: Mesh,
+        checkpoints: pathlib.Path,
+        phases: Phases,
+    ):
+        self.experts, self._config = experts, experts[0].config
+        self._pipeline, self._mesh, self._phases = pipeline, mesh, phases
+        self._checkpoints_folder = checkpoints
+        several = len(experts) if self.several else None
+        self._step_fn = make_train_step(
+            pipeline.unet, pipeline.schedule, self._config, mesh, several
+        )
+        first = [expert.first_adapters() for expert in experts]
+        phases.progress(
+            f"{self._config.model}: {lora.count(pipeline.unet_params):,} parameters in the UNet; "
+            f"adapters of {lora.describe(first[0])}, {lora.count(first[0]):,} parameters"
+            + (f" each, for {', '.join(e.config.category for e in experts)}" if several else "")
+            + (f", from {self._config.lora.init}" if self._config.lora.init else "")
+        )
+        adapters = self._stacked(first, axis=0)
+        optimizer = make_optimizer(self._config)
+        state = TrainState.create(adapters, optimizer, several=self.several)
+        self._state = jax.device_put(state, sharding.replicated(mesh))
+
+    @property
+    def several(self) -> bool:
+        """Whether arrays have an axis of experts."""
+        return len(self.experts) > 1
+
+    def adapters(self) -> list[Adapters]:
+        """Each expert's, as they are now, not yet scaled."""
+        adapters = jax.device_get(self._state.adapters)
+        return [self._of(i, adapters) for i in range(len(self.experts))]
+
+    def train(self, title: str) -> None:
+        """Makes the steps that are left, as long as there is hope; `title` is said in the phases.
+
+        Raises:
+          UserError: checkpoints of other settings, a diverged run.
+          SystemExit: stopped by SIGTERM or Ctrl-C; the state is saved.
+        """
+        config, progress = self._config, self._phases.progress
+        self._phases.begin(f"state{title}")
+        settings = [expert.settings for expert in self.experts]
+        by_name = {e.config.category: s for e, s in zip(self.experts, settings, strict=True)}
+        checkpoints = Checkpoints(
+            self._checkpoints_folder,
+            _flat(by_name) if self.several else settings[0],
+            keep=config.checkpoint.keep,
+        )
+        self._state = checkpoints.restore(self._state) or self._state
+        done = int(self._state.step)
+        progress(f"going on from step {done}" if done else "a new run")
+        if done > config.steps:
+            raise UserError(
+                f"{checkpoints.path} is at step {done}, past config.steps = {config.steps}: raise "
+                "config.steps, choose another --workdir, or delete that folder to start anew"
+            )
+        for expert in self.experts:
+            expert.write_config()
+            if expert.health:
+                expert.health.resume(done)
+        if (done < config.steps and not self._hopeless) or any(e.due(done) for e in self.experts):
+            self._train(checkpoints, done, title)
+
+    @property
+    def _hopeless(self) -> bool:
+        return all(expert.hopeless for expert in self.experts)
+
+    def _train(self, checkpoints: Checkpoints, start: int, title: str) -> None:
+        config, params, progress = self._config, self._pipeline.unet_params, self._phases.progress
+        self._phases.begin(f"compile{title}")
+        batches = self._batches(start)
+        null = jax.device_put(self.experts[0].cache.null, sharding.replicated(self._mesh))
+        batch = next(batches)
+        began = time.monotonic()
+        with jax.default_matmul_precision(config.matmul_precision):
+            compiled = self._step_fn.lower(self._state, params, batch, null).compile()
+        seconds = time.monotonic() - began
+        host_memory.give_back()
+        shape = batch["winner"]["mean"].shape[-3:]
+        flops = step_flops(self._pipeline.unet, params, shape, null, config) * len(self.experts)
+        progress(f"compiled in {seconds:.1f} s; {flops / 1e12:.3f} TFLOP a step")
+
+        self._phases.begin(f"train{title}")
+        guards = [Guard(e.config, checkpoints.path) for e in self.experts]
+        with contextlib.ExitStack() as stack:
+            logs = [stack.enter_context(self._log(expert, start, flops)) for expert in self.experts]
+            stop = stack.enter_context(stop_signal())
+            if start == 0:
+                checkpoints.save(self._state)
+
+            def check(step: int, metrics: Any) -> None:
+                metrics = jax.device_get(metrics)
+                for i, (log, guard) in enumerate(zip(logs, guards, strict=True)):
+                    guard.check(*log.write(step, self._of(i, metrics)))
+
+            for expert, log in zip(self.experts, logs, strict=True):
+                if expert.health:
+                    for record in expert.health.records:
+                        if record["step"] == start:  # a kill may have come before the log had it
+                            log.write_health(start, record, expert.health.sheet([record]))
+            self._evaluate(start, logs)
+            pending = None
+            for step in range(start + 1, config.steps + 1):
+                if self._hopeless:
+                    progress(f"stopped early at step {step - 1}: the last evaluations were worse")
+                    return
+                self._state, metrics = compiled(self._state, params, batch, null)
+                # While the device works on this step, read the last one's numbers and the next
+                # batch.
+                if pending:
+                    check(*pending)
+                pending = (step, metrics)
+                stopped_by = stop.asked  # read once: a signal may come at any moment
+                last = step == config.steps or stopped_by is not None
+                if not last:
+                    batch = next(batches)
+                evaluated = any(expert.due(step) for expert in self.experts)
+                if last or evaluated or step % config.checkpoint.every == 0:
+                    check(*pending)
+                    pending = None
+                    # A run that is going wrong must not push out the last good checkpoint.
+                    if last or all(guard.calm for guard in guards):
+                        checkpoints.save(self._state)
+                if stopped_by is not None and step < config.steps:
+                    self._leave_if_stopped(stop, step, checkpoints)
+                if evaluated:
+                    self._evaluate(step, logs)
+                    self._leave_if_stopped(stop, step, checkpoints)
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """On the mesh, the experts' batches side by side: (rows, experts, ...)."""
+        each = [data.batches(e.cache, e.config, start) for e in self.experts]
+        split = sharding.batch_sharding(self._mesh)
+        for batches in zip(*each, strict=True):
+            yield jax.device_put(self._stacked(batches, axis=1), split)
+
+    def _log(self, expert: Expert, start: int, flops: float) -> MetricsLog:
+        """The steps' times are those of the whole cohort, pairs and FLOPs the expert's own."""
+        config, flops = expert.config, flops / len(self.experts)
+        rows = config.batch_size * config.accumulation
+        return MetricsLog(expert.workdir, config, start, rows, flops, expert.progress)
+
+    def _evaluate(self, step: int, logs: Sequence[MetricsLog]) -> None:
+        """Evaluates the experts that are due; the time is taken out of all their steps' speed."""
+        due = [expert.due(step) for expert in self.experts]
+        adapters = self.adapters() if any(due) else []
+        for i, (expert, log) in enumerate(zip(self.experts, logs, strict=True)):
+            if due[i]:
+                record = expert.measure(step, adapters[i])
+                assert expert.health is not None
+                log.write_health(step, record, expert.health.sheet([record]))
+        for log in logs:
+            log.pause_ends()
+
+    def _leave_if_stopped(self, stop: Stop, step: int, checkpoints: Checkpoints) -> None:
+        if stop.asked is not None:
+            self._phases.progress(
+                f"stopped by {stop.asked.name}: step {step} is saved in {checkpoints.path}; "
+                "the same command goes on from there"
+            )
+            raise SystemExit(128 + stop.asked)
+
+    def _stacked(self, trees: Sequence[Any], axis: int) -> Any:
+        """The experts' trees as one; a single expert's as it is."""
+        if not self.several:
+            return trees[0]
+        return jax.tree.map(lambda *leaves: np.stack(leaves, axis), *trees)
+
+    def _of(self, i: int, tree: Any) -> Any:
+        """An expert's part of a tree of arrays on the host."""
+        return jax.tree.map(lambda x: x[i], tree) if self.several else tree
+
+
+def _flat(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{name}, {key}": x for name, of_one in settings.items() for key, x in of_one.items()}

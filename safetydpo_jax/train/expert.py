@@ -1,0 +1,180 @@
+"""One expert of a run: its config and folder, its data, its evaluations, the files it ends in."""
+
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+from ml_collections import ConfigDict
+
+from safetydpo_jax import __version__, data, lora, storage
+from safetydpo_jax.lora import Adapters
+from safetydpo_jax.train.model_card import base_name, write_model_card
+from safetydpo_jax.train.settings import deciding
+
+if TYPE_CHECKING:
+    from safetydpo_jax.train.health import Health
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# What A1111 shows a LoRA for, by `ss_base_model_version`.
+KOHYA_BASES = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+
+
+class Expert:
+    """What a run keeps of one expert besides its training state, which `cohort.Cohort` has.
+
+    Everything that can be wrong with its config is found here, before hours of drawing.
+
+    Args:
+      config: from `settings.resolve`.
+      workdir: its folder: pairs/ cache/ health/ metrics.jsonl tensorboard/ export/ report/
+        config.json.
+      pipeline: the base model.
+      progress: takes lines of text.
+
+    Attributes:
+      cache: what it trains on, after `make_cache`.
+      health: its evaluations on the way; None without them.
+
+    Raises:
+      UserError: a setting that cannot be.
+    """
+
+    cache: data.Cache
+    health: "Health | None"
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: pathlib.Path,
+        pipeline: Any,
+        progress: Callable[[str], None],
+    ):
+        self.config, self.workdir, self.progress = config, workdir, progress
+        self._pipeline = pipeline
+        if config.report.enabled:
+            # Here, so that a run without a report needs none of what the report needs.
+            from safetydpo_jax.evaluate.report import prompts_of
+
+            prompts_of(config)
+        self.health = None
+        if config.health.every:
+            from safetydpo_jax.train.health import Health
+
+            self.health = Health(config, pipeline, workdir, progress)
+        self._model_hash = storage.hash_parts(pipeline.sources, ("unet", "scheduler"))
+
+    def make_pairs(self) -> None:
+        """Draws its pairs, unless they are there."""
+        folder = data.make_pairs(self.config, self._pipeline, self.workdir, self.progress)
+        self._pairs = data.PairSet(folder)
+
+    def make_cache(self) -> None:
+        """Encodes them, unless that is done."""
+        self.cache = data.make_cache(self.config, self._pipeline, self.workdir, self.progress)
+        self.progress(
+            f"{self.cache.num_pairs} pairs and {self.cache.num_preserve} preservation pictures"
+        )
+
+    def first_adapters(self) -> Adapters:
+        """New ones that change nothing, or those of `config.lora.init`; not yet scaled."""
+        config, params = self.config, self._pipeline.unet_params
+        if config.lora.init:
+            applied, _ = lora.load_lora(config.lora.init, params)
+            return lora.scaled(applied, config.lora.rank / config.lora.alpha, 1)
+        key = jax.random.key(config.seed, impl="threefry2x32")
+        return lora.init_adapters(key, params, rank=config.lora.rank, targets=config.lora.targets)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its trained numbers depend on."""
+        return deciding(self.config, self._model_hash, self.cache.key)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether its last evaluations say that further steps are in vain."""
+        return self.health is not None and self.health.hopeless
+
+    def due(self, step: int) -> bool:
+        """Whether it is to be evaluated at this step and is not yet."""
+        return self.health is not None and not self.hopeless and self.health.due(step)
+
+    def measure(self, step: int, adapters: Adapters) -> dict[str, Any]:
+        """Its evaluation with the adapters as they are at this step."""
+        assert self.health is not None
+        return self.health.measure(step, adapters, self._header(step))
+
+    def write_config(self) -> None:
+        """Leaves its config in its folder."""
+        text = self.config.to_json(indent=2) + "\n"
+        storage.write_file(self.workdir / "config.json", text.encode())
+
+    def export(self, adapters: Adapters) -> None:
+        """Writes the LoRA: of the evaluated step that was best, or of these last adapters."""
+        config = self.config
+        path = self.workdir / "export" / LORA_FILE
+        card = path.with_name("README.md")
+        card.unlink(missing_ok=True)  # until there is one for the file that is now written
+        if self.health:
+            self._exported = self.health.export(path)
+        else:
+            self._exported = f"step {config.steps}, the last, is exported"
+            applied = lora.scaled(adapters, config.lora.alpha, config.lora.rank)
+            lora.save_lora(path, applied, self._header(config.steps))
+        self.progress(self._exported)
+        kohya = path.parent / "comfyui" / f"safetydpo_{config.category}.safetensors"
+        self._adapters, header = lora.load_lora(path, self._pipeline.unet_params)
+        lora.save_kohya(kohya, self._adapters, header, KOHYA_BASES.get(config.base))
+        self.progress(f"{path}, {path.stat().st_size / 1e6:.2f} MB")
+        self._files = [path, kohya]
+
+    def report(self, command: str) -> dict[str, Any]:
+        """Measures what was exported and writes its card; returns the report's summary."""
+        summary: dict[str, Any] = {}
+        if self.config.report.enabled:
+            from safetydpo_jax.evaluate import write_report
+
+            summary = write_report(
+                self.config,
+                self._pipeline,
+                self._adapters,
+                self.workdir,
+                training=self.health.history() if self.health else None,
+                progress=self.progress,
+            )
+        write_model_card(
+            self._files[0].with_name("README.md"),
+            self.config,
+            files=self._files,
+            adapters=lora.describe(self._adapters),
+            pairs=self._pairs.card,
+            model_hash=self._model_hash,
+            exported=self._exported,
+            summary=summary,
+            command=command,
+            version=__version__,
+        )
+        return summary
+
+    def made(self) -> str:
+        """What it ended in and where that is."""
+        lines = [
+            f"adapter       {self._files[0]}, README.md and comfyui/ beside it",
+            f"metrics       {self.workdir / 'metrics.jsonl'}, tensorboard --logdir {self.workdir}",
+        ]
+        if self.health:
+            samples = self.workdir / "health" / "samples.png"
+            lines.append(f"health        {samples}, and adapters on the way")
+        if self.config.report.enabled:
+            lines.append(f"report        {self.workdir / 'report'}: grid.png, summary.json")
+        return "\n".join(lines)
+
+    def _header(self, step: int) -> dict[str, str]:
+        """What the adapters' file says of itself."""
+        return {
+            "base": base_name(self.config),
+            lora.BASE_HASH: self._model_hash,
+            "category": self.config.category,
+            "recipe": self.config.recipe,
+            "steps": str(step),
+        }
