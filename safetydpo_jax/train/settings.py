@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.sources import two_ways
