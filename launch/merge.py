@@ -7,9 +7,9 @@
     safetydpo merge ...  # from the installed package
 
 Co-Merge gives each output of a layer to the expert that is the most active there. For that it
-draws with the base model, once; the votes are kept beside the result, so that merging again with
-other options takes no model: --stats OUT.votes.safetensors. Beside the merged LoRA, which diffusers
-loads, it writes a picture of who won what and how much the experts have in common.
+draws with the base model, once; what it counts is kept beside the result, so that merging again
+with other options takes no model: --stats OUT.stats.safetensors. Beside the merged LoRA, which
+diffusers loads, it writes a picture of who won what and how much the experts have in common.
 """
 
 import argparse
@@ -36,8 +36,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="of the result (1)")
     parser.add_argument("--density", type=float, help="share of entries kept: ties, dare, ...")
     parser.add_argument("--sharpness", type=float, help="of co_merge_soft's votes")
+    parser.add_argument("--preservation", type=float, help="of harmless inputs: regmean (1)")
+    parser.add_argument("--ridge", type=float, help="against rare inputs: regmean (0.001)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (0)")
-    parser.add_argument("--stats", type=Path, metavar="FILE", help="votes counted before")
+    parser.add_argument("--stats", type=Path, metavar="FILE", help="what was counted before")
     parser.add_argument("--model", help="the base: as launch/sample.py takes it")
     parser.add_argument("--model_config", default="", help="what such a file is")
     parser.add_argument("--prompts", type=Path, metavar="FILE.csv", help="columns category,prompt")

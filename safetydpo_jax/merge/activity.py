@@ -1,9 +1,10 @@
-"""Votes counted: one pass over the prompts for all experts, along the base model's own drawing.
+"""Statistics made: one pass over the prompts for all experts, along the base model's own drawing.
 
 The layers' inputs are the base's, no expert being on, so they are computed once; each adapted layer
 then applies all experts' factors, which are stacked on an axis of their own.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,9 +18,11 @@ from jaxtyping import Array, Float, Int
 from safetydpo_jax import sharding, storage
 from safetydpo_jax.diffusion.samplers import SAMPLERS, advance, initial_latents
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.merge import moments as moments_of
 from safetydpo_jax.merge.experts import Experts
+from safetydpo_jax.merge.moments import SAFE
 from safetydpo_jax.merge.statistics import Statistics
-from safetydpo_jax.models.layers import Conv, Dense
+from safetydpo_jax.models.layers import Conv
 
 BANDS = 4  # of timesteps, from noisy to clean, equally many steps each
 # Of one layer: (a, b) of all experts, (experts, in, rank) and (experts, rank, out).
@@ -37,6 +40,7 @@ def count_votes(
     sampler: str = "ddim",
     num_steps: int = 20,
     guidance_scale: float = 7.5,
+    inputs: bool = False,
     progress: Callable[[str], None] = print,
 ) -> Statistics:
     """Draws with the base model and counts, at every step, which expert would change most.
@@ -45,18 +49,20 @@ def count_votes(
       pipeline: the base, a `models.pipeline.Pipeline`.
       experts: of that base.
       prompts: n texts, of all categories.
-      categories: of each prompt.
+      categories: of each prompt; `SAFE` ones are for `inputs` alone.
       seed: of the initial noise.
       batch_size: prompts at a time, over all devices.
       sampler: `SAMPLERS`, and
       num_steps: its steps, and
       guidance_scale: as for a picture.
+      inputs: whether the second moments of the layers' inputs are kept too.
       progress: takes a line after every batch: done, rate, time left.
 
     Raises:
-      UserError: no prompts, or fewer than two of a category, or an unknown sampler.
+      UserError: no prompts, or fewer than two of a category, or an unknown sampler; with `inputs`,
+        none of an expert's category or no safe ones, or an expert that adapts a convolution.
     """
-    names = sorted(set(categories))
+    names = sorted(set(categories) - {SAFE})
     if len(prompts) != len(categories) or not names:
         raise UserError(f"{len(prompts)} prompts with {len(categories)} categories: give prompts")
     if lonely := [name for name in names if list(categories).count(name) < 2]:
@@ -64,17 +70,21 @@ def count_votes(
     if sampler not in SAMPLERS:
         raise UserError(f"the sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
     mesh = sharding.make_mesh()
+    shares = moments_of.shares(categories, experts) if inputs else None
     devices = mesh.shape["data"]
     batch_size = max(devices, min(batch_size, len(prompts)) // devices * devices)
     split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     table = SAMPLERS[sampler](pipeline.schedule, num_steps)
     rows = jax.tree.map(np.asarray, table.rows())
-    stacked = jax.device_put(_stacked(experts), whole)
+    stacked = _stacked(experts)
+    moments = jax.device_put(moments_of.nothing(stacked) if inputs else {}, whole)
+    stacked = jax.device_put(stacked, whole)
     params = jax.device_put(pipeline.unet_params, whole)
     step = _make_step(pipeline.unet, guidance_scale)
     halves = _halves(categories)
-    cells = halves * len(names) + np.array([names.index(x) for x in categories])
+    votes = np.array([x != SAFE for x in categories])
+    cells = halves * len(names) + np.array([names.index(x) if x != SAFE else 0 for x in categories])
     sizes = {layer: b.shape[0::2] for layer, (_, b) in stacked.items()}
     outputs = {
         layer: np.zeros((2 * len(names), BANDS, *size), np.int64) for layer, size in sizes.items()
@@ -91,21 +101,25 @@ def count_votes(
         index = np.arange(start, start + batch_size)
         real = index < len(prompts)
         index = np.minimum(index, len(prompts) - 1)
+        votes_now = real & votes[index]
+        of_rows = jax.tree.map(lambda x, r=real, i=index: x[i] * r[:, None], shares)
         told = pipeline.encode_prompts([prompts[i] for i in index])
         x = initial_latents(seeds[index], pipeline.latent_shape) * np.float32(table.start)
         told, x = jax.device_put((told, x), split)
         carry = (x, jnp.zeros_like(x))
         for i in range(num_steps):
             row = jax.tree.map(lambda column, i=i: column[i], rows)
-            carry, counts = step(params, stacked, carry, row, told, negative)
+            carry, counts, moments = step(
+                params, stacked, carry, row, told, negative, of_rows, moments
+            )
             band = i * BANDS // num_steps
             for layer, (of_outputs, of_ranks) in jax.device_get(counts).items():
-                np.add.at(outputs[layer][:, band], cells[index[real]], of_outputs[real])
+                np.add.at(outputs[layer][:, band], cells[index[votes_now]], of_outputs[votes_now])
                 if layer in ranks:
-                    np.add.at(ranks[layer][:, band], cells[index[real]], of_ranks[real])
+                    np.add.at(ranks[layer][:, band], cells[index[votes_now]], of_ranks[votes_now])
         done = min(start + batch_size, len(prompts))
         left = (time.monotonic() - started) / done * (len(prompts) - done)
-        progress(f"votes: {done}/{len(prompts)} prompts, {left:.0f} s left")
+        progress(f"statistics: {done}/{len(prompts)} prompts, {left:.0f} s left")
 
     def shaped(x: np.ndarray) -> np.ndarray:
         return x.reshape(2, len(names), *x.shape[1:]).astype(np.float32)
@@ -123,6 +137,7 @@ def count_votes(
             "num_steps": num_steps,
             "guidance_scale": guidance_scale,
         },
+        moments_of.inputs(jax.device_get(moments), experts),
     )
 
 
@@ -164,40 +179,52 @@ def _stacked(experts: Experts) -> dict[str, Stacked]:
 def _make_step(unet: Any, guidance_scale: float) -> Callable[..., Any]:
     """Compiles one step of drawing with its votes: by layer, (b, experts, out) and (.., rank)."""
 
-    @jax.jit
-    def step(params, stacked, carry, row, told, negative):
-        found: dict[str, tuple[Array, Array]] = {}
+    @functools.partial(jax.jit, donate_argnames="moments")
+    def step(params, stacked, carry, row, told, negative, shares, moments):
+        votes: dict[str, tuple[Array, Array]] = {}
+        moments = dict(moments)
 
-        def listen(call, args, kwargs, context):
-            name = ".".join(context.module.path)
-            if context.method_name == "__call__" and name in stacked:
-                found[name] = _votes(context.module, args[0], *stacked[name])
-            return call(*args, **kwargs)
+        def heard(see: Callable[[str, nn.Module, Array], None], told: Any) -> Array:
+            def listen(call, args, kwargs, context):
+                name = ".".join(context.module.path)
+                if context.method_name == "__call__" and name in stacked:
+                    see(name, context.module, args[0].astype(jnp.float32))
+                return call(*args, **kwargs)
+
+            with nn.intercept_methods(listen):
+                return unet.apply({"params": params}, x, timesteps, *told)
+
+        def see(name: str, module: nn.Module, inputs: Array) -> None:
+            inner, outer = _activity(module, inputs, *stacked[name])
+            votes[name] = _winners(outer), _winners(inner)
+            if name in moments:
+                moments[name] = moments_of.added(moments[name], inputs, inner, shares)
+
+        def see_empty(name: str, module: nn.Module, inputs: Array) -> None:
+            if name in moments:
+                moments[name] = moments_of.added_empty(moments[name], inputs, shares)
 
         x = carry[0]
         timesteps = jnp.full(len(x), row["timesteps"])
-        with nn.intercept_methods(listen):
-            output = unet.apply({"params": params}, x, timesteps, *told)
+        output = heard(see, told)
         if guidance_scale > 1:
-            away = unet.apply({"params": params}, x, timesteps, *negative)
+            away = heard(see_empty, negative)
             output = away + guidance_scale * (output - away)
-        return advance(row, carry, output.astype(jnp.float32)), found
+        return advance(row, carry, output.astype(jnp.float32)), votes, moments
 
     return step
 
 
-def _votes(
-    module: Dense | Conv, x: Array, a: Float[Array, "e *in r"], b: Float[Array, "e r out"]
-) -> tuple[Array, Array]:
-    """How often each expert's change is the largest: of the outputs, and of the rank's units."""
-    x = x.astype(jnp.float32)
+def _activity(
+    module: nn.Module, x: Array, a: Float[Array, "e *in r"], b: Float[Array, "e r out"]
+) -> tuple[Float[Array, "b e t r"], Float[Array, "b e t out"]]:
+    """What every expert makes of an input, between its factors and after them."""
     if isinstance(module, Conv):
         inner = jax.vmap(lambda kernel: module._convolve(x, kernel), out_axes=1)(a)
     else:
         inner = jnp.einsum("b...i,eir->be...r", x, a)
-    inner = inner.reshape(*inner.shape[:2], -1, inner.shape[-1])  # (b, e, tokens, r)
-    outer = jnp.einsum("betr,ero->beto", inner, b)
-    return _winners(outer), _winners(inner)
+    inner = inner.reshape(*inner.shape[:2], -1, inner.shape[-1])
+    return inner, jnp.einsum("betr,ero->beto", inner, b)
 
 
 def _winners(activity: Float[Array, "b e t u"]) -> Int[Array, "b e u"]:

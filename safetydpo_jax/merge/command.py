@@ -18,10 +18,10 @@ from safetydpo_jax.merge import summary
 from safetydpo_jax.merge.experts import Experts, opened_experts
 from safetydpo_jax.merge.layer import Votes
 from safetydpo_jax.merge.overlap import cosines, inner_products
-from safetydpo_jax.merge.run import Merged, check, merge
+from safetydpo_jax.merge.run import ASKS, Merged, check, merge
 from safetydpo_jax.merge.statistics import Statistics, load_statistics
 
-OPTIONS = ("density", "sharpness")  # of methods
+OPTIONS = ("density", "sharpness", "preservation", "ridge")  # of methods
 
 
 def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
@@ -38,17 +38,17 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
       UserError, MissingFileError: an input is wrong; nothing is written then.
     """
     options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
-    needs_votes = check(arguments.method, options).needs_votes
+    needs = check(arguments.method, options).needs
     if arguments.out is None:
         raise UserError("no --out: say where the merged LoRA goes, as in --out merged.safetensors")
     if arguments.out.suffix != ".safetensors":
         raise UserError(f"--out is {arguments.out}: its name must end in .safetensors")
     if not arguments.experts:
         raise UserError("no experts: give LoRA files, as in --experts hate.safetensors FILE ...")
-    if needs_votes and arguments.stats is None and arguments.model is None:
+    if needs and arguments.stats is None and arguments.model is None:
         raise UserError(
-            f"{arguments.method} asks which expert is active where: give the base as --model, or "
-            "--stats with votes counted before"
+            f"{arguments.method} {ASKS[needs]}: give the base as --model, or --stats with what was "
+            "counted before"
         )
     files = [Path(file) for file in arguments.experts]
     base, shapes = shapes_for(files[0], arguments.model, arguments.model_config)
@@ -56,15 +56,18 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
     with opened_experts(files, shapes, arguments.weights) as experts:
         for name, file, weight in zip(experts.names, experts.files, experts.weights, strict=True):
             progress(f"  {name}: rank {min(file.ranks.values())}, weight {weight:g}, {file.path}")
-        statistics = _statistics(arguments, experts, progress) if needs_votes else None
-        votes = statistics.votes() if statistics else None
-        merged = _merge(arguments, experts, options, votes, progress)
+        inputs = needs == "inputs"
+        statistics = _statistics(arguments, experts, inputs, progress) if needs else None
+        merged = _merge(arguments, experts, options, statistics, progress)
         products = sum(inner_products(experts.layer(layer)) for layer in experts.places)
+        votes = statistics.votes() if statistics else None
         return _write(arguments, experts, options, votes, merged, np.asarray(products), progress)
 
 
-def _statistics(arguments: Any, experts: Experts, progress: Callable[[str], None]) -> Statistics:
-    """The votes of a file, or counted anew and kept beside the result."""
+def _statistics(
+    arguments: Any, experts: Experts, inputs: bool, progress: Callable[[str], None]
+) -> Statistics:
+    """Those of a file, or counted anew and kept beside the result."""
     if arguments.stats is not None:
         found = load_statistics(arguments.stats).ordered(experts.hashes, str(arguments.stats))
     else:
@@ -75,7 +78,7 @@ def _statistics(arguments: Any, experts: Experts, progress: Callable[[str], None
         if arguments.prompts is not None:
             prompts, categories = read_prompts(arguments.prompts)
         elif arguments.model == "emoji":
-            prompts, categories = emoji_prompts(arguments.num_prompts, arguments.seed)
+            prompts, categories = emoji_prompts(arguments.num_prompts, arguments.seed, safe=inputs)
         else:
             raise UserError(
                 "no --prompts: give a CSV with the columns category,prompt, prompts of all the "
@@ -90,11 +93,12 @@ def _statistics(arguments: Any, experts: Experts, progress: Callable[[str], None
             seed=arguments.seed,
             batch_size=arguments.batch_size,
             num_steps=arguments.steps,
+            inputs=inputs,
             progress=progress,
         )
-        path = arguments.out.with_suffix(".votes.safetensors")
+        path = arguments.out.with_suffix(".stats.safetensors")
         found.save(path)
-        progress(f"votes: kept in {path}, for --stats")
+        progress(f"statistics: kept in {path}, for --stats")
     progress(
         f"votes: on {found.about['prompts']} prompts; by either half of them "
         f"{100 * found.agreement():.0f} % of the outputs have the same winner"
@@ -106,7 +110,7 @@ def _merge(
     arguments: Any,
     experts: Experts,
     options: dict[str, Any],
-    votes: dict[str, Votes] | None,
+    statistics: Statistics | None,
     progress: Callable[[str], None],
 ) -> Merged:
     began = told = time.monotonic()
@@ -125,7 +129,8 @@ def _merge(
         rank=arguments.rank,
         scale=arguments.scale,
         options=options,
-        votes=votes,
+        votes=statistics.votes() if statistics else None,
+        inputs=statistics.inputs if statistics else None,
         seed=arguments.seed,
         progress=say,
     )

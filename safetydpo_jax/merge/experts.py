@@ -15,7 +15,7 @@ from safetydpo_jax.lora.adapters import kernels
 from safetydpo_jax.lora.keys import BASE_HASH
 from safetydpo_jax.lora.reader import LoraFile, opened_lora
 from safetydpo_jax.merge.factors import Factors
-from safetydpo_jax.merge.layer import Layer, Votes
+from safetydpo_jax.merge.layer import Layer
 
 
 class Experts:
@@ -67,15 +67,11 @@ class Experts:
         """The rank with which the sum of all is exact in every layer."""
         return max(sum(file.ranks.get(layer, 0) for file in self.files) for layer in self.places)
 
-    def layer(
-        self, name: str, votes: Votes | None = None, seed: int = 0, *, weighted: bool = True
-    ) -> Layer:
+    def layer(self, name: str, *, weighted: bool = True) -> Layer:
         """One layer of all of them.
 
         Args:
           name: its dotted path.
-          votes: on it, and
-          seed: both as `Layer` has them.
           weighted: whether the weights are applied.
 
         Raises:
@@ -90,7 +86,7 @@ class Experts:
             a, b = file.read(name)
             b = b * np.float32(weight) if weighted else b
             found.append(Factors(a.reshape(-1, a.shape[-1]), b))
-        return Layer(name, (math.prod(size) * rows, columns), found, votes, seed)
+        return Layer(name, (math.prod(size) * rows, columns), found)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,15 @@ def stack(factors: Sequence[Factors]) -> Factors:
     )
 
 
+def balanced(factors: Factors) -> Factors:
+    """The same product with each rank unit's two halves of equal norm, float32."""
+    a, b = (np.asarray(x, np.float64) for x in factors)
+    sides = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
+    scale = np.sqrt(np.divide(sides[1], sides[0], out=np.ones_like(sides[0]), where=sides[0] > 0))
+    scale[scale == 0] = 1.0
+    return Factors(np.asarray(a * scale, np.float32), np.asarray(b / scale[:, None], np.float32))
+
+
 def inner(x: Factors, y: Factors) -> float:
     """The Frobenius inner product of two products."""
     left = np.asarray(x.a, np.float64).T @ np.asarray(y.a, np.float64)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -9,7 +10,26 @@ from jaxtyping import Float
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.merge.factors import Factors, stack
 
-Delta = Factors | Float[np.ndarray, "in out"]
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Whitened:
+    """A change whose error is to be measured on a layer's inputs, not on its entries.
+
+    With the inputs' second moments L L^T, of all changes of a rank the one whose L^T D is nearest
+    makes the least error in the layer's outputs.
+
+    Attributes:
+      factors: of L^T D.
+      root: L, lower triangular, (in, in).
+    """
+
+    factors: Factors
+    root: Float[np.ndarray, "in in"]
+
+
+Delta = Factors | Whitened | Float[np.ndarray, "in out"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +46,22 @@ class Votes:
 
 
 @dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Second moments of a layer's inputs x, means over prompts of sums over tokens and steps.
+
+    Attributes:
+      harmful: x^T x under prompts of each category, added up.
+      harmless: x^T x under safe prompts, and under the empty one.
+      images: of each expert, x^T (x a) under prompts of its own category; None where it leaves the
+        layer alone.
+    """
+
+    harmful: Float[np.ndarray, "in in"]
+    harmless: Float[np.ndarray, "in in"]
+    images: Sequence[Float[np.ndarray, "in _"] | None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """One layer of all experts.
 
@@ -35,6 +71,7 @@ class Layer:
       experts: what each adds, its weight within; None where it leaves the layer alone.
       votes: of the activations, if the method asks for them.
       seed: of the merge, for methods that draw.
+      inputs: what the layer gets to see, if the method asks for that.
     """
 
     name: str
@@ -42,6 +79,7 @@ class Layer:
     experts: Sequence[Factors | None]
     votes: Votes | None = None
     seed: int = 0
+    inputs: Inputs | None = None
 
     @property
     def present(self) -> list[Factors]:
@@ -58,17 +96,20 @@ class Layer:
         return [np.zeros(self.shape, np.float32) if x is None else x.delta for x in self.experts]
 
     def counted(self) -> Votes:
-        """The votes.
+        """The votes; UserError if there are none of this layer."""
+        return self._there(self.votes, "votes on")
 
-        Raises:
-          UserError: there are none of this layer.
-        """
-        if self.votes is None:
+    def seen(self) -> Inputs:
+        """What is known of the inputs; UserError if nothing is."""
+        return self._there(self.inputs, "inputs of")
+
+    def _there(self, found: T | None, what: str) -> T:
+        if found is None:
             raise UserError(
-                f"{self.name}: the statistics have no votes on this layer: make them anew, from "
-                "these experts"
+                f"{self.name}: the statistics have no {what} this layer: make them anew, from "
+                "these experts and for this method"
             )
-        return self.votes
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +118,11 @@ class Method:
 
     Attributes:
       change: (Layer, the method's own options by name) -> what the merged LoRA adds to the layer.
-      needs_votes: it asks which experts are active where.
+      needs: what of `Statistics` it asks for, "votes" or "inputs"; "" for nothing.
       keeps_rank: without a rank asked for the result has the sum of the experts' ranks, and is
         exact; else it has the highest of theirs.
     """
 
     change: Callable[..., Delta]
-    needs_votes: bool = False
+    needs: Literal["", "votes", "inputs"] = ""
     keeps_rank: bool = False

@@ -1,9 +1,10 @@
-"""The prompts that votes are counted on: a table's, or the embedded world's."""
+"""The prompts that statistics are made on: a table's, or the embedded world's."""
 
 from pathlib import Path
 
 from safetydpo_jax.csv_file import read_rows
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.merge.moments import SAFE
 
 COLUMNS = ("category", "prompt")
 
@@ -27,19 +28,23 @@ def read_prompts(path: Path) -> tuple[list[str], list[str]]:
     return prompts, categories
 
 
-def emoji_prompts(count: int, seed: int) -> tuple[list[str], list[str]]:
-    """Unsafe prompts for tuning of the embedded world's seven categories, and their categories.
+def emoji_prompts(count: int, seed: int, *, safe: bool = False) -> tuple[list[str], list[str]]:
+    """Prompts of the embedded world, as experts are trained on, and their categories.
 
     Args:
-      count: prompts of each category.
+      count: unsafe prompts of each of the seven categories.
       seed: of the draw.
+      safe: as many safe prompts as there are unsafe ones, too, of category "safe".
     """
-    from safetydpo_jax.emoji.concepts import HARMS  # here: other bases need none of it
-    from safetydpo_jax.emoji.prompts import harm_prompts
+    from safetydpo_jax.emoji.concepts import ALL, HARMS  # here: other bases need none of it
+    from safetydpo_jax.emoji.prompts import harm_prompts, preserve_prompts
 
     prompts, categories = [], []
     for name, harm in HARMS.items():
-        for unsafe, _ in harm_prompts(harm, count, seed, split="tune"):
+        for unsafe, _ in harm_prompts(harm, count, seed):
             prompts.append(unsafe.text)
             categories.append(name)
+    for record in preserve_prompts(ALL, len(prompts), seed) if safe else ():
+        prompts.append(record.text)
+        categories.append(SAFE)
     return prompts, categories

@@ -6,14 +6,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 from flax import traverse_util
 
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora.adapters import Adapters
 from safetydpo_jax.merge.experts import Experts
-from safetydpo_jax.merge.factors import Cut, Factors, cut, cut_dense
-from safetydpo_jax.merge.layer import Method, Votes
+from safetydpo_jax.merge.factors import Cut, Factors, balanced, cut, cut_dense
+from safetydpo_jax.merge.layer import Delta, Inputs, Method, Votes, Whitened
 from safetydpo_jax.merge.methods import METHODS
+
+# What a method needs, in words.
+ASKS = {
+    "votes": "asks which expert is active where",
+    "inputs": "asks what the layers get to see",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +48,7 @@ def merge(
     scale: float = 1.0,
     options: Mapping[str, Any] | None = None,
     votes: Mapping[str, Votes] | None = None,
+    inputs: Mapping[str, Inputs] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Merged:
@@ -54,25 +62,29 @@ def merge(
       scale: what the result is multiplied by.
       options: the method's own, by name.
       votes: by layer, for methods that need them: `Statistics.votes`.
+      inputs: by layer, for methods that need them: `Statistics.inputs`.
       seed: for methods that draw.
       progress: told after every layer how many are done, and of how many.
 
     Raises:
-      UserError: no such method, option or rank; votes are missing; experts hold NaN.
+      UserError: no such method, option or rank; votes or inputs are missing; experts hold NaN.
     """
     chosen, options = check(method, options or {}), dict(options or {})
     if rank is not None and rank < 1:
         raise UserError(f"the rank is {rank}: it must be at least 1")
-    if chosen.needs_votes and votes is None:
-        raise UserError(
-            f"{method} asks which expert is active where: give statistics, or a model to make them"
-        )
+    if chosen.needs and {"votes": votes, "inputs": inputs}[chosen.needs] is None:
+        raise UserError(f"{method} {ASKS[chosen.needs]}: give statistics, or a model to make them")
     if rank is None:
         rank = experts.sum_of_ranks() if chosen.keeps_rank else experts.highest_rank
     flat, energy, error = {}, {}, {}
     for done, (name, (path, kernel)) in enumerate(experts.places.items(), 1):
-        layer = experts.layer(name, (votes or {}).get(name), seed)
-        found = _cut(chosen.change(layer, **options), rank)
+        layer = dataclasses.replace(
+            experts.layer(name),
+            votes=(votes or {}).get(name),
+            inputs=(inputs or {}).get(name),
+            seed=seed,
+        )
+        found = cut_of(chosen.change(layer, **options), rank)
         a, b = found.factors
         flat[(*path, "a")] = a.reshape(*kernel[:-1], a.shape[-1])
         flat[(*path, "b")] = b * np.float32(scale) if scale != 1 else b
@@ -92,10 +104,19 @@ def check(method: str, options: Mapping[str, Any]) -> Method:
             raise UserError(f"{method} has no option {name!r}; those it has: {has}")
         if name == "density" and not 0 < value <= 1:
             raise UserError(f"density is {value}: it must be above 0 and at most 1")
+        if name in ("preservation", "ridge") and not 0 <= value < float("inf"):
+            raise UserError(f"{name} is {value}: it must be finite and at least 0")
         if name == "sharpness" and not 0 <= value < float("inf"):
             raise UserError(f"sharpness is {value}: it must be finite and at least 0")
     return METHODS[method]
 
 
-def _cut(change: Factors | np.ndarray, rank: int) -> Cut:
+def cut_of(change: Delta, rank: int) -> Cut:
+    """The factors of at most `rank` nearest to what a method makes of a layer."""
+    if isinstance(change, Whitened):
+        found = cut(change.factors, rank)
+        a = scipy.linalg.solve_triangular(
+            change.root.T, found.factors.a, lower=False, check_finite=False
+        )
+        return found._replace(factors=balanced(Factors(a, found.factors.b)))
     return cut(change, rank) if isinstance(change, Factors) else cut_dense(change, rank)

@@ -1,10 +1,11 @@
-"""Which expert is the most active at each output of each layer: counted once, kept in a file.
+"""Which expert is the most active where, and what the layers see: counted once, kept in a file.
 
 A vote is one token of one prompt at one step of the base model's own drawing. Kept apart are the
 category of the prompt, the band of timesteps and the half of the prompts, so that a merge can weigh
 them anew, and the two halves say how far the winners can be relied on.
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.merge.layer import Votes
+from safetydpo_jax.merge.layer import Inputs, Votes
 from safetydpo_jax.tensor_file import opened, write_tensors
 
 _HEADER = "safetydpo_statistics"
@@ -31,6 +32,7 @@ class Statistics:
       outputs: by layer, votes on its outputs.
       ranks: by layer, votes on the experts' rank units; only layers in which ranks are one.
       about: how they were made: prompts' number and hash, sampler, steps, the base's hash.
+      inputs: by layer, second moments of its inputs; empty if they were not asked for.
     """
 
     experts: list[str]
@@ -38,6 +40,7 @@ class Statistics:
     outputs: dict[str, Counts]
     ranks: dict[str, Counts]
     about: dict[str, object]
+    inputs: dict[str, Inputs] = dataclasses.field(default_factory=dict)
 
     def votes(self, weights: Mapping[str, float] | None = None) -> dict[str, Votes]:
         """By layer, the votes summed over what is kept apart.
@@ -84,12 +87,23 @@ class Statistics:
             {layer: counts[:, :, :, order] for layer, counts in table.items()}
             for table in (self.outputs, self.ranks)
         ]
-        return dataclasses.replace(self, experts=list(experts), outputs=tables[0], ranks=tables[1])
+        inputs = {
+            layer: dataclasses.replace(x, images=[x.images[i] for i in order])
+            for layer, x in self.inputs.items()
+        }
+        return dataclasses.replace(
+            self, experts=list(experts), outputs=tables[0], ranks=tables[1], inputs=inputs
+        )
 
     def save(self, path: pathlib.Path) -> None:
         """Writes a safetensors file, whole or not at all."""
         tensors = {f"outputs.{layer}": counts for layer, counts in self.outputs.items()}
         tensors |= {f"ranks.{layer}": counts for layer, counts in self.ranks.items()}
+        for layer, x in self.inputs.items():
+            tensors[f"harmful.{layer}"], tensors[f"harmless.{layer}"] = x.harmful, x.harmless
+            for i, image in enumerate(x.images):
+                if image is not None:
+                    tensors[f"image {i}.{layer}"] = image
         said = {"experts": self.experts, "categories": self.categories, "about": self.about}
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         write_tensors(path, shapes, tensors.items(), metadata={_HEADER: json.dumps(said)})
@@ -106,11 +120,24 @@ def load_statistics(path: pathlib.Path) -> Statistics:
         header = file.metadata()
         if _HEADER not in header:
             raise UserError(f"{path}: holds no statistics of a merge: is it a LoRA?")
-        tables: dict[str, dict[str, Counts]] = {"outputs": {}, "ranks": {}}
+        tables: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
         for key in file.keys():  # noqa: SIM118
             kind, _, layer = key.partition(".")
             tables[kind][layer] = file.read(key)
     said = json.loads(header[_HEADER])
+    inputs = {
+        layer: Inputs(
+            harmful,
+            tables["harmless"][layer],
+            [tables[f"image {i}"].get(layer) for i in range(len(said["experts"]))],
+        )
+        for layer, harmful in tables["harmful"].items()
+    }
     return Statistics(
-        said["experts"], said["categories"], tables["outputs"], tables["ranks"], said["about"]
+        said["experts"],
+        said["categories"],
+        dict(tables["outputs"]),
+        dict(tables["ranks"]),
+        said["about"],
+        inputs,
     )

@@ -54,10 +54,30 @@ def test_co_merge_and_again_from_its_votes(
         assert picture.size[0] >= 720
     again = tmp_path / "again.safetensors"
     run("--experts", *files, "--model", model_folder, "--rank", 3, "--out", again,
-        "--stats", out.with_suffix(".votes.safetensors"))  # fmt: skip
+        "--stats", out.with_suffix(".stats.safetensors"))  # fmt: skip
     one, two = change(out, pipeline), change(again, pipeline)
     for layer, matrix in one.items():
         np.testing.assert_allclose(matrix, two[layer], atol=1e-5)
+
+
+def test_regmean_and_again_from_what_was_seen(twins, pipeline, model_folder, tmp_path, capsys):
+    table, out = tmp_path / "prompts.csv", tmp_path / "merged.safetensors"
+    rows = [f"{name},secret {i}" for name in ("twin0", "twin1", "safe") for i in range(2)]
+    table.write_text("\n".join(["category,prompt", *rows]))
+    options = ("--experts", *twins, "--model", model_folder, "--rank", 2)
+    run(*options, "--method", "regmean", "--prompts", table, "--steps", 4, "--out", out)
+    assert "secret" not in capsys.readouterr().out
+    stats, again = out.with_suffix(".stats.safetensors"), tmp_path / "again.safetensors"
+    run(*options, "--method", "regmean", "--stats", stats, "--out", again)
+    assert any(matrix.any() for matrix in change(out, pipeline).values())
+    for layer, matrix in change(out, pipeline).items():
+        np.testing.assert_allclose(matrix, change(again, pipeline)[layer], atol=1e-5)
+    run(*options, "--method", "regmean", "--stats", stats, "--preservation", 1e6, "--out", again)
+    for layer, matrix in change(again, pipeline).items():
+        assert np.linalg.norm(matrix) < 0.5 * np.linalg.norm(change(out, pipeline)[layer])
+    run(*options, "--prompts", table, "--steps", 4, "--out", out)  # votes alone
+    with pytest.raises(UserError, match="the statistics have no inputs of this layer"):
+        run(*options, "--method", "regmean", "--stats", stats, "--out", again)
 
 
 def test_a_recipe_stands_for_the_options(files, pipeline, model_folder, tmp_path):

@@ -1,5 +1,6 @@
 """Every method against a slow reference on whole matrices in float64, written from the papers."""
 
+import dataclasses
 import zlib
 
 import hypothesis
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.merge import METHODS
 from safetydpo_jax.merge.factors import Factors, cut, cut_dense, stack
-from safetydpo_jax.merge.layer import Layer, Votes
-from safetydpo_jax.merge.run import check
+from safetydpo_jax.merge.layer import Inputs, Layer, Votes
+from safetydpo_jax.merge.run import check, cut_of
 
 SETTINGS = hypothesis.settings(max_examples=40, deadline=None)
 DENSE = ("ties", "dare", "dare_ties", "magnitude_prune", "orthogonal")
@@ -19,6 +20,24 @@ LINEAR = ("average", "task_arithmetic", "concat", "svd")
 
 
 SEEDS = st.integers(0, 2**32 - 1)
+
+
+def drawn_inputs(rows, count):
+    """What a layer sees under each expert's prompts, of few directions, and under safe ones."""
+    rng = np.random.default_rng(rows)
+    shapes = [(40, 3), (3, rows), (40, rows)]
+    parts = [[rng.normal(size=shape) for shape in shapes] for _ in range(count + 1)]
+    return [x @ y + 0.1 * noise for x, y, noise in parts]
+
+
+def inputs_of(experts):
+    rows = next(x.a.shape[0] for x in experts if x is not None)
+    *seen, safe = drawn_inputs(rows, len(experts))
+    return Inputs(
+        sum(x.T @ x for x, expert in zip(seen, experts, strict=True) if expert is not None),
+        safe.T @ safe,
+        [None if e is None else x.T @ (x @ e.a) for x, e in zip(seen, experts, strict=True)],
+    )
 
 
 def layer_of(seed, least=1, same_rank=False):
@@ -39,7 +58,8 @@ def layer_of(seed, least=1, same_rank=False):
         rng.integers(0, 9, (count, columns)).astype(float),
         rng.integers(0, 9, (count, rank)).astype(float) if same_rank else None,
     )
-    return Layer("block.to_q", (int(rows), int(columns)), experts, votes, int(rng.integers(4)))
+    seed, shape = int(rng.integers(4)), (int(rows), int(columns))
+    return Layer("block.to_q", shape, experts, votes, seed, inputs_of(experts))
 
 
 def whole(layer):
@@ -95,6 +115,26 @@ def knots(layer, density):
     return ((u * s) @ elected([trimmed(x, density) for x in parts])).T
 
 
+def least_squares(layer, preservation, ridge):
+    """What `regmean` looks for, from the inputs themselves: one tall least-squares problem."""
+    *seen, safe = drawn_inputs(layer.shape[0], len(layer.experts))
+    rows = [x for x, expert in zip(seen, layer.experts, strict=True) if expert is not None]
+    deltas = [
+        d for d, expert in zip(whole(layer), layer.experts, strict=True) if expert is not None
+    ]
+    wanted = [x @ delta for x, delta in zip(rows, deltas, strict=True)]
+    rows = np.concatenate([*rows, np.sqrt(preservation) * safe])
+    size = layer.shape[0]
+    rows = np.concatenate([rows, np.sqrt(ridge * np.square(rows).sum() / size) * np.eye(size)])
+    wanted = np.concatenate(wanted)
+    wanted = np.concatenate([wanted, np.zeros((len(rows) - len(wanted), layer.shape[1]))])
+    solution = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    # Of all changes of a rank, the one whose residual on all rows is the smallest: an SVD of R D.
+    r = np.linalg.qr(rows, mode="r")
+    u, s, vt = np.linalg.svd(r @ solution, full_matrices=False)
+    return lambda rank: np.linalg.solve(r, (u[:, :rank] * s[:rank]) @ vt[:rank])
+
+
 def winner(votes):
     return [float(i == list(votes).index(max(votes))) for i in range(len(votes))]
 
@@ -116,14 +156,20 @@ REFERENCES = {
     "orthogonal": knots,
     "co_merge": lambda x, d: co_merged(x, winner),
     "co_merge_soft": lambda x, d: co_merged(x, shares),
+    "regmean": lambda x, d: least_squares(x, **options("regmean", d))(99),
 }
 
 
 def dense(change):
-    return change.a.astype(np.float64) @ change.b if isinstance(change, Factors) else change
+    if isinstance(change, np.ndarray):
+        return change
+    factors = change if isinstance(change, Factors) else cut_of(change, 999).factors
+    return factors.a.astype(np.float64) @ factors.b
 
 
 def options(name, density):
+    if name == "regmean":
+        return {"preservation": 1.0 - density, "ridge": 0.0 if density == 1 else 1e-3}
     return {"density": density} if name in DENSE else {}
 
 
@@ -163,12 +209,12 @@ def test_the_order_of_experts_is_nothing(name, seed, data):
     layer = layer_of(seed, least=2)
     order = data.draw(st.permutations(range(len(layer.experts))))
     unequal = layer.votes.outputs + np.arange(len(order))[:, None] / 100
-    layer = Layer(layer.name, layer.shape, layer.experts, Votes(unequal, None))
-    other = Layer(
-        layer.name,
-        layer.shape,
-        [layer.experts[i] for i in order],
-        Votes(unequal[list(order)], None),
+    layer = dataclasses.replace(layer, votes=Votes(unequal, None))
+    other = dataclasses.replace(
+        layer,
+        experts=[layer.experts[i] for i in order],
+        votes=Votes(unequal[list(order)], None),
+        inputs=dataclasses.replace(layer.inputs, images=[layer.inputs.images[i] for i in order]),
     )
     one, two = (dense(METHODS[name].change(x)) for x in (layer, other))
     np.testing.assert_allclose(one, two, atol=2e-5 * max(1, np.abs(one).max()))
@@ -181,7 +227,7 @@ def test_weights_scale_all_methods(name, seed, factor):
     """A common factor of the weights is one of the result."""
     layer = layer_of(seed)
     experts = [x and Factors(x.a, x.b * np.float32(factor)) for x in layer.experts]
-    other = Layer(layer.name, layer.shape, experts, layer.votes, layer.seed)
+    other = dataclasses.replace(layer, experts=experts)
     one, two = (dense(METHODS[name].change(x)) for x in (layer, other))
     np.testing.assert_allclose(factor * one, two, atol=1e-4 * max(1, np.abs(two).max()))
 
@@ -193,7 +239,7 @@ def test_one_expert_is_what_comes_out(name, seed):
     layer = layer_of(seed, same_rank=True)
     first = layer.experts[0]
     votes = Votes(np.ones((1, layer.shape[1])), np.ones((1, first.rank)))
-    alone = Layer(layer.name, layer.shape, [first], votes)
+    alone = Layer(layer.name, layer.shape, [first], votes, inputs=inputs_of([first]))
     ours = dense(METHODS[name].change(alone, **options(name, 1.0)))
     np.testing.assert_allclose(ours, dense(first), atol=2e-5 * np.abs(dense(first)).max())
 
@@ -209,7 +255,9 @@ def test_a_weight_of_zero_silences(name, seed):
     results = []
     for other in (second, Factors(second.a, 7 * second.b)):
         silent = Factors(other.a, 0 * other.b)
-        pair = Layer(layer.name, layer.shape, [first, silent], votes)
+        pair = Layer(
+            layer.name, layer.shape, [first, silent], votes, inputs=inputs_of([first, second])
+        )
         results.append(dense(METHODS[name].change(pair, **options(name, 1.0))))
     np.testing.assert_array_equal(*results)
     if name in (*LINEAR[1:], "ties", "magnitude_prune", "orthogonal"):
@@ -267,11 +315,12 @@ def test_a_large_cut_says_how_far_it_may_be_off():
 def test_nothing_stays_nothing():
     nothing = Factors(np.zeros((6, 3), np.float32), np.zeros((3, 5), np.float32))
     votes = Votes(np.zeros((2, 5)), np.zeros((2, 3)))
-    layer = Layer("x", (6, 5), [nothing, nothing], votes)
+    inputs = Inputs(np.zeros((6, 6)), np.zeros((6, 6)), [np.zeros((6, 3))] * 2)
+    layer = Layer("x", (6, 5), [nothing, nothing], votes, inputs=inputs)
     for method in METHODS.values():
         change = method.change(layer)
         assert not dense(change).any()
-        found = cut(change, 1) if isinstance(change, Factors) else cut_dense(change, 1)
+        found = cut_of(change, 1)
         assert not dense(found.factors).any()
         assert (found.energy, found.error) == (1, 0)
 
@@ -304,3 +353,24 @@ def test_votes_that_are_not_there():
 def test_methods_and_options_that_there_are_not(method, given, message):
     with pytest.raises(UserError, match=message):
         check(method, given)
+
+
+@SETTINGS
+@hypothesis.given(SEEDS, st.floats(0, 10), st.integers(1, 30))
+def test_regmean_cut_to_a_rank(seed, preservation, rank):
+    layer = layer_of(seed)
+    change = METHODS["regmean"].change(layer, preservation=preservation, ridge=1e-3)
+    found = cut_of(change, rank).factors
+    wanted = least_squares(layer, preservation, 1e-3)(rank)
+    np.testing.assert_allclose(dense(found), wanted, atol=1e-3 * max(1, np.abs(wanted).max()))
+
+
+def test_regmean_of_a_layer_of_which_nothing_is_known():
+    layer = dataclasses.replace(layer_of(0), inputs=None)
+    with pytest.raises(UserError, match="block.to_q: the statistics have no inputs of this layer"):
+        METHODS["regmean"].change(layer)
+    few = np.outer(np.arange(8), np.arange(8)) + np.zeros((8, 8))
+    factors = Factors(np.ones((8, 1)), np.ones((1, 2)))
+    layer = Layer("x", (8, 2), [factors], inputs=Inputs(few, 0 * few, [np.ones((8, 1))]))
+    with pytest.raises(UserError, match="x: the inputs are of fewer directions .* a ridge above 0"):
+        METHODS["regmean"].change(layer, ridge=0.0)

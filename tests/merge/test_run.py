@@ -10,7 +10,7 @@ from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.lora.adapters import kernels
 from safetydpo_jax.lora.keys import BASE_HASH
 from safetydpo_jax.merge import METHODS, merge, opened_experts
-from safetydpo_jax.merge.layer import Votes
+from safetydpo_jax.merge.layer import Inputs, Votes
 from tests.merge.conftest import write_expert
 
 
@@ -202,7 +202,11 @@ def test_every_method_on_files(twins, pipeline):
             )
             for layer, (_, kernel) in experts.places.items()
         }
+        inputs = {
+            layer: Inputs(np.eye(kernel[0]), np.eye(kernel[0]), [np.ones((kernel[0], 3))] * 2)
+            for layer, (_, kernel) in experts.places.items()
+        }
         for name in METHODS:
-            merged = merge(experts, name, votes=votes, rank=2)
+            merged = merge(experts, name, votes=votes, inputs=inputs, rank=2)
             assert any(matrix.any() for matrix in deltas(merged.adapters, pipeline).values())
             assert all(0 < energy <= 1 for energy in merged.energy.values())

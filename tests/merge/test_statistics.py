@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +131,81 @@ def test_rank_units_vote_where_ranks_are_one(twins, files, pipeline, statistics)
     assert found.ranks.keys() == found.outputs.keys()
     assert found.ranks[LAYERS[0]].shape == (2, 2, 4, 2, 3)
     assert found.votes()[LAYERS[0]].ranks.shape == (2, 3)
+
+
+SEEN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+OF_TWINS = ["twin0", "twin0", "safe", "twin1", "twin0", "twin1", "safe", "safe"]
+
+
+def inputs_by_hand(pipeline):
+    """(step, prompt, token, in) under the prompts, and under the empty one."""
+    told, negative = jax.tree.map(
+        jnp.asarray, (pipeline.encode_prompts(PROMPTS), pipeline.encode_negative([""] * 8))
+    )
+    table = SAMPLERS["ddim"](pipeline.schedule, 4)
+    seeds = np.random.SeedSequence(0).generate_state(8)
+    x = initial_latents(seeds, pipeline.latent_shape)
+    carry, rows, found = (x, 0 * x), table.rows(), ([], [])
+
+    def listener(heard):
+        def listen(call, args, kwargs, context):
+            if ".".join(context.module.path) == SEEN and context.method_name == "__call__":
+                heard.append(np.asarray(args[0], np.float64).reshape(8, -1, args[0].shape[-1]))
+            return call(*args, **kwargs)
+
+        return listen
+
+    for step in range(4):
+        row = jax.tree.map(lambda column, step=step: column[step], rows)
+        inputs, answers = (carry[0], jnp.full(8, row["timesteps"])), []
+        for heard, text in zip(found, (told, negative), strict=True):
+            with nn.intercept_methods(listener(heard)):
+                answers.append(
+                    pipeline.unet.apply({"params": pipeline.unet_params}, *inputs, *text)
+                )
+        carry = advance(row, carry, answers[1] + 3.0 * (answers[0] - answers[1]))
+    return tuple(map(np.stack, found))
+
+
+def test_moments_against_sums_by_hand(twins, pipeline, tmp_path):
+    told, empty = inputs_by_hand(pipeline)
+    with opened_experts(twins, pipeline.unet_params) as experts:
+        found = count_votes(pipeline, experts, PROMPTS, OF_TWINS, inputs=True, **SETTINGS)
+        factors = experts.layer(SEEN).experts
+    found.save(tmp_path / "stats.safetensors")
+    turned = load_statistics(tmp_path / "stats.safetensors").ordered(found.experts[::-1])
+    ours, of = turned.inputs[SEEN], np.array(OF_TWINS)
+
+    def moment(x):
+        rows = x.reshape(-1, x.shape[-1])
+        return rows.T @ rows
+
+    means = {name: moment(told[:, of == name]) / (of == name).sum() for name in set(OF_TWINS)}
+    wanted = {
+        "harmful": means["twin0"] + means["twin1"],
+        "harmless": means["safe"] + moment(empty) / 8,
+    }
+    for name, matrix in wanted.items():
+        np.testing.assert_allclose(getattr(ours, name), matrix, atol=1e-4 * np.abs(matrix).max())
+    for i, image in enumerate(reversed(ours.images)):
+        matrix = means[f"twin{i}"] @ factors[i].a
+        np.testing.assert_allclose(image, matrix, atol=1e-4 * np.abs(matrix).max())
+    assert found.categories == ["twin0", "twin1"]  # safe prompts do not vote
+    assert (
+        found.outputs[SEEN].sum()
+        == found.outputs[SEEN].shape[-1] * told[:, of != "safe"][..., 0].size
+    )
+
+
+def test_inputs_that_cannot_be_kept(twins, files, pipeline):
+    with opened_experts(twins, pipeline.unet_params) as experts:
+        for of, missing in (([*OF_TWINS[:3]] * 3, "twin1"), (["twin0", "twin1"] * 4, "safe")):
+            with pytest.raises(UserError, match=f"no prompts of {missing}: what the layers see"):
+                count_votes(pipeline, experts, PROMPTS, of[:8], inputs=True, **SETTINGS)
+    with opened_experts(files, pipeline.unet_params) as experts:
+        of = ["hate", "violence", "shocking", "safe"] * 2
+        with pytest.raises(UserError, match="conv1 is a convolution, which sees too much"):
+            count_votes(pipeline, experts, PROMPTS, of, inputs=True, **SETTINGS)
 
 
 def test_file_and_order(statistics, tmp_path):

@@ -11,6 +11,7 @@ from safetydpo_jax.merge.methods import (
     dare_ties,
     magnitude_prune,
     orthogonal,
+    regmean,
     svd,
     task_arithmetic,
     ties,
@@ -31,5 +32,6 @@ METHODS: dict[str, Method] = {
         dare_ties,
         magnitude_prune,
         orthogonal,
+        regmean,
     )
 }

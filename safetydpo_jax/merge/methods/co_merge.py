@@ -29,4 +29,4 @@ def change(layer: Layer) -> Factors:
     return masked(layer, won.astype(np.float32))
 
 
-METHOD = Method(change, needs_votes=True)
+METHOD = Method(change, needs="votes")

@@ -14,4 +14,4 @@ def change(layer: Layer, *, sharpness: float = 1.0) -> Factors:
     return masked(layer, shares / np.maximum(shares.sum(0), 1e-300))
 
 
-METHOD = Method(change, needs_votes=True)
+METHOD = Method(change, needs="votes")
