@@ -1,11 +1,17 @@
 """How every test runs: offline, on emulated devices, with array annotations checked."""
 
 import os
+from pathlib import Path
 
 # Read when JAX and the Hugging Face libraries are imported, so they come before any import.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests compile the same small models again and again, here and in the processes that they start.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # PyTorch's threads wait by spinning, which on two busy cores costs more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

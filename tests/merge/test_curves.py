@@ -1,0 +1,71 @@
+"""How benchmarks/merge reads curves, and the LoRAs that it ships."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.merge.contenders import CONTENDERS
+from benchmarks.merge.curves import LOSS, Point, ip_at_loss, search
+from benchmarks.merge.train import LORAS, lora
+from safetydpo_jax.lora import load_lora
+from safetydpo_jax.merge.run import check
+from safetydpo_jax.models.pretrained import load_pipeline
+
+
+def point(scale, ip, fidelity, count=1000):
+    def bits(rate):
+        return np.arange(count) < round(rate * count)
+
+    return Point(scale, {"hate": bits(ip)}, {"hate": bits(0)}, bits(fidelity), bits(0.01))
+
+
+@pytest.mark.parametrize("lost_at_1", [0.005, 0.03, 0.08])
+def test_the_search_ends_on_both_sides_of_the_loss(lost_at_1):
+    found = search(
+        lambda x: point(x, max(1 - x, 0), 0.95 - min(lost_at_1 * x, 0.9)), point(0, 1, 0.95)
+    )
+    scales = [p.scale for p in found]
+    assert scales == sorted(scales)
+    losses = [0.95 - p.faithful.mean() for p in found]
+    assert min(losses) <= LOSS < max(losses)
+    assert 1.0 in scales
+
+
+def test_a_search_that_loses_nothing_ends():
+    found = search(lambda x: point(x, 0.5, 0.95), point(0, 1, 0.95))
+    assert 4 < found[-1].scale <= 5
+
+
+def test_ip_where_a_curve_passes_the_loss():
+    ips, losses = np.array([1.0, 0.5, 0.1]), np.array([0.0, 0.01, 0.03])
+    assert ip_at_loss(ips, losses) == pytest.approx(0.3)
+    assert ip_at_loss(ips, losses, 0.005) == pytest.approx(0.75)
+    assert ip_at_loss(ips, losses, 0.5) == 0.1
+
+
+def test_points_on_disk():
+    one = point(0.8, 0.123, 0.9)
+    data = json.loads(json.dumps(one.to_json()))
+    other = Point.from_json(data)
+    assert (data["ip"], other.ip, other.scale) == (0.123, 0.123, 0.8)
+    assert (other.faithful == one.faithful).all()
+    assert (other.junk == one.junk).all()
+    assert other.unsafe_junk.keys() == {"hate"}
+
+
+def test_contenders_are_methods_with_their_options():
+    for contender in CONTENDERS.values():
+        check(contender.method, contender.options)
+
+
+def test_the_shipped_loras_are_what_they_say():
+    params = load_pipeline("emoji").unet_params
+    files = sorted(LORAS.rglob("*.safetensors"))
+    assert lora("hate", 0) in files
+    for file in files:
+        adapters, header = load_lora(file, params)
+        assert header["category"] in (file.stem, "all")
+        assert header["base"] == "emoji"
+        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(adapters))
