@@ -36,6 +36,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="of the result (1)")
     parser.add_argument("--density", type=float, help="share of entries kept: ties, dare, ...")
     parser.add_argument("--sharpness", type=float, help="of co_merge_soft's votes")
+    parser.add_argument(
+        "--category_weights", nargs="+", metavar="NAME=X", help="of the votes under its prompts (1)"
+    )
+    parser.add_argument(
+        "--band_weights", nargs="+", type=float, help="of votes by timestep, from noisy to clean"
+    )
     parser.add_argument("--preservation", type=float, help="of harmless inputs: regmean (1)")
     parser.add_argument("--ridge", type=float, help="against rare inputs: regmean (0.001)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (0)")

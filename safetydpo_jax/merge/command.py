@@ -16,8 +16,8 @@ from safetydpo_jax.lora.keys import BASE_HASH
 from safetydpo_jax.lora.writer import save_lora
 from safetydpo_jax.merge import summary
 from safetydpo_jax.merge.experts import Experts, opened_experts
-from safetydpo_jax.merge.layer import Votes
-from safetydpo_jax.merge.overlap import cosines, inner_products
+from safetydpo_jax.merge.layer import Inputs, Votes
+from safetydpo_jax.merge.overlap import Overlap
 from safetydpo_jax.merge.run import ASKS, Merged, check, merge
 from safetydpo_jax.merge.statistics import Statistics, load_statistics
 
@@ -58,10 +58,13 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
             progress(f"  {name}: rank {min(file.ranks.values())}, weight {weight:g}, {file.path}")
         inputs = needs == "inputs"
         statistics = _statistics(arguments, experts, inputs, progress) if needs else None
-        merged = _merge(arguments, experts, options, statistics, progress)
-        products = sum(inner_products(experts.layer(layer)) for layer in experts.places)
-        votes = statistics.votes() if statistics else None
-        return _write(arguments, experts, options, votes, merged, np.asarray(products), progress)
+        votes = _votes(arguments, statistics) if statistics else None
+        inputs_of = statistics.inputs if statistics else None
+        merged = _merge(arguments, experts, options, votes, inputs_of, progress)
+        overlap = Overlap(len(files))
+        for layer in experts.places:
+            overlap.add(experts.layer(layer))
+        return _write(arguments, experts, options, votes, merged, overlap, progress)
 
 
 def _statistics(
@@ -106,11 +109,26 @@ def _statistics(
     return found
 
 
+def _votes(arguments: Any, statistics: Statistics) -> dict[str, Votes]:
+    """The votes, those of categories and of bands of timesteps weighed as asked for."""
+    weights = {}
+    for text in arguments.category_weights or ():
+        name, equals, value = text.partition("=")
+        try:
+            weights[name] = float(value if equals else "")
+        except ValueError:
+            raise UserError(
+                f"--category_weights: {text!r} is no category with a number, as in hate=2"
+            ) from None
+    return statistics.votes(weights, arguments.band_weights)
+
+
 def _merge(
     arguments: Any,
     experts: Experts,
     options: dict[str, Any],
-    statistics: Statistics | None,
+    votes: dict[str, Votes] | None,
+    inputs: dict[str, Inputs] | None,
     progress: Callable[[str], None],
 ) -> Merged:
     began = told = time.monotonic()
@@ -129,8 +147,8 @@ def _merge(
         rank=arguments.rank,
         scale=arguments.scale,
         options=options,
-        votes=statistics.votes() if statistics else None,
-        inputs=statistics.inputs if statistics else None,
+        votes=votes,
+        inputs=inputs,
         seed=arguments.seed,
         progress=say,
     )
@@ -142,7 +160,7 @@ def _write(
     options: dict[str, Any],
     votes: dict[str, Votes] | None,
     merged: Merged,
-    products: np.ndarray,
+    overlap: Overlap,
     progress: Callable[[str], None],
 ) -> Path:
     energy = float(np.mean(list(merged.energy.values())))
@@ -160,6 +178,11 @@ def _write(
         "rank": str(merged.rank),
         "scale": str(arguments.scale),
         "seed": str(arguments.seed),
+        **{
+            name: json.dumps(value)
+            for name in ("category_weights", "band_weights")
+            if (value := getattr(arguments, name)) is not None
+        },
         "energy_kept": f"{energy:.4f}",
         **{
             key: value
@@ -172,9 +195,11 @@ def _write(
     progress(f"{arguments.method}, {describe(merged.adapters)}, energy kept {100 * energy:.1f} %")
     for line in summary.lines(experts.names, merged.energy, merged.error, shares):
         progress(line)
+    for line in summary.overlaps(experts.names, overlap):
+        progress(line)
     drawn = path.with_suffix(".png")
     title = f"{len(experts.names)} experts merged by {arguments.method}, rank {merged.rank}"
-    image = summary.picture(title, experts.names, cosines(products), shares)
+    image = summary.picture(title, experts.names, overlap, shares)
     with storage.explained_writes(drawn):
         image.save(drawn)
     progress(f"written: {path}, {drawn.name}")

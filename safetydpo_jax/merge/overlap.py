@@ -6,23 +6,52 @@ from jaxtyping import Float
 from safetydpo_jax.merge.factors import inner
 from safetydpo_jax.merge.layer import Layer
 
+Pairs = Float[np.ndarray, "experts experts"]
 
-def inner_products(layer: Layer) -> Float[np.ndarray, "experts experts"]:
-    """Frobenius inner products of the experts' changes; 0 where one leaves the layer alone.
 
-    Summed over layers and normalised by `cosines` they say how alike two experts are.
+class Overlap:
+    """Added up over layers: how alike the experts' changes are, and what they act on.
+
+    Args:
+      count: of experts.
     """
-    n = len(layer.experts)
-    found = np.zeros((n, n))
-    for i, x in enumerate(layer.experts):
-        for j, y in enumerate(layer.experts[: i + 1]):
-            if x is not None and y is not None:
-                found[i, j] = found[j, i] = inner(x, y)
-    return found
+
+    def __init__(self, count: int):
+        self._products = np.zeros((count, count))
+        self._shared, self._layers = np.zeros((count, count)), np.zeros((count, count))
+
+    def add(self, layer: Layer) -> None:
+        """With one more layer; an expert that leaves it alone has nothing in common there."""
+        bases = [
+            None if x is None else np.linalg.qr(np.asarray(x.b, np.float64).T)[0]
+            for x in layer.experts
+        ]
+        for i, x in enumerate(layer.experts):
+            for j, y in enumerate(layer.experts[: i + 1]):
+                one, other = bases[i], bases[j]
+                if x is None or y is None or one is None or other is None:
+                    continue
+                angles = np.square(one.T @ other).sum() / min(one.shape[1], other.shape[1])
+                for place in {(i, j), (j, i)}:
+                    self._products[place] += inner(x, y)
+                    self._shared[place] += angles
+                    self._layers[place] += 1
+
+    @property
+    def cosines(self) -> Pairs:
+        """Of the changes as one vector over all layers; 0 beside a change that is 0."""
+        norms = np.sqrt(np.maximum(np.diag(self._products), 0))
+        return _divided(self._products, np.outer(norms, norms))
+
+    @property
+    def shared(self) -> Pairs:
+        """How much of the smaller space of outputs that two reach lies in the other's, 0 to 1.
+
+        The squared cosines of the principal angles, mean over them and over layers; of random
+        spaces it is the larger rank over the layer's outputs.
+        """
+        return _divided(self._shared, self._layers)
 
 
-def cosines(products: Float[np.ndarray, "experts experts"]) -> Float[np.ndarray, "experts experts"]:
-    """Of inner products; 0 beside a change that is 0."""
-    norms = np.sqrt(np.maximum(np.diag(products), 0))
-    scale = np.outer(norms, norms)
-    return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
+def _divided(x: Pairs, by: Pairs) -> Pairs:
+    return np.divide(x, by, out=np.zeros_like(x), where=by > 0)

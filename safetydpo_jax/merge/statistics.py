@@ -42,16 +42,34 @@ class Statistics:
     about: dict[str, object]
     inputs: dict[str, Inputs] = dataclasses.field(default_factory=dict)
 
-    def votes(self, weights: Mapping[str, float] | None = None) -> dict[str, Votes]:
+    def votes(
+        self, weights: Mapping[str, float] | None = None, bands: Sequence[float] | None = None
+    ) -> dict[str, Votes]:
         """By layer, the votes summed over what is kept apart.
 
         Args:
-          weights: of each category; None is 1 for all.
+          weights: of the prompts' categories; 1 for those not named.
+          bands: weights of the bands of timesteps, from noisy to clean; None is 1 for all.
+
+        Raises:
+          UserError: there is no such category, not as many bands, or a weight below 0.
         """
-        factors = np.array([(weights or {}).get(name, 1.0) for name in self.categories])
+        weights = weights or {}
+        if unknown := [name for name in weights if name not in self.categories]:
+            raise UserError(
+                f"no prompts of {', '.join(unknown)} voted: the categories are "
+                f"{', '.join(self.categories)}"
+            )
+        count = len(next(iter(self.outputs.values()))[0, 0])
+        bands = [1.0] * count if bands is None else list(bands)
+        if len(bands) != count:
+            raise UserError(f"{len(bands)} weights for {count} bands of timesteps: give one each")
+        if not all(0 <= x < float("inf") for x in (*weights.values(), *bands)):
+            raise UserError("weights of votes must be finite and at least 0")
+        factors = np.array([weights.get(name, 1.0) for name in self.categories])
 
         def summed(counts: Counts) -> Float[np.ndarray, "expert unit"]:
-            return np.einsum("hcbeu,c->eu", counts.astype(np.float64), factors)
+            return np.einsum("hcbeu,c,b->eu", counts.astype(np.float64), factors, np.array(bands))
 
         return {
             layer: Votes(summed(counts), summed(self.ranks[layer]) if layer in self.ranks else None)

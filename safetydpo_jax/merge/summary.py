@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from safetydpo_jax.evaluate.pictures import FAINT, INK, MARGIN, PAPER, font
 from safetydpo_jax.merge.layer import Votes
+from safetydpo_jax.merge.overlap import Overlap, Pairs
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart; then greys.
 COLOURS = (
@@ -65,24 +66,42 @@ def lines(
     return found
 
 
+def overlaps(names: Sequence[str], overlap: Overlap) -> list[str]:
+    """The two experts that are the most alike, in a line; none of fewer than two."""
+    if len(names) < 2:
+        return []
+    i, j = max(itertools.combinations(range(len(names)), 2), key=lambda ij: overlap.cosines[ij])
+    return [
+        f"most alike: {names[i]} and {names[j]}, cosine {overlap.cosines[i, j]:.2f}, "
+        f"{100 * overlap.shared[i, j]:.0f} % of the outputs' directions in common"
+    ]
+
+
 def picture(
     title: str,
     names: Sequence[str],
-    cosines: Float[np.ndarray, "experts experts"],
+    overlap: Overlap,
     shares: Mapping[str, Float[np.ndarray, " experts"]] | None,
 ) -> Image.Image:
-    """Who won which share of each group's outputs, and how alike the experts are."""
+    """Who won which share of each group's outputs, and how much the experts have in common."""
     groups = dict(shares or {})
     table = MARGIN + 70 + (len(groups) * (BAR + 8) + 100 if groups else 0)
     side = len(names) * CELL
     width = max(2 * MARGIN + LABEL + max(side, 520), 720)
-    canvas = Image.new("RGB", (width, table + 60 + side + MARGIN), PAPER)
+    block = 60 + side + MARGIN
+    canvas = Image.new("RGB", (width, table + 2 * block), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, 24), title, INK, font(22))
     if groups:
         _bars(draw, names, groups, width)
-    draw.text((MARGIN, table - 10), "Overlap: cosines of the experts' changes", INK, font(16))
-    _matrix(draw, names, cosines, table + 50)
+    for i, (words, matrix) in enumerate(
+        (
+            ("Overlap: cosines of the experts' changes", overlap.cosines),
+            ("Overlap: share of the outputs' directions in common", overlap.shared),
+        )
+    ):
+        draw.text((MARGIN, table + i * block - 10), words, INK, font(16))
+        _matrix(draw, names, matrix, table + i * block + 50)
     return canvas
 
 
@@ -122,7 +141,7 @@ def _bars(
 def _matrix(
     draw: ImageDraw.ImageDraw,
     names: Sequence[str],
-    cosines: Float[np.ndarray, "experts experts"],
+    matrix: Pairs,
     top: int,
 ) -> None:
     for i, name in enumerate(names):
@@ -132,7 +151,7 @@ def _matrix(
         draw.text((column, top - 12), _short(name, 8), FAINT, font(11), anchor="mm")
         for j in range(len(names)):
             x = MARGIN + LABEL + j * CELL
-            value = float(cosines[i, j])
+            value = float(matrix[i, j])
             fill = _shade(value)
             draw.rectangle((x, y, x + CELL - 2, y + CELL - 2), fill)
             draw.text(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -55,6 +56,18 @@ def test_co_merge_and_again_from_its_votes(
     again = tmp_path / "again.safetensors"
     run("--experts", *files, "--model", model_folder, "--rank", 3, "--out", again,
         "--stats", out.with_suffix(".stats.safetensors"))  # fmt: skip
+    assert re.search(r"most alike: \w+ and \w+, cosine -?0\.\d+, \d+ % of", capsys.readouterr().out)
+    weighed = tmp_path / "weighed.safetensors"
+    run("--experts", *files, "--model", model_folder, "--rank", 3, "--out", weighed,
+        "--stats", out.with_suffix(".stats.safetensors"), "--category_weights", "hate=0",
+        "--band_weights", 0, 0, 0, 1)  # fmt: skip
+    assert lora.load_lora(weighed, pipeline.unet_params)[1]["category_weights"] == '["hate=0"]'
+    layers = change(out, pipeline)
+    assert any(np.abs(layers[x] - y).max() > 1e-3 for x, y in change(weighed, pipeline).items())
+    with pytest.raises(UserError, match="'hate' is no category with a number, as in hate=2"):
+        run("--experts", *files, "--model", model_folder, "--out", weighed,
+            "--stats", out.with_suffix(".stats.safetensors"),
+            "--category_weights", "hate")  # fmt: skip
     one, two = change(out, pipeline), change(again, pipeline)
     for layer, matrix in one.items():
         np.testing.assert_allclose(matrix, two[layer], atol=1e-5)

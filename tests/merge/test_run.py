@@ -10,7 +10,9 @@ from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.lora.adapters import kernels
 from safetydpo_jax.lora.keys import BASE_HASH
 from safetydpo_jax.merge import METHODS, merge, opened_experts
-from safetydpo_jax.merge.layer import Inputs, Votes
+from safetydpo_jax.merge.factors import Factors
+from safetydpo_jax.merge.layer import Inputs, Layer, Votes
+from safetydpo_jax.merge.overlap import Overlap
 from tests.merge.conftest import write_expert
 
 
@@ -210,3 +212,25 @@ def test_every_method_on_files(twins, pipeline):
             merged = merge(experts, name, votes=votes, inputs=inputs, rank=2)
             assert any(matrix.any() for matrix in deltas(merged.adapters, pipeline).values())
             assert all(0 < energy <= 1 for energy in merged.energy.values())
+
+
+def test_overlap():
+    rng = np.random.default_rng(0)
+    a, b, other = (rng.normal(size=s).astype(np.float32) for s in [(8, 2), (2, 6), (2, 6)])
+    rotated = Factors(rng.normal(size=(8, 2)).astype(np.float32), rng.normal(size=(2, 2)) @ b)
+    overlap = Overlap(5)
+    nothing = Factors(0 * a, 0 * b)
+    for scale in (1, 3):
+        experts = [Factors(a, scale * b), Factors(-a, b), rotated, None, Factors(a, other)]
+        overlap.add(Layer("x", (8, 6), experts))
+    assert overlap.cosines[0, 1] == pytest.approx(-4 / np.sqrt(10 * 2))
+    assert overlap.shared[0, 1:3] == pytest.approx([1, 1])
+    assert (overlap.cosines[3] == 0).all()
+    assert (overlap.shared[3] == 0).all()
+    q, p = (np.linalg.qr(x.T)[0] for x in (b, other))
+    angles = np.linalg.svd(q.T @ p)[1]
+    assert overlap.shared[0, 4] == pytest.approx(np.square(angles).mean())
+    np.testing.assert_allclose(overlap.shared, overlap.shared.T)
+    silent = Overlap(2)
+    silent.add(Layer("x", (8, 6), [nothing, Factors(a, b)]))
+    assert silent.cosines.tolist() == [[0, 0], [0, 1]]

@@ -229,6 +229,22 @@ def test_categories_can_be_weighed(statistics):
         np.testing.assert_array_equal(alone[layer].outputs, counts[:, 0].sum((0, 1)))
 
 
+def test_bands_can_be_weighed(statistics):
+    weighed = statistics.votes({"hate": 2.0}, [0, 1, 0, 0.5])
+    for layer, counts in statistics.outputs.items():
+        of_bands = 2 * counts[:, 0] + counts[:, 1]
+        wanted = of_bands[:, 1] + 0.5 * of_bands[:, 3]
+        np.testing.assert_allclose(weighed[layer].outputs, wanted.sum(0))
+    for arguments, message in (
+        (({"war": 1.0},), "no prompts of war voted: the categories are hate, sexual"),
+        (({}, [1.0, 1.0]), "2 weights for 4 bands"),
+        (({"hate": -1.0},), "at least 0"),
+        (({}, [1, 1, 1, float("nan")]), "must be finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            statistics.votes(*arguments)
+
+
 def test_agreement():
     def of(first, second):
         counts = np.zeros((2, 1, 1, 2, 3), np.float32)
