@@ -53,6 +53,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--num_prompts", type=int, default=16, help="of each category, where emoji makes them (16)"
     )
     parser.add_argument("--steps", type=int, default=20, help="of the drawing, for votes (20)")
+    parser.add_argument(
+        "--trajectory", default="base", help="who draws, for votes: base, or experts their own"
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time (8)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the merged .safetensors")
     first = parser.parse_args(argv)

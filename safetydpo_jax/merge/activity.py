@@ -1,7 +1,8 @@
-"""Statistics made: one pass over the prompts for all experts, along the base model's own drawing.
+"""Statistics made: one pass over the prompts for all experts, along a drawing of each prompt.
 
-The layers' inputs are the base's, no expert being on, so they are computed once; each adapted layer
-then applies all experts' factors, which are stacked on an axis of their own.
+The drawing is the base model's own, or that of the expert that the prompt's category has. Either
+way a layer's input is computed once for all experts, whose factors are stacked on an axis of their
+own.
 """
 
 import functools
@@ -13,17 +14,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
 from safetydpo_jax import sharding, storage
 from safetydpo_jax.diffusion.samplers import SAMPLERS, advance, initial_latents
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.lora.adapters import routed
 from safetydpo_jax.merge import moments as moments_of
 from safetydpo_jax.merge.experts import Experts
 from safetydpo_jax.merge.moments import SAFE
 from safetydpo_jax.merge.statistics import Statistics
 from safetydpo_jax.models.layers import Conv
 
+TRAJECTORIES = ("base", "experts")
 BANDS = 4  # of timesteps, from noisy to clean, equally many steps each
 # Of one layer: (a, b) of all experts, (experts, in, rank) and (experts, rank, out).
 Stacked = tuple[Float[np.ndarray, "e *in r"], Float[np.ndarray, "e r out"]]
@@ -41,9 +45,10 @@ def count_votes(
     num_steps: int = 20,
     guidance_scale: float = 7.5,
     inputs: bool = False,
+    trajectory: str = "base",
     progress: Callable[[str], None] = print,
 ) -> Statistics:
-    """Draws with the base model and counts, at every step, which expert would change most.
+    """Draws the prompts and counts, at every step, which expert would change most.
 
     Args:
       pipeline: the base, a `models.pipeline.Pipeline`.
@@ -56,6 +61,8 @@ def count_votes(
       num_steps: its steps, and
       guidance_scale: as for a picture.
       inputs: whether the second moments of the layers' inputs are kept too.
+      trajectory: who draws, one of `TRAJECTORIES`: the "base", no expert being on, or "experts",
+        each the prompts of its own category (its name) and the base the others.
       progress: takes a line after every batch: done, rate, time left.
 
     Raises:
@@ -67,6 +74,10 @@ def count_votes(
         raise UserError(f"{len(prompts)} prompts with {len(categories)} categories: give prompts")
     if lonely := [name for name in names if list(categories).count(name) < 2]:
         raise UserError(f"fewer than two prompts of {', '.join(lonely)}: each half needs one")
+    if trajectory not in TRAJECTORIES:
+        raise UserError(
+            f"the trajectory is {trajectory!r}: it must be one of {', '.join(TRAJECTORIES)}"
+        )
     if sampler not in SAMPLERS:
         raise UserError(f"the sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
     mesh = sharding.make_mesh()
@@ -81,7 +92,9 @@ def count_votes(
     moments = jax.device_put(moments_of.nothing(stacked) if inputs else {}, whole)
     stacked = jax.device_put(stacked, whole)
     params = jax.device_put(pipeline.unet_params, whole)
-    step = _make_step(pipeline.unet, guidance_scale)
+    step = _make_step(pipeline.unet, guidance_scale, experts if trajectory == "experts" else None)
+    # -1, of a category without an expert, routes a row to none.
+    own = np.array([experts.names.index(x) if x in experts.names else -1 for x in categories])
     halves = _halves(categories)
     votes = np.array([x != SAFE for x in categories])
     cells = halves * len(names) + np.array([names.index(x) if x != SAFE else 0 for x in categories])
@@ -105,12 +118,12 @@ def count_votes(
         of_rows = jax.tree.map(lambda x, r=real, i=index: x[i] * r[:, None], shares)
         told = pipeline.encode_prompts([prompts[i] for i in index])
         x = initial_latents(seeds[index], pipeline.latent_shape) * np.float32(table.start)
-        told, x = jax.device_put((told, x), split)
+        told, x, drawn_by = jax.device_put((told, x, own[index]), split)
         carry = (x, jnp.zeros_like(x))
         for i in range(num_steps):
             row = jax.tree.map(lambda column, i=i: column[i], rows)
             carry, counts, moments = step(
-                params, stacked, carry, row, told, negative, of_rows, moments
+                params, stacked, carry, row, told, negative, drawn_by, of_rows, moments
             )
             band = i * BANDS // num_steps
             for layer, (of_outputs, of_ranks) in jax.device_get(counts).items():
@@ -136,6 +149,7 @@ def count_votes(
             "sampler": sampler,
             "num_steps": num_steps,
             "guidance_scale": guidance_scale,
+            "trajectory": trajectory,
         },
         moments_of.inputs(jax.device_get(moments), experts),
     )
@@ -176,13 +190,24 @@ def _stacked(experts: Experts) -> dict[str, Stacked]:
     return found
 
 
-def _make_step(unet: Any, guidance_scale: float) -> Callable[..., Any]:
-    """Compiles one step of drawing with its votes: by layer, (b, experts, out) and (.., rank)."""
+def _make_step(unet: Any, guidance_scale: float, drawing: Experts | None) -> Callable[..., Any]:
+    """Compiles one step of drawing with its votes: by layer, (b, experts, out) and (.., rank).
+
+    `drawing`: the experts, if each row is to be drawn by its own.
+    """
 
     @functools.partial(jax.jit, donate_argnames="moments")
-    def step(params, stacked, carry, row, told, negative, shares, moments):
+    def step(params, stacked, carry, row, told, negative, drawn_by, shares, moments):
         votes: dict[str, tuple[Array, Array]] = {}
         moments = dict(moments)
+        variables = {"params": params}
+        if drawing is not None:
+            flat = {
+                (*drawing.places[layer][0], leaf): x
+                for layer, factors in stacked.items()
+                for leaf, x in zip("ab", factors, strict=True)
+            }
+            variables["lora"] = routed(traverse_util.unflatten_dict(flat), drawn_by)
 
         def heard(see: Callable[[str, nn.Module, Array], None], told: Any) -> Array:
             def listen(call, args, kwargs, context):
@@ -192,7 +217,7 @@ def _make_step(unet: Any, guidance_scale: float) -> Callable[..., Any]:
                 return call(*args, **kwargs)
 
             with nn.intercept_methods(listen):
-                return unet.apply({"params": params}, x, timesteps, *told)
+                return unet.apply(variables, x, timesteps, *told)
 
         def see(name: str, module: nn.Module, inputs: Array) -> None:
             inner, outer = _activity(module, inputs, *stacked[name])

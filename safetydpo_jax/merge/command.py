@@ -97,6 +97,7 @@ def _statistics(
             batch_size=arguments.batch_size,
             num_steps=arguments.steps,
             inputs=inputs,
+            trajectory=arguments.trajectory,
             progress=progress,
         )
         path = arguments.out.with_suffix(".stats.safetensors")

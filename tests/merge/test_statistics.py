@@ -137,15 +137,15 @@ SEEN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OF_TWINS = ["twin0", "twin0", "safe", "twin1", "twin0", "twin1", "safe", "safe"]
 
 
-def inputs_by_hand(pipeline):
-    """(step, prompt, token, in) under the prompts, and under the empty one."""
+def inputs_by_hand(pipeline, drawing=(None,)):
+    """(who, step, prompt, token, in) under the prompts, and under the empty one."""
     told, negative = jax.tree.map(
         jnp.asarray, (pipeline.encode_prompts(PROMPTS), pipeline.encode_negative([""] * 8))
     )
     table = SAMPLERS["ddim"](pipeline.schedule, 4)
     seeds = np.random.SeedSequence(0).generate_state(8)
     x = initial_latents(seeds, pipeline.latent_shape)
-    carry, rows, found = (x, 0 * x), table.rows(), ([], [])
+    rows, found = table.rows(), ([], [])
 
     def listener(heard):
         def listen(call, args, kwargs, context):
@@ -155,20 +155,21 @@ def inputs_by_hand(pipeline):
 
         return listen
 
-    for step in range(4):
-        row = jax.tree.map(lambda column, step=step: column[step], rows)
-        inputs, answers = (carry[0], jnp.full(8, row["timesteps"])), []
-        for heard, text in zip(found, (told, negative), strict=True):
-            with nn.intercept_methods(listener(heard)):
-                answers.append(
-                    pipeline.unet.apply({"params": pipeline.unet_params}, *inputs, *text)
-                )
-        carry = advance(row, carry, answers[1] + 3.0 * (answers[0] - answers[1]))
-    return tuple(map(np.stack, found))
+    for adapters in drawing:
+        variables = {"params": pipeline.unet_params} | ({"lora": adapters} if adapters else {})
+        carry = (x, 0 * x)
+        for step in range(4):
+            row = jax.tree.map(lambda column, step=step: column[step], rows)
+            inputs, answers = (carry[0], jnp.full(8, row["timesteps"])), []
+            for heard, text in zip(found, (told, negative), strict=True):
+                with nn.intercept_methods(listener(heard)):
+                    answers.append(pipeline.unet.apply(variables, *inputs, *text))
+            carry = advance(row, carry, answers[1] + 3.0 * (answers[0] - answers[1]))
+    return tuple(np.stack(x).reshape(len(drawing), 4, *x[0].shape) for x in found)
 
 
 def test_moments_against_sums_by_hand(twins, pipeline, tmp_path):
-    told, empty = inputs_by_hand(pipeline)
+    (told,), (empty,) = inputs_by_hand(pipeline)
     with opened_experts(twins, pipeline.unet_params) as experts:
         found = count_votes(pipeline, experts, PROMPTS, OF_TWINS, inputs=True, **SETTINGS)
         factors = experts.layer(SEEN).experts
@@ -195,6 +196,29 @@ def test_moments_against_sums_by_hand(twins, pipeline, tmp_path):
         found.outputs[SEEN].sum()
         == found.outputs[SEEN].shape[-1] * told[:, of != "safe"][..., 0].size
     )
+
+
+def test_experts_draw_the_prompts_of_their_own_category(twins, pipeline):
+    """What the layers see is then what they see while that expert draws, alone."""
+    with opened_experts(twins, pipeline.unet_params) as experts:
+        options = SETTINGS | {"trajectory": "experts"}
+        found = count_votes(pipeline, experts, PROMPTS, OF_TWINS, inputs=True, **options)
+        adapters = [lora.load_lora(file, pipeline.unet_params)[0] for file in twins]
+    told, empty = inputs_by_hand(pipeline, [*adapters, None])
+    drawn_by = np.array([("twin0", "twin1", "safe").index(x) for x in OF_TWINS])
+    told, empty = (
+        np.stack([of[who, :, i] for i, who in enumerate(drawn_by)], 1) for of in (told, empty)
+    )
+
+    def moment(x):
+        rows = x.reshape(-1, x.shape[-1])
+        return rows.T @ rows
+
+    harmful = sum(moment(told[:, drawn_by == i]) / (drawn_by == i).sum() for i in range(2))
+    harmless = moment(told[:, drawn_by == 2]) / (drawn_by == 2).sum() + moment(empty) / 8
+    ours = found.inputs[SEEN]
+    np.testing.assert_allclose(ours.harmful, harmful, atol=1e-4 * np.abs(harmful).max())
+    np.testing.assert_allclose(ours.harmless, harmless, atol=1e-4 * np.abs(harmless).max())
 
 
 def test_inputs_that_cannot_be_kept(twins, files, pipeline):
@@ -274,6 +298,12 @@ def test_statistics_that_do_not_fit(statistics, files, tmp_path):
 @pytest.mark.parametrize(
     ("prompts", "categories", "changes", "message"),
     [
+        (
+            ["a", "b"],
+            ["x", "x"],
+            {"trajectory": "mine"},
+            "the trajectory is 'mine': .*base, experts",
+        ),
         ([], [], {}, "0 prompts with 0 categories"),
         (["a"], ["x", "y"], {}, "1 prompts with 2 categories"),
         (["a", "b", "c"], ["x", "x", "y"], {}, "fewer than two prompts of y"),

@@ -70,7 +70,7 @@ def make(tmp_path, monkeypatch):
 
     def make(**changes):
         config = common.get_config("hate")
-        config.steps = 10
+        config.steps, config.lora.alpha = 10, 16.0
         config.health.update({"every": 4, "num_unsafe": 12, "num_safe": 9})
         config.update_from_flattened_dict(changes)
         return Health(config, Pipeline(), tmp_path, lines.append)
@@ -172,6 +172,7 @@ def test_prompts_without_a_judge(tmp_path, monkeypatch):
         Health(config, Pipeline(), tmp_path, print)
     config.health.prompts = ("one", "two")
     lines = []
+    config.lora.alpha = 16.0
     health = Health(config, Pipeline(), tmp_path, lines.append)
     measure(health, [0, 2, 4])
     assert (health.choice["step"], health.hopeless) == (4, False)
