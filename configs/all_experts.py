@@ -30,23 +30,40 @@ def get_config(base: str = "emoji") -> ml_collections.ConfigDict:
     }
     config = common.get_config("", base)
     with config.unlocked():
-        config.experts = {category: {} for category in CATEGORIES}
-        _leave_to_experts(config, experts, config.experts)
+        # None: as it is set for all.
+        config.experts = {
+            category: {
+                "steps": config_dict.placeholder(int),
+                "seed": config_dict.placeholder(int),
+                "loss": {
+                    "beta": config_dict.placeholder(float),
+                    "preservation": config_dict.placeholder(float),
+                    "winner_anchor": config_dict.placeholder(float),
+                },
+                "optimizer": {"learning_rate": config_dict.placeholder(float)},
+                "lora": {"init": config_dict.placeholder(str)},
+                "pairs": {"path": config_dict.placeholder(str)},
+            }
+            for category in CATEGORIES
+        }
+        # What it is where nothing is set for all: the categories' own configs differ there.
+        config.presets = {category: {} for category in CATEGORIES}
+        _leave_open(config, experts, config.presets)
     return config
 
 
-def _leave_to_experts(config: Any, experts: dict[str, Any], own: Any) -> None:
-    """Moves what differs between the experts' configs from the one they share to their own."""
+def _leave_open(config: Any, experts: dict[str, Any], presets: Any) -> None:
+    """Moves what differs between the experts' configs from the one they share to the presets."""
     for key, value in list(config.items()):
-        if key in ("category", "experts"):
+        if key in ("category", "experts", "presets"):
             continue
         if isinstance(value, ml_collections.ConfigDict):
             inner = {category: ml_collections.ConfigDict() for category in experts}
-            _leave_to_experts(value, {c: expert[key] for c, expert in experts.items()}, inner)
+            _leave_open(value, {c: expert[key] for c, expert in experts.items()}, inner)
             for category, found in inner.items():
                 if found:
-                    own[category][key] = found
+                    presets[category][key] = found
         elif any(expert[key] != value for expert in experts.values()):
             for category, expert in experts.items():
-                own[category][key] = expert[key]
+                presets[category][key] = expert[key]
             config[key] = config_dict.placeholder(type(value))

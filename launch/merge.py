@@ -54,7 +54,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=20, help="of the drawing, for votes (20)")
     parser.add_argument(
-        "--trajectory", default="base", help="who draws, for votes: base, or experts their own"
+        "--trajectory",
+        choices=("base", "experts"),
+        default="base",
+        help="who draws, for votes: the base, or each expert the prompts of its category",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time (8)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the merged .safetensors")

@@ -30,6 +30,6 @@ CONTENDERS = {
     "magnitude_prune, density 0.3": Contender("magnitude_prune", {"density": 0.3}),
     "orthogonal, density 0.3": Contender("orthogonal", {"density": 0.3}),
     "regmean": Contender("regmean", {}),
-    "regmean, preservation 0.2": Contender("regmean", {"preservation": 0.2}),
-    "regmean, preservation 5": Contender("regmean", {"preservation": 5.0}),
+    "regmean, preservation 0": Contender("regmean", {"preservation": 0.0}),
+    "regmean, preservation 0.1": Contender("regmean", {"preservation": 0.1}),
 }

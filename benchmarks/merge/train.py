@@ -4,8 +4,8 @@
     python benchmarks/merge/train.py --seeds 0 1 2
     python benchmarks/merge/train.py --only experts     # or all_single
 
-By configs/all_experts.py and configs/all_single.py, without reports. Resumes. What is there is not
-trained again: benchmarks/merge/loras/seedN/NAME.safetensors, halves of float16 (0.4 MB).
+By configs/all_experts.py and configs/all_single.py, without reports. Resumes. Keeps those of
+benchmarks/merge/loras/seedN/NAME.safetensors that are missing, in half precision (0.4 MB each).
 """
 
 import argparse
@@ -44,11 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seeds:
         if args.only != ALL and (missing := [c for c in CATEGORIES if not lora(c, seed).is_file()]):
             workdir = args.runs / f"experts-seed{seed}"
-            config = load_config("all_experts", seed)
-            with config.unlocked():
-                for category in set(config.experts) - set(missing):
-                    del config.experts[category]
-            loop.run(config, workdir)
+            loop.run(load_config("all_experts", seed), workdir)
             for category in missing:
                 keep(workdir / category / "export" / LORA_FILE, lora(category, seed))
         if args.only != "experts" and not lora(ALL, seed).is_file():

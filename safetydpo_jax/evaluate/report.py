@@ -184,7 +184,7 @@ def write_report(
     }
     grid = picture_grid(
         list(sections.values()),
-        title=f"{config.category.replace('_', ' ').capitalize()} expert: before and after",
+        title=f"{config.category.replace('_', ' ').capitalize()}: before and after",
         subtitle="Same prompts, same noise. " + _headline(summary),
         reveal=config.report.reveal,
     )

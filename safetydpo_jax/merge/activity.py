@@ -71,7 +71,10 @@ def count_votes(
     """
     names = sorted(set(categories) - {SAFE})
     if len(prompts) != len(categories) or not names:
-        raise UserError(f"{len(prompts)} prompts with {len(categories)} categories: give prompts")
+        raise UserError(
+            f"{len(prompts)} prompts with {len(categories)} categories: give prompts of the "
+            "experts' categories"
+        )
     if lonely := [name for name in names if list(categories).count(name) < 2]:
         raise UserError(f"fewer than two prompts of {', '.join(lonely)}: each half needs one")
     if trajectory not in TRAJECTORIES:
@@ -80,6 +83,11 @@ def count_votes(
         )
     if sampler not in SAMPLERS:
         raise UserError(f"the sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
+    if trajectory == "experts" and (missing := [x for x in experts.names if x not in categories]):
+        raise UserError(
+            f"no prompts of {', '.join(missing)}: each expert is to draw the prompts of its own "
+            "category, which is its name"
+        )
     mesh = sharding.make_mesh()
     shares = moments_of.shares(categories, experts) if inputs else None
     devices = mesh.shape["data"]
@@ -247,7 +255,7 @@ def _activity(
     if isinstance(module, Conv):
         inner = jax.vmap(lambda kernel: module._convolve(x, kernel), out_axes=1)(a)
     else:
-        inner = jnp.einsum("b...i,eir->be...r", x, a)
+        inner = jnp.einsum("b...i,eir->be...r", x, a, precision="highest")
     inner = inner.reshape(*inner.shape[:2], -1, inner.shape[-1])
     return inner, jnp.einsum("betr,ero->beto", inner, b)
 

@@ -39,6 +39,9 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
     """
     options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
     needs = check(arguments.method, options).needs
+    for name in ("category_weights", "band_weights"):
+        if getattr(arguments, name) is not None and needs != "votes":
+            raise UserError(f"--{name} weighs votes, which {arguments.method} does not ask for")
     if arguments.out is None:
         raise UserError("no --out: say where the merged LoRA goes, as in --out merged.safetensors")
     if arguments.out.suffix != ".safetensors":

@@ -1,4 +1,4 @@
-"""Second moments of what the layers get to see, added up while the base model draws."""
+"""Second moments of what the layers get to see, added up while prompts are drawn."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,7 +73,8 @@ def added(
     return (
         harmful + _moment(x, shares["harmful"]),
         harmless + _moment(x, shares["harmless"]),
-        images + jnp.einsum("bti,betr,be->eir", _tokens(x), inner, shares["own"]),
+        images
+        + jnp.einsum("bti,betr,be->eir", _tokens(x), inner, shares["own"], precision="highest"),
     )
 
 
@@ -105,4 +106,5 @@ def _tokens(x: Float[Array, "b *tokens i"]) -> Float[Array, "b t i"]:
 def _moment(x: Float[Array, "b *tokens i"], shares: Float[Array, "b 1"]) -> Float[Array, "i i"]:
     """x^T x over all tokens, the rows of the batch weighted."""
     rows = (_tokens(x) * jnp.sqrt(shares)[:, None]).reshape(-1, x.shape[-1])
-    return rows.T @ rows
+    # In full precision on every platform: the moments are to be inverted.
+    return jnp.matmul(rows.T, rows, precision="highest")

@@ -3,9 +3,10 @@
 import numpy as np
 from jaxtyping import Float
 
-from safetydpo_jax.merge.factors import inner
+from safetydpo_jax.merge.factors import Factors, inner
 from safetydpo_jax.merge.layer import Layer
 
+TINY = 1e-6  # singular values below this share of the first are rounding
 Pairs = Float[np.ndarray, "experts experts"]
 
 
@@ -22,16 +23,13 @@ class Overlap:
 
     def add(self, layer: Layer) -> None:
         """With one more layer; an expert that leaves it alone has nothing in common there."""
-        bases = [
-            None if x is None else np.linalg.qr(np.asarray(x.b, np.float64).T)[0]
-            for x in layer.experts
-        ]
+        bases = [None if x is None else _directions(x) for x in layer.experts]
         for i, x in enumerate(layer.experts):
             for j, y in enumerate(layer.experts[: i + 1]):
                 one, other = bases[i], bases[j]
                 if x is None or y is None or one is None or other is None:
                     continue
-                angles = np.square(one.T @ other).sum() / min(one.shape[1], other.shape[1])
+                angles = np.square(one.T @ other).sum() / max(min(one.shape[1], other.shape[1]), 1)
                 for place in {(i, j), (j, i)}:
                     self._products[place] += inner(x, y)
                     self._shared[place] += angles
@@ -51,6 +49,12 @@ class Overlap:
         spaces it is the larger rank over the layer's outputs.
         """
         return _divided(self._shared, self._layers)
+
+
+def _directions(factors: Factors) -> Float[np.ndarray, "out k"]:
+    """An orthonormal basis of the outputs that a change reaches."""
+    left, singular, _ = np.linalg.svd(np.asarray(factors.b, np.float64).T, full_matrices=False)
+    return left[:, singular > TINY * singular.max(initial=0.0)]
 
 
 def _divided(x: Pairs, by: Pairs) -> Pairs:

@@ -29,7 +29,8 @@ class Merged:
 
     Attributes:
       adapters: ready to apply.
-      energy: of every layer, the share of the merged change's squared norm that its rank holds.
+      energy: of every layer, the share of the merged change's squared norm that its rank holds;
+        where the cut is made on the layer's inputs, of the norm of its outputs there.
       error: of every layer, the most of it that another LoRA of that rank could hold beyond that.
       rank: that was asked for, or taken.
     """

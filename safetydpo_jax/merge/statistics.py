@@ -1,6 +1,6 @@
 """Which expert is the most active where, and what the layers see: counted once, kept in a file.
 
-A vote is one token of one prompt at one step of the base model's own drawing. Kept apart are the
+A vote is one token of one prompt at one step of a drawing of it. Kept apart are the
 category of the prompt, the band of timesteps and the half of the prompts, so that a merge can weigh
 them anew, and the two halves say how far the winners can be relied on.
 """
@@ -67,6 +67,8 @@ class Statistics:
         if not all(0 <= x < float("inf") for x in (*weights.values(), *bands)):
             raise UserError("weights of votes must be finite and at least 0")
         factors = np.array([weights.get(name, 1.0) for name in self.categories])
+        if not (factors.any() and any(bands)):
+            raise UserError("the weights of all votes are 0: nobody would win")
 
         def summed(counts: Counts) -> Float[np.ndarray, "expert unit"]:
             return np.einsum("hcbeu,c,b->eu", counts.astype(np.float64), factors, np.array(bands))

@@ -77,36 +77,64 @@ class Cohort:
         adapters = jax.device_get(self._state.adapters)
         return [self._of(i, adapters) for i in range(len(self.experts))]
 
-    def train(self, title: str) -> None:
-        """Makes the steps that are left, as long as there is hope; `title` is said in the phases.
+    def restore(self) -> None:
+        """Takes up the state where it was left, and the experts' evaluations until then.
 
         Raises:
-          UserError: checkpoints of other settings, a diverged run.
-          SystemExit: stopped by SIGTERM or Ctrl-C; the state is saved.
+          UserError: checkpoints or evaluations of other settings, or pairs of other pictures.
         """
         config, progress = self._config, self._phases.progress
-        self._phases.begin(f"state{title}")
+        self._check_pairs()
         settings = [expert.settings for expert in self.experts]
         by_name = {e.config.category: s for e, s in zip(self.experts, settings, strict=True)}
-        checkpoints = Checkpoints(
+        self._checkpoints = Checkpoints(
             self._checkpoints_folder,
             _flat(by_name) if self.several else settings[0],
             keep=config.checkpoint.keep,
         )
-        self._state = checkpoints.restore(self._state) or self._state
+        self._state = self._checkpoints.restore(self._state) or self._state
         done = int(self._state.step)
-        progress(f"going on from step {done}" if done else "a new run")
+        names = f"{', '.join(by_name)}: " if self.several else ""
+        progress(f"{names}going on from step {done}" if done else f"{names}a new run")
         if done > config.steps:
             raise UserError(
-                f"{checkpoints.path} is at step {done}, past config.steps = {config.steps}: raise "
-                "config.steps, choose another --workdir, or delete that folder to start anew"
+                f"{self._checkpoints.path} is at step {done}, past config.steps = {config.steps}: "
+                "raise config.steps, choose another --workdir, or delete that folder to start anew"
             )
         for expert in self.experts:
             expert.write_config()
             if expert.health:
                 expert.health.resume(done)
-        if (done < config.steps and not self._hopeless) or any(e.due(done) for e in self.experts):
-            self._train(checkpoints, done, title)
+
+    def train(self, title: str) -> None:
+        """Makes the steps that are left, as long as there is hope; `title` is said in the phases.
+
+        Raises:
+          UserError: a diverged run.
+          SystemExit: stopped by SIGTERM or Ctrl-C; the state is saved.
+        """
+        done = int(self._state.step)
+        left = done < self._config.steps and not self._hopeless
+        if left or any(expert.due(done) for expert in self.experts):
+            self._train(self._checkpoints, done, title)
+
+    def _check_pairs(self) -> None:
+        """One step takes pictures of one size, and one prompt to steer away from."""
+
+        def seen(expert: Expert) -> Any:
+            first = np.zeros(1, np.int64)
+            return expert.cache.moments(first, first)["mean"].shape, expert.cache.null
+
+        shape, null = seen(self.experts[0])
+        for expert in self.experts[1:]:
+            other_shape, other_null = seen(expert)
+            if shape != other_shape or not jax.tree.all(
+                jax.tree.map(np.array_equal, null, other_null)
+            ):
+                raise UserError(
+                    f"{expert.cache.folder} and {self.experts[0].cache.folder} are of pictures of "
+                    "different sizes: experts trained in one step need pairs of one size"
+                )
 
     @property
     def _hopeless(self) -> bool:
@@ -138,14 +166,16 @@ class Cohort:
             def check(step: int, metrics: Any) -> None:
                 metrics = jax.device_get(metrics)
                 for i, (log, guard) in enumerate(zip(logs, guards, strict=True)):
-                    guard.check(*log.write(step, self._of(i, metrics)))
+                    logged = log.write(step, self._of(i, metrics))
+                    if not self.experts[i].hopeless:  # alone it would have stopped
+                        guard.check(*logged)
 
             for expert, log in zip(self.experts, logs, strict=True):
                 if expert.health:
                     for record in expert.health.records:
                         if record["step"] == start:  # a kill may have come before the log had it
                             log.write_health(start, record, expert.health.sheet([record]))
-            self._evaluate(start, logs)
+            self._evaluate(start, logs, stop)
             pending = None
             for step in range(start + 1, config.steps + 1):
                 if self._hopeless:
@@ -166,12 +196,16 @@ class Cohort:
                     check(*pending)
                     pending = None
                     # A run that is going wrong must not push out the last good checkpoint.
-                    if last or all(guard.calm for guard in guards):
+                    calm = [
+                        guard.calm or expert.hopeless
+                        for guard, expert in zip(guards, self.experts, strict=True)
+                    ]
+                    if last or all(calm):
                         checkpoints.save(self._state)
                 if stopped_by is not None and step < config.steps:
                     self._leave_if_stopped(stop, step, checkpoints)
                 if evaluated:
-                    self._evaluate(step, logs)
+                    self._evaluate(step, logs, stop)
                     self._leave_if_stopped(stop, step, checkpoints)
 
     def _batches(self, start: int) -> Iterator[Batch]:
@@ -187,8 +221,11 @@ class Cohort:
         rows = config.batch_size * config.accumulation
         return MetricsLog(expert.workdir, config, start, rows, flops, expert.progress)
 
-    def _evaluate(self, step: int, logs: Sequence[MetricsLog]) -> None:
-        """Evaluates the experts that are due; the time is taken out of all their steps' speed."""
+    def _evaluate(self, step: int, logs: Sequence[MetricsLog], stop: Stop) -> None:
+        """Evaluates the experts that are due, until a signal: those that are left are due again.
+
+        The time is taken out of all their steps' speed.
+        """
         due = [expert.due(step) for expert in self.experts]
         adapters = self.adapters() if any(due) else []
         for i, (expert, log) in enumerate(zip(self.experts, logs, strict=True)):
@@ -196,6 +233,8 @@ class Cohort:
                 record = expert.measure(step, adapters[i])
                 assert expert.health is not None
                 log.write_health(step, record, expert.health.sheet([record]))
+                if stop.asked is not None:
+                    break
         for log in logs:
             log.pause_ends()
 

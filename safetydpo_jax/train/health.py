@@ -176,7 +176,7 @@ class Health:
         ]
         return picture_grid(
             sections,
-            title=f"{self._config.category.replace('_', ' ').capitalize()} expert in training",
+            title=f"{self._config.category.replace('_', ' ').capitalize()}, in training",
             subtitle="Same prompts, same noise at every step.",
             reveal=self._config.report.reveal,
         )

@@ -6,8 +6,8 @@ come out bit for bit as if nothing had happened:
     pairs/  cache/  checkpoints/  health/  metrics.jsonl  tensorboard/  export/  report/
     config.json
 
-Where a config trains several experts, each has a folder of its own with all this but the
-checkpoints, which are those of a cohort of experts: checkpoints/ or, of several, checkpoints/1 ...
+Where a config names several experts, each has a folder of its own with all this but the
+checkpoints, which are those of a cohort of experts: checkpoints/cohort_1 ...
 """
 
 import pathlib
@@ -51,7 +51,7 @@ def run(
     several = "experts" in config
     shared = configs[0]
     workdir = pathlib.Path(workdir)
-    phases = Phases(progress, total=6 + 3 * len(groups))
+    phases = Phases(progress, total=7 + 2 * len(groups))
 
     phases.begin("config and workdir")
     mesh = sharding.make_mesh(shared.mesh.data, shared.mesh.fsdp, shared.mesh.tensor)
@@ -81,7 +81,7 @@ def run(
 
         cohorts = []
         for i, group in enumerate(groups, 1):
-            folder = workdir / "checkpoints" / (str(i) if len(groups) > 1 else "")
+            folder = workdir / "checkpoints" / (f"cohort_{i}" if several else "")
             experts = [expert_of(config) for config in group]
             cohorts.append(Cohort(experts, pipeline, mesh, folder, phases))
         experts = [expert for cohort in cohorts for expert in cohort.experts]
@@ -93,6 +93,10 @@ def run(
         phases.begin("cache")
         for expert in experts:
             expert.make_cache()
+
+        phases.begin("state")
+        for cohort in cohorts:
+            cohort.restore()
 
         for i, cohort in enumerate(cohorts, 1):
             cohort.train(f" {i}" if len(cohorts) > 1 else "")

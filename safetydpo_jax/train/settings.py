@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.sources import two_ways
@@ -27,6 +26,9 @@ _DECIDING = (
     "optimizer",
     "lora",
 )
+
+# What the experts of a run cannot have of their own.
+_OF_THE_RUN = ("category", "base", "license", "model", "model_config", "vae", "mesh", "remat")
 
 
 def resolve(config: ConfigDict, *, pairs_only: bool = False) -> ConfigDict:
@@ -79,12 +81,13 @@ def resolve(config: ConfigDict, *, pairs_only: bool = False) -> ConfigDict:
 def resolve_all(config: ConfigDict) -> list[ConfigDict]:
     """The configs of the experts that a config trains: itself, or one for each of `experts`.
 
-    What an expert sets in `experts.NAME` counts, but where the config leaves a value open (None, or
-    a placeholder that was set since) one that was set for all does. Its pairs are those in
-    `pairs.path`/NAME, if that is given.
+    Where `experts.NAME` sets a value, it counts; else what the config sets for all; and where that
+    leaves a value open (None), what `presets.NAME` has. Pairs are those in `pairs.path`/NAME, if
+    that is given for all.
 
     Raises:
-      UserError: no experts, an expert's key that the config does not have, or as `resolve`.
+      UserError: no experts; a key that the config does not have, or that all must share; a value of
+        the wrong type; or as `resolve`.
     """
     if "experts" not in config:
         return [resolve(config)]
@@ -94,33 +97,43 @@ def resolve_all(config: ConfigDict) -> list[ConfigDict]:
     for name, own in config.experts.items():
         expert = config.copy_and_resolve_references()
         with expert.unlocked():
-            del expert["experts"]
+            for key in ("experts", "presets"):
+                del expert[key]
         expert.category = name
         if config.pairs.path:
             expert.pairs.path = str(Path(config.pairs.path) / name)
-        _set_own(expert, own, config, f"config.experts.{name}")
+        for key in set(own) & set(_OF_THE_RUN):
+            raise UserError(f"config.experts.{name}.{key}: all experts of a run have the same")
+        _set(expert, own, f"config.experts.{name}")
+        _set(expert, config.presets.get(name, {}), f"config.presets.{name}", only_open=True)
         found.append(resolve(expert))
     return found
 
 
-def _set_own(expert: ConfigDict, own: ConfigDict, shared: ConfigDict, where: str) -> None:
-    with_references = dict(shared.items(preserve_field_references=True))
-    for key, value in own.items():
-        if key not in expert:
+def _set(config: ConfigDict, values: Any, where: str, *, only_open: bool = False) -> None:
+    """Takes over the values that are not None; `only_open`: where the config's own is."""
+    for key, value in values.items():
+        if key not in config:
             raise UserError(f"{where}.{key}: the config has no such key")
-        if isinstance(value, ConfigDict):
-            _set_own(expert[key], value, shared[key], f"{where}.{key}")
-        elif not isinstance(with_references[key], FieldReference) or expert[key] is None:
-            expert[key] = value
+        if isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict):
+            _set(config[key], value, f"{where}.{key}", only_open=only_open)
+        elif value is not None and not (only_open and config[key] is not None):
+            try:
+                config[key] = value
+            except TypeError as error:
+                raise UserError(f"{where}.{key} is {value!r}: {error}") from None
 
 
 def cohorts_of(configs: list[ConfigDict]) -> list[list[ConfigDict]]:
-    """Groups of configs that differ in category, harm and pairs alone: one step serves a group."""
+    """Groups of resolved configs with the same settings: one step serves a group.
+
+    They may differ in category, harm and pairs; recipes that are no longer asked do not count.
+    """
 
     def common(config: ConfigDict) -> str:
-        config = config.copy_and_resolve_references()
-        config.category = config.harm = config.pairs.path = ""
-        return config.to_json(sort_keys=True)
+        values = config.copy_and_resolve_references()
+        values.category = values.harm = values.pairs.path = ""
+        return storage.digest({k: v for k, v in values.to_dict().items() if k != "recipes"})
 
     groups: dict[str, list[ConfigDict]] = {}
     for config in configs:

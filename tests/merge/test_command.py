@@ -148,6 +148,10 @@ def test_what_is_refused_before_any_work(files, prompts, model_folder, tmp_path)
         ((*experts, *out, "--method", "average", "--density", 1), "average has no option 'density"),
         ((*experts, *out, *model), "no --prompts: give a CSV"),
         (
+            (*experts, *out, "--method", "ties", "--band_weights", 1, 1, 1, 1),
+            "--band_weights weighs votes, which ties does not ask for",
+        ),
+        (
             (*experts, *out, "--method", "average"),
             r"It was held against emoji, sd15, .* as --model",
         ),

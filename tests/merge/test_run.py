@@ -234,3 +234,4 @@ def test_overlap():
     silent = Overlap(2)
     silent.add(Layer("x", (8, 6), [nothing, Factors(a, b)]))
     assert silent.cosines.tolist() == [[0, 0], [0, 1]]
+    assert silent.shared.tolist() == [[0, 0], [0, pytest.approx(1)]]

@@ -228,6 +228,8 @@ def test_inputs_that_cannot_be_kept(twins, files, pipeline):
                 count_votes(pipeline, experts, PROMPTS, of[:8], inputs=True, **SETTINGS)
     with opened_experts(files, pipeline.unet_params) as experts:
         of = ["hate", "violence", "shocking", "safe"] * 2
+        with pytest.raises(UserError, match="no prompts of hate, violence, shocking: each expert"):
+            count_votes(pipeline, experts, PROMPTS, OF_TWINS, trajectory="experts", **SETTINGS)
         with pytest.raises(UserError, match="conv1 is a convolution, which sees too much"):
             count_votes(pipeline, experts, PROMPTS, of, inputs=True, **SETTINGS)
 
@@ -264,6 +266,7 @@ def test_bands_can_be_weighed(statistics):
         (({}, [1.0, 1.0]), "2 weights for 4 bands"),
         (({"hate": -1.0},), "at least 0"),
         (({}, [1, 1, 1, float("nan")]), "must be finite"),
+        (({}, [0, 0, 0, 0]), "the weights of all votes are 0"),
     ):
         with pytest.raises(UserError, match=message):
             statistics.votes(*arguments)

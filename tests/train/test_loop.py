@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -13,11 +14,14 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from safetydpo_jax import lora
+from safetydpo_jax.data import Picture, write_pairs
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.evaluate import detect, exam
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train import health as health_module
 from safetydpo_jax.train import loop
+from safetydpo_jax.train.guard import Guard
+from safetydpo_jax.train.health import Health
 from tests.evaluate import fakes
 
 EXPORT = pathlib.Path("export") / "pytorch_lora_weights.safetensors"
@@ -304,30 +308,36 @@ def test_a_workdir_that_is_a_file(run, tmp_path):
 
 
 @pytest.fixture
-def three(config, pairs_folder, tmp_path):
-    """Changes that make the run one of three experts, each with a folder of pairs."""
-    folder = tmp_path / "pair_sets"
-    folder.mkdir()
+def three(config, tmp_path):
+    """Changes that make the run one of three experts, each with pairs of its own."""
+    rng = np.random.default_rng(7)
+
+    def pictures(mark, count):
+        pixels = rng.integers(0, 256, (count, 16, 16, 3), np.uint8)
+        return [Picture(f"{mark}{i}", f"{mark} word", i, p) for i, p in enumerate(pixels)]
+
     with config.unlocked():
-        config.experts = {"hate": {}, "violence": {"steps": 6}, "sexual": {"lora": {"rank": 2}}}
+        config.experts = {"hate": {}, "violence": {"steps": 6}, "sexual": {"seed": None}}
+        config.presets = {}
     for name in config.experts:
-        (folder / name).symlink_to(pairs_folder)
-    return {"pairs.path": str(folder)}
+        folder = tmp_path / "pair_sets" / name
+        write_pairs(folder, pictures("u", 24), pictures("s", 24), pictures("p", 8), {})
+    return {"pairs.path": str(tmp_path / "pair_sets")}
 
 
-def test_experts_of_one_run_are_as_if_alone(three, run, config, small, pairs_folder, tmp_path):
+def test_experts_of_one_run_are_as_if_alone(three, run, config, small, tmp_path):
     said = run("all", **three)
-    assert re.findall(r"=== (\d+)/12 (?:compile|train) (\d)", said) == [
-        ("6", "1"), ("7", "1"), ("9", "2"), ("10", "2")
+    assert re.findall(r"=== (\d+)/11 (?:compile|train) (\d)", said) == [
+        ("6", "1"), ("7", "1"), ("8", "2"), ("9", "2")
     ]  # fmt: skip
     assert re.search(r"^violence: step 6/6: loss", said, re.M)
     with config.unlocked():
-        del config["experts"]
+        del config["experts"], config["presets"]
+    exports = []
     for name, steps in (("hate", 10), ("violence", 6), ("sexual", 10)):
-        changes = {"category": name, "steps": steps, "pairs.path": str(pairs_folder)}
+        changes = {"category": name, "steps": steps, "pairs.path": f"{three['pairs.path']}/{name}"}
         run("alone", **changes)
         folder, alone = tmp_path / "all" / name, tmp_path / "alone"
-        shutil.rmtree(alone / "cache")
         ours, header = lora.load_lora(folder / EXPORT, small.unet_params)
         theirs, own_header = lora.load_lora(alone / EXPORT, small.unet_params)
         assert header == own_header
@@ -336,7 +346,10 @@ def test_experts_of_one_run_are_as_if_alone(three, run, config, small, pairs_fol
         assert [line["step"] for line in logged_steps(folder)] == list(range(1, steps + 1))
         assert logged_steps(folder)[0].keys() == logged_steps(alone)[0].keys()
         assert f"Safety LoRA against {name}" in (folder / "export" / "README.md").read_text()
+        exports.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(theirs)]))
         shutil.rmtree(alone)
+    for x, y in itertools.combinations(exports, 2):  # they are not all the same
+        assert np.linalg.norm(x - y) > 0.02 * np.linalg.norm(y)
 
 
 def test_a_killed_run_of_several_goes_on(three, run, tmp_path):
@@ -355,6 +368,50 @@ def test_a_killed_run_of_several_goes_on(three, run, tmp_path):
         assert whole.read_bytes() == killed.read_bytes()
     with pytest.raises(UserError, match=r"hate, lora\.alpha = 2.0, but now it is 3.0"):
         run("whole", **three, **{"lora.alpha": 3.0})
+    with pytest.raises(UserError, match=r"cohort_1"):  # all three are now one
+        run("whole", **three, **{"experts.violence.steps": 10})
+
+
+def test_an_expert_without_hope_holds_up_no_other(three, healthy, tmp_path, monkeypatch):
+    """It is no longer evaluated, and its numbers end no run."""
+    hopeless = Health.hopeless.fget
+
+    def of_hate(self):
+        return hopeless(self) or (self._config.category == "hate" and len(self.records) > 1)
+
+    monkeypatch.setattr(Health, "hopeless", property(of_hate))
+
+    def check(self, step, metrics):
+        if self._category == "hate" and step > 4:
+            raise Killed
+        self._strikes = 1 if self._category == "hate" else 0
+
+    monkeypatch.setattr(Guard, "check", check)
+    said = healthy("run", **three)
+    found = re.findall(r"^(\w+): health at step (\d+)", said, re.M)
+    assert [int(n) for name, n in found if name == "hate"] == [0, 4]
+    assert [int(n) for name, n in found if name == "sexual"] == [0, 4, 8, 10]
+    assert (tmp_path / "run" / "checkpoints" / "cohort_1" / "9").is_dir()
+
+
+def test_pairs_of_other_sizes_are_told_apart(three, run, small, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def pictures(mark):
+        pixels = rng.integers(0, 256, (8, 24, 16, 3), np.uint8)
+        return [Picture(f"{mark}{i}", f"{mark} word", i, p) for i, p in enumerate(pixels)]
+
+    folder = tmp_path / "pair_sets" / "sexual"
+    shutil.rmtree(folder)
+    write_pairs(folder, pictures("u"), pictures("s"), [], {})
+
+    def encode_images(self, pictures):
+        n, h, w, _ = pictures.shape
+        return np.zeros((2, n, h // 2, w // 2, 4), np.float32)
+
+    monkeypatch.setattr(type(small), "encode_images", encode_images)
+    with pytest.raises(UserError, match=r"sexual/cache and .*hate/cache are of pictures of diff"):
+        run(**three)
 
 
 def test_evaluations_of_several_on_the_way(three, healthy, tmp_path):

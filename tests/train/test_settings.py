@@ -132,34 +132,46 @@ def test_all_experts_are_each_as_its_own_config_has_it(base):
 def test_what_is_set_for_all_experts_and_for_one():
     config = all_experts.get_config()
     config.steps = 40
+    config.experts.hate.steps = 30
+    config.experts.hate.loss.winner_anchor = 5.0
+    config.experts.hate.pairs.path = "elsewhere"
     with config.unlocked():
-        config.experts.hate.seed = 3
-        config.experts.hate.loss = {"winner_anchor": 5.0}
-        config.experts.hate.lora = {"rank": 8}
+        config.experts.hate.lora.rank = 8
     found = {c.category: c for c in resolve_all(config)}
-    assert {c.steps for c in found.values()} == {40}
+    assert {name: c.steps for name, c in found.items() if c.steps != 40} == {"hate": 30}
     assert found["hate"].loss.winner_anchor == 5
     assert found["shocking"].loss.winner_anchor == 28
-    assert (found["hate"].seed, found["shocking"].seed) == (3, 0)
-    assert [(found[c].lora.rank, found[c].lora.alpha) for c in ("hate", "shocking")] == [
+    assert [(found[c].lora.rank, found[c].lora.alpha) for c in ("hate", "sexual")] == [
         (8, 8),
         (16, 16),
     ]
-    assert config.experts.hate.steps == 500
-    assert not found["violence"].pairs.path
+    assert (found["hate"].pairs.path, found["sexual"].pairs.path) == ("elsewhere", "")
+    config.loss.winner_anchor = 10.0
+    assert {c.loss.winner_anchor for c in resolve_all(config)} == {5.0, 10.0}
+
+
+def test_experts_that_differ_in_recipes_not_asked_for_are_one_cohort():
+    config = all_experts.get_config()
+    config.recipe, config.steps = "paper", 300
+    assert len(cohorts_of(resolve_all(config))) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda c: c.experts.hate.update(stepz=3), r"config\.experts\.hate\.stepz: .*no such key"),
+        (
+            lambda c: c.experts.hate.update(model="x"),
+            "hate.model: all experts .* the same",
+        ),
+        (lambda c: c.experts.hate.update(seed="x"), r"experts\.hate\.seed is 'x'"),
         (lambda c: setattr(c, "experts", {}), "config.experts is empty"),
         (lambda c: setattr(c.experts.hate, "steps", 0), "config.steps is 0"),
     ],
 )
 def test_bad_experts(change, message):
     config = all_experts.get_config()
-    with config.unlocked():
+    with config.unlocked(), config.ignore_type():
         change(config)
     with pytest.raises(UserError, match=message):
         resolve_all(config)
