@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
-from safetydpo_jax.emoji.concepts import ALL, CATEGORY_OF, HARMS
+from safetydpo_jax.emoji.concepts import BUILT_IN, CATEGORY_OF
 from safetydpo_jax.emoji.own_harm import harm_of, training_prompts
 from safetydpo_jax.emoji.prompts import preserve_prompts
 from safetydpo_jax.errors import UserError
@@ -106,7 +106,7 @@ def emoji_source(harm: Harm) -> PairSource:
     """
     from safetydpo_jax.emoji import detector  # a network, which no other source needs
 
-    own = "" if harm.name in (*HARMS, ALL.name) else f", harm {digest(asdict(harm))[:12]}"
+    own = "" if harm.name in BUILT_IN else f", harm {digest(asdict(harm))[:12]}"
     kept = len(harm.preserve)
     return PairSource(
         name=f"emoji, detector {hash_file(detector.WEIGHTS)[:12]}{own}",

@@ -141,6 +141,7 @@ HARMS: dict[str, Harm] = {
 
 # All seven as one, for a LoRA that is to unlearn them together.
 ALL = Harm("all", tuple(pair for harm in HARMS.values() for pair in harm.concepts))
+BUILT_IN: dict[str, Harm] = HARMS | {ALL.name: ALL}
 
 # The order is the order of the sprite sheet and of the detector's outputs.
 CONCEPTS: tuple[Concept, ...] = (

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from safetydpo_jax.emoji.concepts import ALL, CATEGORY_OF, HARMS, INDEX
+from safetydpo_jax.emoji.concepts import BUILT_IN, CATEGORY_OF, INDEX
 from safetydpo_jax.emoji.prompts import PromptRecord, harm_prompts
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import Harm, HarmPair, read_harm
@@ -24,12 +24,11 @@ def harm_of(config: Any) -> Harm:
     """
     if config.harm:
         return embedded(read_harm(config.harm), config.harm)
-    harms = HARMS | {ALL.name: ALL}
-    if config.category not in harms:
+    if config.category not in BUILT_IN:
         raise UserError(
-            f"config.category is {config.category!r}: it must be one of {', '.join(harms)}"
+            f"config.category is {config.category!r}: it must be one of {', '.join(BUILT_IN)}"
         )
-    return harms[config.category]
+    return BUILT_IN[config.category]
 
 
 def embedded(harm: Harm, path: str) -> Harm:

@@ -23,15 +23,13 @@ class Overlap:
 
     def add(self, layer: Layer) -> None:
         """With one more layer; an expert that leaves it alone has nothing in common there."""
-        bases = [None if x is None else _directions(x) for x in layer.experts]
-        for i, x in enumerate(layer.experts):
-            for j, y in enumerate(layer.experts[: i + 1]):
-                one, other = bases[i], bases[j]
-                if x is None or y is None or one is None or other is None:
-                    continue
+        present = [(i, x, _directions(x)) for i, x in enumerate(layer.experts) if x is not None]
+        for n, (i, x, one) in enumerate(present):
+            for j, y, other in present[: n + 1]:
+                product = inner(x, y)
                 angles = np.square(one.T @ other).sum() / max(min(one.shape[1], other.shape[1]), 1)
                 for place in {(i, j), (j, i)}:
-                    self._products[place] += inner(x, y)
+                    self._products[place] += product
                     self._shared[place] += angles
                     self._layers[place] += 1
 

@@ -105,10 +105,8 @@ def check(method: str, options: Mapping[str, Any]) -> Method:
             raise UserError(f"{method} has no option {name!r}; those it has: {has}")
         if name == "density" and not 0 < value <= 1:
             raise UserError(f"density is {value}: it must be above 0 and at most 1")
-        if name in ("preservation", "ridge") and not 0 <= value < float("inf"):
+        if name in ("preservation", "ridge", "sharpness") and not 0 <= value < float("inf"):
             raise UserError(f"{name} is {value}: it must be finite and at least 0")
-        if name == "sharpness" and not 0 <= value < float("inf"):
-            raise UserError(f"sharpness is {value}: it must be finite and at least 0")
     return METHODS[method]
 
 

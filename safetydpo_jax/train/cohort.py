@@ -116,7 +116,7 @@ class Cohort:
         done = int(self._state.step)
         left = done < self._config.steps and not self._hopeless
         if left or any(expert.due(done) for expert in self.experts):
-            self._train(self._checkpoints, done, title)
+            self._train(done, title)
 
     def _check_pairs(self) -> None:
         """One step takes pictures of one size, and one prompt to steer away from."""
@@ -140,8 +140,9 @@ class Cohort:
     def _hopeless(self) -> bool:
         return all(expert.hopeless for expert in self.experts)
 
-    def _train(self, checkpoints: Checkpoints, start: int, title: str) -> None:
+    def _train(self, start: int, title: str) -> None:
         config, params, progress = self._config, self._pipeline.unet_params, self._phases.progress
+        checkpoints = self._checkpoints
         self._phases.begin(f"compile{title}")
         batches = self._batches(start)
         null = jax.device_put(self.experts[0].cache.null, sharding.replicated(self._mesh))
@@ -203,10 +204,10 @@ class Cohort:
                     if last or all(calm):
                         checkpoints.save(self._state)
                 if stopped_by is not None and step < config.steps:
-                    self._leave_if_stopped(stop, step, checkpoints)
+                    self._leave_if_stopped(stop, step)
                 if evaluated:
                     self._evaluate(step, logs, stop)
-                    self._leave_if_stopped(stop, step, checkpoints)
+                    self._leave_if_stopped(stop, step)
 
     def _batches(self, start: int) -> Iterator[Batch]:
         """On the mesh, the experts' batches side by side: (rows, experts, ...)."""
@@ -238,10 +239,10 @@ class Cohort:
         for log in logs:
             log.pause_ends()
 
-    def _leave_if_stopped(self, stop: Stop, step: int, checkpoints: Checkpoints) -> None:
+    def _leave_if_stopped(self, stop: Stop, step: int) -> None:
         if stop.asked is not None:
             self._phases.progress(
-                f"stopped by {stop.asked.name}: step {step} is saved in {checkpoints.path}; "
+                f"stopped by {stop.asked.name}: step {step} is saved in {self._checkpoints.path}; "
                 "the same command goes on from there"
             )
             raise SystemExit(128 + stop.asked)
