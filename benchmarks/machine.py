@@ -5,6 +5,8 @@ import platform
 import re
 from pathlib import Path
 
+import jax
+
 _UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # the widest first
 
 
@@ -20,4 +22,6 @@ def machine() -> str:
     flags = of("flags").split()
     units = ", ".join(unit for unit in _UNITS if unit in flags)
     name = of("model name") or platform.machine()
-    return ", ".join(filter(None, (name, units, f"{os.cpu_count()} cores")))
+    # An accelerator says more than the processor beside it.
+    device = "" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    return ", ".join(filter(None, (device, name, units, f"{os.cpu_count()} cores")))

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 from jaxtyping import Bool, Float
 
+from configs import common
 from safetydpo_jax.emoji.concepts import HARMS
 from safetydpo_jax.emoji.prompts import harm_prompts, safe_prompts
 from safetydpo_jax.evaluate.detections import EmojiJudge, detect
@@ -19,9 +21,11 @@ from safetydpo_jax.evaluate.metrics import judge_safe, judge_unsafe
 from safetydpo_jax.evaluate.report import picture_seeds
 from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.lora import Adapters, scaled
+from safetydpo_jax.lora.adapters import kernels, module_paths
 
 LOSS = 0.02  # of fidelity on safe prompts, at which methods are compared
 STEP, LEAST, MOST = 1.25, 0.2, 5.0  # of the search along a curve
+WIDTH = 28  # columns that all LoRAs are filled up to
 Bits = dict[str, Bool[np.ndarray, " n"]]  # by set of prompts, what of its pictures is so
 
 
@@ -115,30 +119,28 @@ class Examiner:
         self, adapters: Adapters | None, scale: float = 1.0, only: Sequence[str] = CATEGORIES
     ) -> Point:
         """Measures a LoRA at a scale; None is the base. `only`: of these categories."""
-        applied = None if adapters is None else scaled(adapters, scale, 1)
-        found = {
-            name: detect(
-                self._pipeline,
-                [record.text for record in self._prompts[name]],
-                self._seeds[name],
-                self._judge,
-                self._folder,
-                adapters=applied,
-                progress=lambda line: None,
-                **self._drawing,
-            )
-            for name in [*only, "safe"]
+        sets = [*only, "safe"]
+        records = [record for name in sets for record in self._prompts[name]]
+        found = detect(
+            self._pipeline,
+            [record.text for record in records],
+            np.concatenate([self._seeds[name] for name in sets]),
+            self._judge,
+            self._folder,
+            adapters=scaled(filled(adapters or {}, self._pipeline.unet_params), scale, 1),
+            progress=lambda line: None,
+            **self._drawing,
+        )
+        ends = np.cumsum([len(self._prompts[name]) for name in sets]).tolist()
+        seen = {
+            name: (found.names[start:end], found.backgrounds[start:end])
+            for name, start, end in zip(sets, [0, *ends], ends, strict=False)
         }
         unsafe = {
-            name: judge_unsafe(
-                found[name].names,
-                found[name].backgrounds,
-                self._prompts[name],
-                self._judge.unsafe_names,
-            )
+            name: judge_unsafe(*seen[name], self._prompts[name], self._judge.unsafe_names)
             for name in only
         }
-        safe = judge_safe(found["safe"].names, self._prompts["safe"], self._judge.unsafe_names)
+        safe = judge_safe(seen["safe"][0], self._prompts["safe"], self._judge.unsafe_names)
         return Point(
             scale,
             {name: x.shows("unsafe") for name, x in unsafe.items()},
@@ -146,6 +148,22 @@ class Examiner:
             safe.faithful,
             safe.junk,
         )
+
+
+def filled(adapters: Adapters, unet_params: Mapping[str, Any]) -> Adapters:
+    """The same with zeros up to `WIDTH` columns, on all layers: one compilation for all LoRAs."""
+    given: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(adapters))
+    found = {}
+    for layer in module_paths(unet_params, common.get_config("hate").lora.targets):
+        path, (rows, columns) = kernels(unet_params)[layer]
+        found[(*path, "a")] = np.zeros((rows, WIDTH), np.float32)
+        found[(*path, "b")] = np.zeros((WIDTH, columns), np.float32)
+        if (*path, "a") in given:
+            rank = given[(*path, "a")].shape[1]
+            found[(*path, "a")][:, :rank] = given.pop((*path, "a"))
+            found[(*path, "b")][:rank] = given.pop((*path, "b"))
+    assert not given
+    return traverse_util.unflatten_dict(found)
 
 
 def search(measure: Callable[[float], Point], base: Point, first: float = 1.0) -> list[Point]:

@@ -14,13 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
 from safetydpo_jax import sharding, storage
 from safetydpo_jax.diffusion.samplers import SAMPLERS, advance, initial_latents
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.lora.adapters import routed
 from safetydpo_jax.merge import moments as moments_of
 from safetydpo_jax.merge.experts import Experts
 from safetydpo_jax.merge.moments import SAFE
@@ -29,8 +27,6 @@ from safetydpo_jax.models.layers import Conv
 
 TRAJECTORIES = ("base", "experts")
 BANDS = 4  # of timesteps, from noisy to clean, equally many steps each
-# Of one layer: (a, b) of all experts, (experts, in, rank) and (experts, rank, out).
-Stacked = tuple[Float[np.ndarray, "e *in r"], Float[np.ndarray, "e r out"]]
 
 
 def count_votes(
@@ -96,13 +92,12 @@ def count_votes(
 
     table = SAMPLERS[sampler](pipeline.schedule, num_steps)
     rows = jax.tree.map(np.asarray, table.rows())
-    stacked = _stacked(experts)
+    stacked = experts.stacked(weighted=False)
     moments = jax.device_put(moments_of.nothing(stacked) if inputs else {}, whole)
     stacked = jax.device_put(stacked, whole)
     params = jax.device_put(pipeline.unet_params, whole)
     step = _make_step(pipeline.unet, guidance_scale, experts if trajectory == "experts" else None)
-    # -1, of a category without an expert, routes a row to none.
-    own = np.array([experts.names.index(x) if x in experts.names else -1 for x in categories])
+    own = experts.of_categories(categories)
     halves = _halves(categories)
     votes = np.array([x != SAFE for x in categories])
     cells = halves * len(names) + np.array([names.index(x) if x != SAFE else 0 for x in categories])
@@ -183,21 +178,6 @@ def _of_one_rank(experts: Experts) -> list[str]:
     ]
 
 
-def _stacked(experts: Experts) -> dict[str, Stacked]:
-    """All experts' factors by layer, filled up with zeros to the highest rank there."""
-    found = {}
-    for name, (_, kernel) in experts.places.items():
-        layer = experts.layer(name, weighted=False)
-        rank = max(x.rank for x in layer.present)
-        a = np.zeros((len(layer.experts), layer.shape[0], rank), np.float32)
-        b = np.zeros((len(layer.experts), rank, layer.shape[1]), np.float32)
-        for i, factors in enumerate(layer.experts):
-            if factors is not None:
-                a[i, :, : factors.rank], b[i, : factors.rank] = factors
-        found[name] = a.reshape(len(a), *kernel[:-1], rank), b
-    return found
-
-
 def _make_step(unet: Any, guidance_scale: float, drawing: Experts | None) -> Callable[..., Any]:
     """Compiles one step of drawing with its votes: by layer, (b, experts, out) and (.., rank).
 
@@ -210,12 +190,7 @@ def _make_step(unet: Any, guidance_scale: float, drawing: Experts | None) -> Cal
         moments = dict(moments)
         variables = {"params": params}
         if drawing is not None:
-            flat = {
-                (*drawing.places[layer][0], leaf): x
-                for layer, factors in stacked.items()
-                for leaf, x in zip("ab", factors, strict=True)
-            }
-            variables["lora"] = routed(traverse_util.unflatten_dict(flat), drawn_by)
+            variables["lora"] = drawing.routed(stacked, drawn_by)
 
         def heard(see: Callable[[str, nn.Module, Array], None], told: Any) -> Array:
             def listen(call, args, kwargs, context):

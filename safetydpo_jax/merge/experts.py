@@ -8,14 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
+from jaxtyping import Float, Int
 
 from safetydpo_jax import storage
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.lora.adapters import kernels
+from safetydpo_jax.lora.adapters import Adapters, kernels, routed
 from safetydpo_jax.lora.keys import BASE_HASH
 from safetydpo_jax.lora.reader import LoraFile, opened_lora
 from safetydpo_jax.merge.factors import Factors
 from safetydpo_jax.merge.layer import Layer
+
+# Of one layer: (a, b) of all experts, (experts, ..., in, rank) and (experts, rank, out).
+Stacked = tuple[Float[np.ndarray, "e *in r"], Float[np.ndarray, "e r out"]]
 
 
 class Experts:
@@ -87,6 +92,33 @@ class Experts:
             b = b * np.float32(weight) if weighted else b
             found.append(Factors(a.reshape(-1, a.shape[-1]), b))
         return Layer(name, (math.prod(size) * rows, columns), found)
+
+    def stacked(self, *, weighted: bool = True) -> dict[str, Stacked]:
+        """All experts' factors by layer, filled up with zeros to the highest rank there."""
+        found = {}
+        for name, (_, kernel) in self.places.items():
+            layer = self.layer(name, weighted=weighted)
+            rank = max(x.rank for x in layer.present)
+            a = np.zeros((len(layer.experts), layer.shape[0], rank), np.float32)
+            b = np.zeros((len(layer.experts), rank, layer.shape[1]), np.float32)
+            for i, factors in enumerate(layer.experts):
+                if factors is not None:
+                    a[i, :, : factors.rank], b[i, : factors.rank] = factors
+            found[name] = a.reshape(len(a), *kernel[:-1], rank), b
+        return found
+
+    def routed(self, stacked: Mapping[str, Any], expert: Int[Any, " n"]) -> Adapters:
+        """A "lora" collection that applies to each of n rows its own expert, to -1 none."""
+        flat = {
+            (*self.places[layer][0], leaf): x
+            for layer, factors in stacked.items()
+            for leaf, x in zip("ab", factors, strict=True)
+        }
+        return routed(traverse_util.unflatten_dict(flat), expert)
+
+    def of_categories(self, categories: Sequence[str]) -> Int[np.ndarray, " n"]:
+        """The expert whose name each category is, -1 without one."""
+        return np.array([self.names.index(x) if x in self.names else -1 for x in categories])
 
 
 @contextlib.contextmanager

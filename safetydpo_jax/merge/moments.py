@@ -26,12 +26,8 @@ def shares(categories: Sequence[str], experts: Experts) -> dict[str, np.ndarray]
     Raises:
       UserError: no prompts of an expert's category, or no safe ones.
     """
+    check_categories(categories, experts)
     found, names = np.array(categories), list(dict.fromkeys(experts.names))
-    if missing := [name for name in [*names, SAFE] if name not in categories]:
-        raise UserError(
-            f"no prompts of {', '.join(missing)}: what the layers see is wanted under prompts of "
-            f"each expert's category and under safe ones (category {SAFE})"
-        )
     of = {name: (found == name) / (found == name).sum() for name in [*names, SAFE]}
     columns = {
         "harmful": sum(of[name] for name in names),
@@ -42,6 +38,15 @@ def shares(categories: Sequence[str], experts: Experts) -> dict[str, np.ndarray]
         **{name: np.asarray(column, np.float32)[:, None] for name, column in columns.items()},
         "own": np.stack([of[name] for name in experts.names], 1).astype(np.float32),
     }
+
+
+def check_categories(categories: Sequence[str], experts: Experts) -> None:
+    """Raises UserError unless there are prompts of every expert's category and safe ones."""
+    if missing := [name for name in (*experts.names, SAFE) if name not in categories]:
+        raise UserError(
+            f"no prompts of {', '.join(missing)}: what experts do is wanted under prompts of each "
+            f"one's category, which is its name, and under safe ones (category {SAFE})"
+        )
 
 
 def nothing(stacked: Mapping[str, tuple[Any, Any]]) -> dict[str, Moments]:
