@@ -10,6 +10,10 @@ Co-Merge gives each output of a layer to the expert that is the most active ther
 draws with the base model, once; what it counts is kept beside the result, so that merging again
 with other options takes no model: --stats OUT.stats.safetensors. Beside the merged LoRA, which
 diffusers loads, it writes a picture of who won what and how much the experts have in common.
+
+--distill 800 trains what was merged, for so many steps, to answer each category's prompts as its
+expert does and safe ones as the base. It takes the model and prompts, and goes on where it was
+stopped.
 """
 
 import argparse
@@ -60,6 +64,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="who draws, for votes: the base, or each expert the prompts of its category",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time (8)")
+    parser.add_argument(
+        "--distill", type=int, default=0, metavar="STEPS", help="teach the result by the experts"
+    )
+    parser.add_argument("--distill_rate", type=float, help="its learning rate (0.005)")
+    parser.add_argument(
+        "--distill_preservation", type=float, help="weight of safe prompts in it (10)"
+    )
+    parser.add_argument("--distill_batch_size", type=int, help="its rows (32)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the merged .safetensors")
     first = parser.parse_args(argv)
     if first.recipe:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Int, Key
 
@@ -100,7 +101,7 @@ def scaled(adapters: Adapters, alpha: float, rank: int) -> Adapters:
     )
 
 
-def routed(adapters: Adapters, expert: Int[Array, "n"]) -> Adapters:
+def routed(adapters: Adapters, expert: Int[Array | np.ndarray, "n"]) -> Adapters:
     """A "lora" collection with which each row of a batch is adapted by an expert of its own.
 
     The experts' factors stand side by side, as one adapter of rank experts * rank, and `gate`

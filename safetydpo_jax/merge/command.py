@@ -1,16 +1,19 @@
 """The command `merge`: experts in, one LoRA out, with votes and a picture of what was done."""
 
+import dataclasses
+import functools
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from safetydpo_jax import storage
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.lora.adapters import describe
+from safetydpo_jax.lora.adapters import describe, scaled
 from safetydpo_jax.lora.base import shapes_for
 from safetydpo_jax.lora.keys import BASE_HASH
 from safetydpo_jax.lora.writer import save_lora
@@ -20,6 +23,9 @@ from safetydpo_jax.merge.layer import Inputs, Votes
 from safetydpo_jax.merge.overlap import Overlap
 from safetydpo_jax.merge.run import ASKS, Merged, check, merge
 from safetydpo_jax.merge.statistics import Statistics, load_statistics
+
+if TYPE_CHECKING:
+    from safetydpo_jax.merge.distillation import Lessons
 
 OPTIONS = ("density", "sharpness", "preservation", "ridge")  # of methods
 
@@ -53,46 +59,92 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
             f"{arguments.method} {ASKS[needs]}: give the base as --model, or --stats with what was "
             "counted before"
         )
+    lessons = _lessons(arguments)
     files = [Path(file) for file in arguments.experts]
     base, shapes = shapes_for(files[0], arguments.model, arguments.model_config)
     progress(f"{len(files)} experts of {base}")
     with opened_experts(files, shapes, arguments.weights) as experts:
         for name, file, weight in zip(experts.names, experts.files, experts.weights, strict=True):
             progress(f"  {name}: rank {min(file.ranks.values())}, weight {weight:g}, {file.path}")
-        inputs = needs == "inputs"
-        statistics = _statistics(arguments, experts, inputs, progress) if needs else None
+        base_model = _Base(arguments, progress)
+        statistics = _statistics(arguments, experts, needs, base_model, progress) if needs else None
         votes = _votes(arguments, statistics) if statistics else None
         inputs_of = statistics.inputs if statistics else None
         merged = _merge(arguments, experts, options, votes, inputs_of, progress)
+        if lessons is not None:
+            merged = _distilled(merged, lessons, experts, base_model, arguments, progress)
         overlap = Overlap(len(files))
         for layer in experts.places:
             overlap.add(experts.layer(layer))
-        return _write(arguments, experts, options, votes, merged, overlap, progress)
+        return _write(arguments, experts, options, lessons, votes, merged, overlap, progress)
+
+
+def _lessons(arguments: Any) -> "Lessons | None":
+    """How the result is taught, if it is to be."""
+    given = {
+        name: value
+        for name in ("learning_rate", "preservation", "batch_size")
+        if (value := getattr(arguments, f"distill_{name.removeprefix('learning_')}")) is not None
+    }
+    if not arguments.distill:
+        if given:
+            raise UserError("--distill_... says how to distil, but there is no --distill STEPS")
+        return None
+    if arguments.model is None:
+        raise UserError("--distill trains the result: give the base as --model")
+    from safetydpo_jax.merge.distillation import Lessons
+
+    lessons = Lessons(
+        steps=arguments.distill, seed=arguments.seed, num_steps=arguments.steps, **given
+    )
+    lessons.check()
+    return lessons
+
+
+class _Base:
+    """The base model and the prompts, loaded when they are wanted."""
+
+    def __init__(self, arguments: Any, progress: Callable[[str], None]):
+        self._arguments, self._progress = arguments, progress
+
+    @functools.cached_property
+    def pipeline(self) -> Any:
+        from safetydpo_jax.models.pretrained import load_pipeline
+
+        model, configs = self._arguments.model, self._arguments.model_config
+        return load_pipeline(model, configs=configs, progress=self._progress)
+
+    def prompts(self, *, safe: bool) -> tuple[list[str], list[str]]:
+        """Those of the table, or the embedded world's own, with their categories."""
+        from safetydpo_jax.merge.prompts import emoji_prompts, read_prompts
+
+        if self._arguments.prompts is not None:
+            return read_prompts(self._arguments.prompts)
+        if self._arguments.model == "emoji":
+            return emoji_prompts(self._arguments.num_prompts, self._arguments.seed, safe=safe)
+        raise UserError(
+            "no --prompts: give a CSV with the columns category,prompt, prompts of all the "
+            "categories that the experts are for"
+        )
 
 
 def _statistics(
-    arguments: Any, experts: Experts, inputs: bool, progress: Callable[[str], None]
+    arguments: Any,
+    experts: Experts,
+    needs: str,
+    base_model: _Base,
+    progress: Callable[[str], None],
 ) -> Statistics:
     """Those of a file, or counted anew and kept beside the result."""
     if arguments.stats is not None:
         found = load_statistics(arguments.stats).ordered(experts.hashes, str(arguments.stats))
     else:
+        inputs = needs == "inputs"
+        prompts, categories = base_model.prompts(safe=inputs)
         from safetydpo_jax.merge.activity import count_votes
-        from safetydpo_jax.merge.prompts import emoji_prompts, read_prompts
-        from safetydpo_jax.models.pretrained import load_pipeline
 
-        if arguments.prompts is not None:
-            prompts, categories = read_prompts(arguments.prompts)
-        elif arguments.model == "emoji":
-            prompts, categories = emoji_prompts(arguments.num_prompts, arguments.seed, safe=inputs)
-        else:
-            raise UserError(
-                "no --prompts: give a CSV with the columns category,prompt, prompts of all the "
-                "categories that the experts are for"
-            )
-        pipeline = load_pipeline(arguments.model, configs=arguments.model_config, progress=progress)
         found = count_votes(
-            pipeline,
+            base_model.pipeline,
             experts,
             prompts,
             categories,
@@ -149,7 +201,7 @@ def _merge(
         experts,
         arguments.method,
         rank=arguments.rank,
-        scale=arguments.scale,
+        scale=1.0 if arguments.distill else arguments.scale,  # there it comes at the end
         options=options,
         votes=votes,
         inputs=inputs,
@@ -158,10 +210,35 @@ def _merge(
     )
 
 
+def _distilled(
+    merged: Merged,
+    lessons: "Lessons",
+    experts: Experts,
+    base_model: _Base,
+    arguments: Any,
+    progress: Callable[[str], None],
+) -> Merged:
+    from safetydpo_jax.merge.distillation import distill
+
+    folder = arguments.out.with_suffix(".distilling")
+    adapters = distill(
+        base_model.pipeline,
+        experts,
+        merged.adapters,
+        *base_model.prompts(safe=True),
+        lessons,
+        folder,
+        progress=progress,
+    )
+    shutil.rmtree(folder)
+    return dataclasses.replace(merged, adapters=scaled(adapters, arguments.scale, 1))
+
+
 def _write(
     arguments: Any,
     experts: Experts,
     options: dict[str, Any],
+    lessons: "Lessons | None",
     votes: dict[str, Votes] | None,
     merged: Merged,
     overlap: Overlap,
@@ -187,6 +264,7 @@ def _write(
             for name in ("category_weights", "band_weights")
             if (value := getattr(arguments, name)) is not None
         },
+        **({"distillation": json.dumps(dataclasses.asdict(lessons))} if lessons else {}),
         "energy_kept": f"{energy:.4f}",
         **{
             key: value

@@ -102,8 +102,8 @@ def distill(
       prompts: n texts, of every expert's category and safe ones.
       categories: of each prompt, an expert's name or `SAFE`; prompts of others are left out.
       lessons: how.
-      folder: for the teachers' pictures, which students of other settings take too, and checkpoints;
-        a run that was stopped goes on from there. The checkpoints are gone at the end.
+      folder: for the teachers' pictures, which students of other settings take too, and for
+        checkpoints, gone at the end; a run that was stopped goes on from there.
       progress: takes lines of text: done, rate, time left.
 
     Returns:
@@ -146,7 +146,9 @@ def distill(
     own = experts.of_categories(categories)
     told, null = pipeline.encode_prompts(prompts), _first(pipeline.encode_negative([""]))
     with jax.default_matmul_precision(lessons.matmul_precision):
-        pictures = _pictures(pipeline, experts, stacked, told, own, lessons, file, progress)
+        pictures = _pictures(
+            pipeline, params, experts, stacked, told, own, lessons, split, file, progress
+        )
         step = _make_step(pipeline, experts, optimizer, lessons)
         began, first, lost = time.monotonic(), int(state.step), []
         with stop_signal() as stop:
@@ -200,11 +202,13 @@ def _first(tree: Any) -> Any:
 
 def _pictures(
     pipeline: Any,
+    params: Any,
     experts: Experts,
     stacked: Mapping[str, Any],
     told: Any,
     own: Int[np.ndarray, " n"],
     lessons: Lessons,
+    split: jax.sharding.Sharding,
     file: Path,
     progress: Callable[[str], None],
 ) -> Float[np.ndarray, "n h w c"]:
@@ -220,7 +224,7 @@ def _pictures(
         guidance_scale=lessons.guidance_scale,
     )
     size, found, began = lessons.batch_size, [], time.monotonic()
-    negative = pipeline.encode_negative([""] * size)
+    negative = jax.device_put(pipeline.encode_negative([""] * size), split)
     seeds = np.random.SeedSequence(lessons.seed).generate_state(len(own))
     for start in range(0, len(own), size):
         # A short last batch is filled up, so that its shape needs no compilation of its own.
@@ -230,7 +234,8 @@ def _pictures(
         teachers = np.tile(own[index], 2 if lessons.guidance_scale > 1 else 1)
         adapters = experts.routed(stacked, teachers)
         rows = jax.tree.map(lambda x, i=index: x[i], told)
-        found.append(np.asarray(sample(pipeline.unet_params, adapters, noise, rows, negative)))
+        noise, rows = jax.device_put((noise, rows), split)
+        found.append(np.asarray(sample(params, adapters, noise, rows, negative)))
         done = min(start + size, len(own))
         left = (time.monotonic() - began) / done * (len(own) - done)
         progress(f"distillation: {done}/{len(own)} pictures drawn, {left:.0f} s left")

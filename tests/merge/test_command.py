@@ -37,6 +37,44 @@ def change(path, pipeline):
     }
 
 
+def test_distilled(kept_files, pipeline, model_folder, tmp_path, capsys):
+    prompts, out = tmp_path / "taught.csv", tmp_path / "out" / "merged.safetensors"
+    names = ("hate", "violence", "shocking", "safe")
+    rows = [f"{name},secret {i}" for name in names for i in range(2)]
+    prompts.write_text("\n".join(["category,prompt", *rows]))
+    given = ("--method", "svd", "--rank", 3, "--model", model_folder, "--prompts", prompts,
+             "--steps", 3, "--distill", 2, "--distill_batch_size", 8)  # fmt: skip
+    run("--experts", *kept_files, *given, "--out", out)
+    said = capsys.readouterr().out
+    assert "secret" not in said
+    assert "distillation: 8/8 pictures drawn" in said
+    assert "distillation: 2/2 steps" in said
+    merged = tmp_path / "merged.safetensors"
+    run("--experts", *kept_files, *given[:6], "--out", merged)
+    _, header = lora.load_lora(out, pipeline.unet_params)
+    lessons = json.loads(header["distillation"])
+    assert (lessons["steps"], lessons["batch_size"], lessons["num_steps"]) == (2, 8, 3)
+    taught, untaught = (change(path, pipeline) for path in (out, merged))
+    assert any(np.abs(taught[layer] - untaught[layer]).max() > 1e-3 for layer in taught)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["merged.png", out.name]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--distill", 5), "--distill trains the result: give the base as --model"),
+        (("--distill_rate", 0.1), "there is no --distill STEPS"),
+        (("--distill", 5, "--model", "emoji", "--distill_batch_size", 3), "it must be even"),
+        (("--distill", -1, "--model", "emoji"), "steps is -1"),
+    ],
+)
+def test_wrong_distillation(kept_files, tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        run(
+            "--experts", *kept_files, "--method", "svd", "--out", tmp_path / "x.safetensors", *given
+        )
+
+
 def test_co_merge_and_again_from_its_votes(
     files, prompts, pipeline, model_folder, tmp_path, capsys
 ):

@@ -224,7 +224,7 @@ def test_experts_draw_the_prompts_of_their_own_category(twins, pipeline):
 def test_inputs_that_cannot_be_kept(twins, files, pipeline):
     with opened_experts(twins, pipeline.unet_params) as experts:
         for of, missing in (([*OF_TWINS[:3]] * 3, "twin1"), (["twin0", "twin1"] * 4, "safe")):
-            with pytest.raises(UserError, match=f"no prompts of {missing}: what the layers see"):
+            with pytest.raises(UserError, match=f"no prompts of {missing}: what experts do"):
                 count_votes(pipeline, experts, PROMPTS, of[:8], inputs=True, **SETTINGS)
     with opened_experts(files, pipeline.unet_params) as experts:
         of = ["hate", "violence", "shocking", "safe"] * 2
