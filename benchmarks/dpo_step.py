@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, help="side of the pictures; one pair a step")
     parser.add_argument("--remat", action="store_true", help="config.remat")
     args = parser.parse_args()
+    if args.remat:
+        host_memory.share_one_arena()  # as training does
     pipeline = load_pipeline(args.model)
     if args.remat:
         pipeline.networks["unet"] = pipeline.unet.clone(remat=True)

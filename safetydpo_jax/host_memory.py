@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 _TUNABLE = "glibc.malloc.hugetlb"
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 _MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -24,6 +25,18 @@ def use_huge_pages() -> None:
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{_TUNABLE}=1"]))
     sys.stdout.flush()
     os.execv(sys.executable, sys.orig_argv)
+
+
+def share_one_arena() -> None:
+    """Has all threads that start from now on allocate from the main thread's memory.
+
+    In arenas of their own, what a compilation frees stays: 0.4 GB of Stable Diffusion's step. It
+    makes a training step some 5 % slower, so it is for runs that spare memory (config.remat).
+    """
+    if sys.platform == "linux":
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+        if set_option:
+            set_option(_M_ARENA_MAX, 1)
 
 
 def give_back() -> None:

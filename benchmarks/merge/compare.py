@@ -18,13 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for configs and benchmarks
 
 from benchmarks.machine import machine
 from benchmarks.merge.contenders import CONTENDERS
-from benchmarks.merge.curves import LOSS, Examiner, Point, ip_at_loss, search
+from benchmarks.merge.curves import Examiner, Point, search
+from benchmarks.merge.report import BASE, EXPERTS, RESULTS, read_curves, table
 from benchmarks.merge.train import ALL_RANKS, all_single, lora
 from configs import common
 from safetydpo_jax import storage
@@ -42,8 +41,7 @@ from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.storage import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "merge"
-BASE, EXPERTS, ALL, ALL_CUT = "base", "experts", "all_single", "all_single, cut"
+ALL, ALL_CUT = "all_single", "all_single, cut"
 NUM_VOTERS, NUM_TAUGHT = 32, 64  # prompts of each category for statistics, for distillation
 
 
@@ -101,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         Comparison(args, stage, seed).run(
             args.contenders or stage.contenders, args.ranks or stage.ranks
         )
-    print(table(args.results))
+    print(table(read_curves(args.results)))
 
 
 class Comparison:
@@ -137,7 +135,8 @@ class Comparison:
                 self._measured(EXPERTS, None, lambda: [self._alone()])
             for rank in ranks:
                 for name in names:
-                    if name not in (BASE, EXPERTS):
+                    uncut = name == ALL_CUT and rank == max(ALL_RANKS)
+                    if name not in (BASE, EXPERTS) and not uncut:
                         self._measured(
                             name, rank, lambda n=name, r=rank: self._curve(n, r, experts, base)
                         )
@@ -258,22 +257,6 @@ class Comparison:
             if found[key] != value:
                 raise UserError(f"{path} is of another {key}: move it away, or give --results")
         return [Point.from_json(point) for point in found["points"]]
-
-
-def table(folder: Path) -> str:
-    """IP where `LOSS` of fidelity is lost, the mean over seeds, the lowest first."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    bases = {x["seed"]: Point.from_json(x["points"][0]) for x in found if x["name"] == BASE}
-    ips: dict[tuple[int, str], list[float]] = {}
-    for x in found:
-        base = bases[x["seed"]]
-        points = [base, *(Point.from_json(point) for point in x["points"])]
-        along = np.array([point.ip for point in points])
-        losses = np.array([base.faithful.mean() - point.faithful.mean() for point in points])
-        ips.setdefault((x["rank"] or 0, x["name"]), []).append(ip_at_loss(along, losses))
-    rows = sorted((rank, float(np.mean(ip)), len(ip), name) for (rank, name), ip in ips.items())
-    lines = [f"rank  IP at a loss of {LOSS:.0%}  seeds"]
-    return "\n".join(lines + [f"{r:4d}  {ip:.3f}  {n}  {name}" for r, ip, n, name in rows])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from safetydpo_jax.models.layers import Dense, LayerNorm
 LONG = 1024  # tokens from which on a platform's kernel is asked; below it logits are small
 TILES = (512, 256, 128)  # of the TPU kernel, in tokens; one of them must divide their number
 LANES = 128  # of a TPU: heads wider than this are filled up to a multiple
-LOGITS = 2**26  # bytes of logits that the plain form has at a time (in up to three copies)
+LOGITS = 2**24  # bytes of logits that the plain form has at a time on a CPU (in some copies)
+ROOMIER = 4  # times as many elsewhere, where a larger product is a faster one
+WIDEST = 2**25  # bytes of the feed-forward's widest array, where memory is to be spared
 
 Queries = Float[Array, "b t h d"]
 Keys = Float[Array, "b s h d"]  # and values
@@ -111,12 +113,14 @@ _plain.defvjp(_plain_forward, _plain_backward)
 
 
 def _in_parts(f: Callable[..., tuple[Array, ...]], *arrays: Heads) -> tuple[Array, ...]:
-    """f, whose first arguments are q and k, over so many heads at a time that LOGITS holds them."""
+    """f, whose first arguments are q and k, over as few heads at a time as `_most` wants."""
     q, k, *_ = arrays
     rows, heads = q.shape[0], q.shape[2]
     size = 4 * rows * heads * q.shape[1] * k.shape[1]
-    by_head = _parts(heads, size)
-    by_row = _parts(rows, size // by_head)  # rows may be spread over devices, so they come last
+    by_head = _parts(heads, size, _most())
+    by_row = _parts(
+        rows, size // by_head, _most()
+    )  # rows may be spread over devices, so they come last
 
     def split(x: Heads) -> Float[Array, "n r g _ _"]:
         x = x.reshape(by_row, rows // by_row, x.shape[1], by_head, heads // by_head, x.shape[3])
@@ -133,22 +137,50 @@ def _in_parts(f: Callable[..., tuple[Array, ...]], *arrays: Heads) -> tuple[Arra
     return tuple(join(y) for y in jax.lax.map(lambda part: f(*part), parts))
 
 
-def _parts(count: int, size: int) -> int:
-    """Into how many parts to split `count` things of `size` bytes for one to fit into LOGITS."""
-    fitting = (n for n in range(1, count) if count % n == 0 and size <= n * LOGITS)
+def _by_tokens(
+    f: Callable[..., tuple[Array, ...]], *arrays: Float[Array, "r h t _"], others: int
+) -> tuple[Array, ...]:
+    """f over so many tokens of its arguments at a time as `_most` wants, against `others`."""
+    rows, heads, tokens, _ = arrays[0].shape
+    parts = _parts(tokens, 4 * rows * heads * tokens * others, _most())
+    if parts == 1:
+        return f(*arrays)
+
+    def split(x: Float[Array, "r h t _"]) -> Float[Array, "n r h _ _"]:
+        return jnp.moveaxis(x.reshape(rows, heads, parts, tokens // parts, -1), 2, 0)
+
+    def join(x: Float[Array, "n r h _ _"]) -> Float[Array, "r h t _"]:
+        return jnp.moveaxis(x, 0, 2).reshape(rows, heads, tokens, -1)
+
+    found = jax.lax.map(lambda part: f(*part), tuple(split(x) for x in arrays))
+    return tuple(join(x) for x in found)
+
+
+def _most() -> int:
+    """Bytes of logits at a time."""
+    return LOGITS if jax.default_backend() == "cpu" else ROOMIER * LOGITS
+
+
+def _parts(count: int, size: int, most: int) -> int:
+    """Into how many parts to split `count` things of `size` bytes for none to be above `most`."""
+    fitting = (n for n in range(1, count) if count % n == 0 and size <= n * most)
     return next(fitting, count)
 
 
 def _attend(
     q: Float[Array, "r h t d"], k: Float[Array, "r h s d"], v: Float[Array, "r h s d"]
-) -> tuple[Float[Array, "r h t d"], Float[Array, "r h t 1"]]:
-    """The result, and the logarithm of the sum of each row's exponentials."""
-    logits = _product("rhtd,rhsd->rhts", q, k) / math.sqrt(q.shape[-1])
-    most = logits.max(-1, keepdims=True)
-    weights = jnp.exp(logits - most)
-    total = weights.sum(-1, keepdims=True)
-    y = _product("rhts,rhsd->rhtd", weights.astype(v.dtype), v) / total
-    return y.astype(v.dtype), most + jnp.log(total)
+) -> tuple[Array, ...]:
+    """The result (r, h, t, d), and the logarithm of each row's sum of exponentials (.., 1)."""
+
+    def of_queries(q: Array) -> tuple[Array, Array]:
+        logits = _product("rhtd,rhsd->rhts", q, k) / math.sqrt(q.shape[-1])
+        most = logits.max(-1, keepdims=True)
+        weights = jnp.exp(logits - most)
+        total = weights.sum(-1, keepdims=True)
+        y = _product("rhts,rhsd->rhtd", weights.astype(v.dtype), v) / total
+        return y.astype(v.dtype), most + jnp.log(total)
+
+    return _by_tokens(of_queries, q, others=k.shape[2])
 
 
 def _gradients(
@@ -158,7 +190,7 @@ def _gradients(
     y: Float[Array, "r h t d"],
     lse: Float[Array, "r h t 1"],
     dy: Float[Array, "r h t d"],
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Of `_attend`, whose results were y and lse: with respect to q, k and v.
 
     A row of probabilities sums to one, which takes y dy off each of its derivatives. What is summed
@@ -167,14 +199,22 @@ def _gradients(
     """
     scale = 1 / math.sqrt(q.shape[-1])
     mean = jnp.sum(y.astype(jnp.float32) * dy, -1, keepdims=True)
-    p = jnp.exp(_product("rhtd,rhsd->rhts", q, k) * scale - lse)
-    dlogits = p * (_product("rhtd,rhsd->rhts", dy, v) - mean)
-    dq = _product("rhts,rhsd->rhtd", dlogits.astype(k.dtype), k) * scale
-    p = jnp.exp(_product("rhsd,rhtd->rhst", k, q) * scale - lse.swapaxes(2, 3))
-    dlogits = p * (_product("rhsd,rhtd->rhst", v, dy) - mean.swapaxes(2, 3))
-    dk = _product("rhst,rhtd->rhsd", dlogits.astype(q.dtype), q) * scale
-    dv = _product("rhst,rhtd->rhsd", p.astype(dy.dtype), dy)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+    def of_queries(q: Array, dy: Array, lse: Array, mean: Array) -> tuple[Array]:
+        p = jnp.exp(_product("rhtd,rhsd->rhts", q, k) * scale - lse)
+        dlogits = p * (_product("rhtd,rhsd->rhts", dy, v) - mean)
+        dq = _product("rhts,rhsd->rhtd", dlogits.astype(k.dtype), k) * scale
+        return (dq.astype(q.dtype),)
+
+    def of_keys(k: Array, v: Array) -> tuple[Array, Array]:
+        p = jnp.exp(_product("rhsd,rhtd->rhst", k, q) * scale - lse.swapaxes(2, 3))
+        dlogits = p * (_product("rhsd,rhtd->rhst", v, dy) - mean.swapaxes(2, 3))
+        dk = _product("rhst,rhtd->rhsd", dlogits.astype(q.dtype), q) * scale
+        dv = _product("rhst,rhtd->rhsd", p.astype(dy.dtype), dy)
+        return dk.astype(k.dtype), dv.astype(v.dtype)
+
+    (dq,) = _by_tokens(of_queries, q, dy, lse, mean, others=k.shape[2])
+    return dq, *_by_tokens(of_keys, k, v, others=q.shape[2])
 
 
 def _product(how: str, x: Array, y: Array) -> Float[Array, "..."]:
@@ -205,10 +245,14 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """diffusers' BasicTransformerBlock: self-attention, cross-attention, GEGLU feed-forward."""
+    """diffusers' BasicTransformerBlock: self-attention, cross-attention, GEGLU feed-forward.
+
+    `sparing`: of memory, as it is within a block that is computed again for the gradient.
+    """
 
     heads: int
     dtype: DTypeLike = jnp.float32
+    sparing: bool = False
 
     @nn.compact
     def __call__(
@@ -220,6 +264,22 @@ class TransformerBlock(nn.Module):
         h = LayerNorm(dtype=self.dtype, name="norm2")(x)
         x = x + Attention(c, self.heads, dtype=self.dtype, name="attn2")(h, context)
         h = LayerNorm(dtype=self.dtype, name="norm3")(x)
-        h, gate = jnp.split(Dense(8 * c, dtype=self.dtype, name="ff.net.0.proj")(h), 2, -1)
+        if not self.sparing:
+            return x + FeedForward(self.dtype, name="ff")(h)
+        # Eight times as wide as all else here: in parts it keeps the peak down.
+        feed_forward = nn.remat(FeedForward)(self.dtype, name="ff")
+        parts = _parts(h.shape[1], 4 * 8 * h.size, WIDEST)
+        return x + jnp.concatenate([feed_forward(part) for part in jnp.split(h, parts, 1)], 1)
+
+
+class FeedForward(nn.Module):
+    """diffusers' FeedForward with GEGLU, token by token."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+        c = x.shape[-1]
+        h, gate = jnp.split(Dense(8 * c, dtype=self.dtype, name="net.0.proj")(x), 2, -1)
         h = h * nn.gelu(gate, approximate=False)
-        return x + Dense(c, dtype=self.dtype, name="ff.net.2")(h)
+        return Dense(c, dtype=self.dtype, name="net.2")(h)

@@ -5,6 +5,7 @@ contain dots), so a parameter path joined with "." is the state-dict key of its 
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from safetydpo_jax.models import columns, mixed
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Dense(nn.Module):
@@ -63,7 +66,7 @@ class Conv(nn.Module):
     features: int
     kernel_size: int = 3
     strides: int = 1
-    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
+    padding: int | Padding = 1
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -106,13 +109,44 @@ class Conv(nn.Module):
         self, x: Float[Array, "b h w in"], kernel: Float[Array, "kh kw in out"]
     ) -> Float[Array, "b h2 w2 out"]:
         pad = self.padding
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.strides, self.strides),
-            ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        return _convolution(
+            x, kernel, self.strides, ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
         )
+
+
+def _convolve(x: Array, kernel: Array, strides: int, padding: Padding) -> Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+_convolution = jax.custom_vjp(_convolve, nondiff_argnums=(2, 3))
+
+
+def _convolution_forward(
+    x: Any, kernel: Any, strides: int, padding: Padding
+) -> tuple[Array, tuple[Array | None, Array, Array]]:
+    """x is kept for the kernel's gradient alone, else of it but the shape, as an empty array."""
+    y = _convolve(x.value, kernel.value, strides, padding)
+    shape = jnp.zeros_like(x.value, shape=(0, *x.value.shape))
+    return y, (x.value if kernel.perturbed else None, kernel.value, shape)
+
+
+def _convolution_backward(
+    strides: int, padding: Padding, kept: tuple[Array | None, Array, Array], dy: Array
+) -> tuple[Array, Array | None]:
+    """Its own, with the kernel not before dy: XLA would turn it round at once, and keep it."""
+    x, kernel, shape = kept
+    kernel, dy = jax.lax.optimization_barrier((kernel, dy))
+    like = jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
+    [dx] = jax.linear_transpose(lambda x: _convolve(x, kernel, strides, padding), like)(dy)
+    if x is None:
+        return dx, None
+    [dkernel] = jax.linear_transpose(lambda k: _convolve(x, k, strides, padding), kernel)(dy)
+    return dx, dkernel
+
+
+_convolution.defvjp(_convolution_forward, _convolution_backward, symbolic_zeros=True)
 
 
 class GroupNorm(nn.Module):

@@ -166,7 +166,9 @@ class Transformer2D(nn.Module):
             y = Conv(c, 1, padding=0, dtype=self.dtype, name="proj_in")(y).reshape(b, h * w, c)
         for i in range(self.layers):
             block = _recomputed(TransformerBlock, self.remat)
-            y = block(self.heads, self.dtype, name=f"transformer_blocks.{i}")(y, context)
+            y = block(self.heads, self.dtype, self.remat, name=f"transformer_blocks.{i}")(
+                y, context
+            )
         if self.config.use_linear_projection:
             y = Dense(c, dtype=self.dtype, name="proj_out")(y).reshape(b, h, w, c)
         else:

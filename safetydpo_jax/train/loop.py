@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from safetydpo_jax import sharding
+from safetydpo_jax import host_memory, sharding
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train.cohort import Cohort
 from safetydpo_jax.train.expert import Expert
@@ -54,6 +54,8 @@ def run(
     phases = Phases(progress, total=7 + 2 * len(groups))
 
     phases.begin("config and workdir")
+    if shared.remat:
+        host_memory.share_one_arena()  # before JAX starts its threads
     mesh = sharding.make_mesh(shared.mesh.data, shared.mesh.fsdp, shared.mesh.tensor)
     # The mesh in context is the one over which attention spreads a kernel of its own.
     with jax.set_mesh(mesh), lock_workdir(workdir):

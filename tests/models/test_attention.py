@@ -43,6 +43,18 @@ def test_the_plain_form(parts, context, monkeypatch):
     assert (f"length={parts}\n" in program) == (parts > 1)
 
 
+@pytest.mark.parametrize("context", [None, 8, 7])
+def test_the_plain_form_by_tokens(context, monkeypatch):
+    """A head's logits being too many: eight queries at a time, and as many keys as fit."""
+    q, k, v = qkv(2, 32, 3, 8, context)
+    monkeypatch.setattr(attention, "LOGITS", 4 * 8 * k.shape[1])
+    got = answer_and_gradients(attention.dot_product_attention, q, k, v)
+    agree(got, answer_and_gradients(jax.nn.dot_product_attention, q, k, v), 1e-5)
+    program = str(jax.make_jaxpr(attention.dot_product_attention)(q, k, v))
+    assert "length=6\n" in program  # heads of rows
+    assert "length=4\n" in program  # of its queries
+
+
 def test_half_precision():
     """Operands are bfloat16, logits and softmax float32: an error of roundings, not of logits."""
     exact = qkv(2, 32, 2, 8)

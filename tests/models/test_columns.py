@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from safetydpo_jax.models import columns
+from safetydpo_jax.models import columns, layers
 from safetydpo_jax.models.layers import Conv
 
 
@@ -39,3 +39,20 @@ def test_who_gets_it(pixels, channels, pays):
     assert ("stablehlo.convolution" in lowered["cpu"]) != pays
     assert "stablehlo.convolution" in lowered["tpu"]
     assert "stablehlo.dot_general" not in lowered["tpu"]
+
+
+@pytest.mark.parametrize(("strides", "padding"), [(1, ((1, 1), (1, 1))), (2, ((0, 1), (0, 1)))])
+def test_the_plain_convolution_has_its_gradient_and_keeps_no_input(strides, padding):
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 8, 8, 5)), jnp.ones((3, 3, 5, 6))
+
+    def loss(f):
+        return lambda x, kernel: (f(x, kernel, strides, padding) ** 3).sum()
+
+    got = jax.jit(jax.grad(loss(layers._convolution), (0, 1)))(x, kernel)
+    wanted = jax.grad(loss(layers._convolve), (0, 1))(x, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, wanted)
+    # Linear in x: with the kernel frozen its gradient needs no x.
+    _, pull_back = jax.vjp(lambda x: layers._convolution(x, kernel, strides, padding), x)
+    assert all(
+        leaf.size < x.size for leaf in jax.tree.leaves(pull_back) if leaf.shape != kernel.shape
+    )

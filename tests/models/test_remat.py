@@ -3,13 +3,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from safetydpo_jax.lora import init_adapters
+from safetydpo_jax.models import attention
 from safetydpo_jax.train.step import KEEP_BARRIERS
 
 
-def test_recomputing_changes_the_work_alone(pipeline):
-    """Of the gradient with respect to adapters on every attention layer."""
+@pytest.mark.parametrize("widest", [attention.WIDEST, 2**14])
+def test_recomputing_changes_the_work_alone(pipeline, monkeypatch, widest):
+    """Of the gradient with respect to adapters on every attention layer; feed-forward in parts."""
+    monkeypatch.setattr(attention, "WIDEST", widest)
     adapters = init_adapters(
         jax.random.key(0), pipeline.unet_params, rank=2, targets=("to_q", "to_v", "conv1")
     )
