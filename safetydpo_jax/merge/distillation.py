@@ -77,7 +77,9 @@ class Lessons:
         if self.empty > 1:
             raise UserError(f"distillation: empty is {self.empty}, a share: it must be at most 1")
         if not 0 < self.learning_rate < float("inf"):
-            raise UserError(f"distillation: the learning rate is {self.learning_rate}: above 0")
+            raise UserError(
+                f"distillation: the learning rate is {self.learning_rate}: it must be above 0"
+            )
         if self.batch_size % 2:
             raise UserError(f"distillation: batch_size is {self.batch_size}: it must be even")
 
@@ -110,8 +112,7 @@ def distill(
       The adapters after the last step.
 
     Raises:
-      UserError: a setting that cannot be, missing prompts, a folder of other settings, or a student
-        that diverged.
+      UserError: a setting that cannot be, missing prompts, or a student that diverged.
       SystemExit: stopped by SIGTERM or Ctrl-C; the state is saved.
     """
     lessons.check()
@@ -158,14 +159,15 @@ def distill(
                 state, loss = step(state, params, stacked, jax.device_put(rows, split), null)
                 lost.append(loss)
                 done, last = i + 1, i + 1 == lessons.steps
+                jax.block_until_ready(lost[-2:-1])  # a step ahead, no more: a stop is to be prompt
                 if done % 50 == 0 or last or stop.asked:
-                    checkpoints.save(state)
                     errors = np.mean(jax.device_get(lost[-50:]), 0)
                     if not np.isfinite(errors).all():
                         raise UserError(
                             f"distillation: the student's error at step {done} is not finite: "
                             f"lower the learning rate ({lessons.learning_rate:g})"
                         )
+                    checkpoints.save(state)
                     pace = (done - first) / (time.monotonic() - began)
                     progress(
                         f"distillation: {done}/{lessons.steps} steps, error {errors[0]:.2e} where "
