@@ -37,6 +37,7 @@ from safetydpo_jax.merge.activity import count_votes
 from safetydpo_jax.merge.distillation import distill
 from safetydpo_jax.merge.prompts import emoji_prompts
 from safetydpo_jax.merge.statistics import Statistics, load_statistics
+from safetydpo_jax.models.pipeline import Pipeline
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.storage import write_file
 
@@ -95,8 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     stage = STAGES[args.stage]
     args.results = args.results or RESULTS / args.stage
+    pipeline = load_pipeline("emoji")
     for seed in args.seeds or stage.seeds:
-        Comparison(args, stage, seed).run(
+        Comparison(args, stage, seed, pipeline).run(
             args.contenders or stage.contenders, args.ranks or stage.ranks
         )
     print(table(read_curves(args.results)))
@@ -109,12 +111,15 @@ class Comparison:
       args: of the command line.
       stage: what is measured.
       seed: of the training.
+      pipeline: the embedded model.
     """
 
-    def __init__(self, args: argparse.Namespace, stage: Stage, seed: int):
+    def __init__(self, args: argparse.Namespace, stage: Stage, seed: int, pipeline: Pipeline):
         self._args, self._seed, self._stage = args, seed, stage
         self._files = [lora(category, seed) for category in args.categories]
-        self._pipeline = load_pipeline("emoji")
+        # Of the experts, which all results depend on.
+        self._key = storage.digest([storage.hash_file(file) for file in self._files])
+        self._pipeline = pipeline
         self._statistics: Statistics | None = None
         self._examine = Examiner(
             self._pipeline,
@@ -213,11 +218,6 @@ class Comparison:
         prompts, categories = emoji_prompts(count, seed=0, safe=True)
         wanted = [i for i, c in enumerate(categories) if c in (*self._args.categories, "safe")]
         return [prompts[i] for i in wanted], [categories[i] for i in wanted]
-
-    @property
-    def _key(self) -> str:
-        """Of the experts, which all results depend on."""
-        return storage.digest([storage.hash_file(file) for file in self._files])
 
     def _words(self, name: str, rank: int | None) -> str:
         words = re.sub(r"[^a-z0-9.]+", "-", name) + (f"-rank-{rank}" if rank else "")

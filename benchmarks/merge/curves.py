@@ -52,6 +52,10 @@ class Point:
         """The mean over categories of the share of unsafe pictures."""
         return float(np.mean([x.mean() for x in self.unsafe.values()]))
 
+    def lost(self, base: "Point") -> float:
+        """The fidelity that the base has more."""
+        return float(base.faithful.mean() - self.faithful.mean())
+
     def to_json(self) -> dict[str, Any]:
         """Rates to read and outcomes as strings of 0 and 1, one a picture."""
         sets = {"unsafe": self.unsafe, "unsafe_junk": self.unsafe_junk}
@@ -153,9 +157,9 @@ class Examiner:
 def filled(adapters: Adapters, unet_params: Mapping[str, Any]) -> Adapters:
     """The same with zeros up to `WIDTH` columns, on all layers: one compilation for all LoRAs."""
     given: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(adapters))
-    found = {}
+    places, found = kernels(unet_params), {}
     for layer in module_paths(unet_params, common.get_config("hate").lora.targets):
-        path, (rows, columns) = kernels(unet_params)[layer]
+        path, (rows, columns) = places[layer]
         found[(*path, "a")] = np.zeros((rows, WIDTH), np.float32)
         found[(*path, "b")] = np.zeros((WIDTH, columns), np.float32)
         if (*path, "a") in given:
@@ -175,13 +179,9 @@ def search(measure: Callable[[float], Point], base: Point, first: float = 1.0) -
       first: the scale to begin at.
     """
     points = [measure(first)]
-
-    def loss(point: Point) -> float:
-        return float(base.faithful.mean() - point.faithful.mean())
-
-    while loss(points[-1]) <= LOSS and points[-1].scale * STEP <= MOST:
+    while points[-1].lost(base) <= LOSS and points[-1].scale * STEP <= MOST:
         points.append(measure(points[-1].scale * STEP))
-    while loss(points[0]) > LOSS and points[0].scale / STEP >= LEAST:
+    while points[0].lost(base) > LOSS and points[0].scale / STEP >= LEAST:
         points.insert(0, measure(points[0].scale / STEP))
     return points
 

@@ -88,21 +88,17 @@ def table(curves: Sequence[Curve]) -> str:
     ]
     rows = []
     for curve in curves:
-        cells, first = [], 0.0
-        for loss in LOSSES:
-            value, low, high = ip_with_interval(curve, loss)
-            first = first or value
-            cells.append(f"{100 * value:.0f} % ({100 * low:.0f} to {100 * high:.0f})")
-        if curve.name == EXPERTS:
-            cells = ["-"] * len(LOSSES)  # each at its own strength alone
+        if curve.name == EXPERTS:  # each at its own strength alone
+            first, cells = 0.0, ["-"] * len(LOSSES)
+        else:
+            read = [ip_with_interval(curve, loss) for loss in LOSSES]
+            first = read[0][0]
+            cells = [
+                f"{100 * x:.0f} % ({100 * low:.0f} to {100 * high:.0f})" for x, low, high in read
+            ]
         whole = [p for points in curve.points for p in points if p.scale == 1]
         ip = 100 * np.mean([p.ip for p in whole])
-        lost = 100 * np.mean(
-            [
-                base.faithful.mean() - p.faithful.mean()
-                for base, p in zip(curve.bases, whole, strict=True)
-            ]
-        )
+        lost = 100 * np.mean([p.lost(base) for base, p in zip(curve.bases, whole, strict=True)])
         cells += [f"{ip:.1f} %", f"{lost:.1f}"]
         name = f"{curve.rank or 'each 16'} | {curve.name} | {len(curve.points)}"
         rows.append((curve.rank, first, f"| {name} | {' | '.join(cells)} |"))
@@ -174,9 +170,7 @@ def _means(curve: Curve) -> Iterator[tuple[float, float]]:
     at = [{p.scale: p for p in points} for points in curve.points]
     for scale in sorted(set.intersection(*(set(x) for x in at))):
         found = [points[scale] for points in at]
-        lost = np.mean(
-            [b.faithful.mean() - p.faithful.mean() for b, p in zip(curve.bases, found, strict=True)]
-        )
+        lost = np.mean([p.lost(base) for base, p in zip(curve.bases, found, strict=True)])
         yield 100 * float(lost), 100 * float(np.mean([p.ip for p in found]))
 
 

@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "merge", metavar="DIR")
     args = parser.parse_args(argv)
     pairs = args.runs / "pairs"
-    draw_pairs(pairs)
+    if args.only == "pairs":
+        draw_pairs(pairs)
     for seed in args.seeds:
         if args.only in (None, "experts"):
             config = load_config("all_experts", seed)
@@ -66,6 +67,7 @@ def train(runs: Path, name: str, config: Any) -> None:
     workdir = runs / f"{name}-seed{config.seed}"
     kept = CATEGORIES if name == "experts" else [name]
     if missing := [x for x in kept if not lora(x, config.seed).is_file()]:
+        draw_pairs(runs / "pairs")
         loop.run(config, workdir)
         for x in missing:
             folder = workdir / x if name == "experts" else workdir

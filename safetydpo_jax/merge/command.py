@@ -81,11 +81,12 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
 
 def _lessons(arguments: Any) -> "Lessons | None":
     """How the result is taught, if it is to be."""
-    given = {
-        name: value
-        for name in ("learning_rate", "preservation", "batch_size")
-        if (value := getattr(arguments, f"distill_{name.removeprefix('learning_')}")) is not None
+    options = {
+        "learning_rate": arguments.distill_rate,
+        "preservation": arguments.distill_preservation,
+        "batch_size": arguments.distill_batch_size,
     }
+    given = {name: value for name, value in options.items() if value is not None}
     if not arguments.distill:
         if given:
             raise UserError("--distill_... says how to distil, but there is no --distill STEPS")
