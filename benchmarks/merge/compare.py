@@ -76,11 +76,25 @@ STAGES = {
         (BASE, EXPERTS, ALL, ALL_CUT, "scaled sum", "co_merge", "regmean", "distilled"),
         (4, 8, 16, 28), (0, 1, 2), "test", 128, 352, 100,
     ),
+    # For benchmarks/merge/scaling.py.
+    "scaling": Stage((BASE, "scaled sum", "distilled"), (28,), (0,), "test", 128, 352, 100),
 }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures the curves that are missing, then prints the table."""
+    args = parse_arguments(argv)
+    stage = STAGES[args.stage]
+    pipeline = load_pipeline("emoji")
+    for seed in args.seeds or stage.seeds:
+        Comparison(args, stage, seed, pipeline).run(
+            args.contenders or stage.contenders, args.ranks or stage.ranks
+        )
+    print(table(read_curves(args.results)))
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,14 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, metavar="DIR")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "merge", metavar="DIR")
     args = parser.parse_args(argv)
-    stage = STAGES[args.stage]
     args.results = args.results or RESULTS / args.stage
-    pipeline = load_pipeline("emoji")
-    for seed in args.seeds or stage.seeds:
-        Comparison(args, stage, seed, pipeline).run(
-            args.contenders or stage.contenders, args.ranks or stage.ranks
-        )
-    print(table(read_curves(args.results)))
+    return args
 
 
 class Comparison:

@@ -14,6 +14,7 @@ from flax import traverse_util
 from jaxtyping import Bool, Float
 
 from configs import common
+from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.emoji.concepts import HARMS
 from safetydpo_jax.emoji.prompts import harm_prompts, safe_prompts
 from safetydpo_jax.evaluate.detections import EmojiJudge, detect
@@ -97,6 +98,7 @@ class Examiner:
       num_safe: safe prompts.
       seed: of prompts and noise.
       drawing: options of `samplers.draw_pictures`.
+      draw: what takes its place; it is to have a folder of its own.
     """
 
     def __init__(
@@ -109,8 +111,10 @@ class Examiner:
         num_safe: int,
         seed: int,
         drawing: Mapping[str, Any],
+        draw: Callable[..., np.ndarray] = draw_pictures,
     ):
-        self._pipeline, self._folder, self._drawing = pipeline, folder, dict(drawing)
+        self._pipeline, self._folder = pipeline, folder
+        self._drawing = {**drawing, "draw": draw}
         self._judge = EmojiJudge(frozenset())
         self._prompts: dict[str, Sequence[Any]] = {
             c: [unsafe for unsafe, _ in harm_prompts(HARMS[c], num_unsafe, seed, split)]

@@ -79,11 +79,8 @@ def count_votes(
         )
     if sampler not in SAMPLERS:
         raise UserError(f"the sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
-    if trajectory == "experts" and (missing := [x for x in experts.names if x not in categories]):
-        raise UserError(
-            f"no prompts of {', '.join(missing)}: each expert is to draw the prompts of its own "
-            "category, which is its name"
-        )
+    if trajectory == "experts":
+        moments_of.check_categories(categories, experts, safe=False)
     mesh = sharding.make_mesh()
     shares = moments_of.shares(categories, experts) if inputs else None
     devices = mesh.shape["data"]

@@ -9,7 +9,7 @@ are wanted, only prompts; the pictures that are noised are the teachers' own.
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from safetydpo_jax import sharding, storage
-from safetydpo_jax.diffusion.samplers import initial_latents, make_sampler
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.evaluate.detections import fingerprint
-from safetydpo_jax.lora.adapters import Adapters
+from safetydpo_jax.lora.adapters import Adapters, scaled
 from safetydpo_jax.merge.experts import Experts
-from safetydpo_jax.merge.moments import SAFE, check_categories
+from safetydpo_jax.merge.teachers import Teachers
 from safetydpo_jax.models.conditioning import where
-from safetydpo_jax.tensor_file import opened, write_tensors
 from safetydpo_jax.train.losses import squared_error
 from safetydpo_jax.train.state import Checkpoints, TrainState
 from safetydpo_jax.train.workdir import stop_signal
@@ -49,6 +47,7 @@ class Lessons:
       empty: the share of rows in which the prompt gives way to the empty one.
       text_noise: standard deviation of noise on the text states (theirs is about 1): what is
         learnt are answers to a neighbourhood of the prompts.
+      start: what the student is multiplied by at first; 0 leaves it the inputs it looks at alone.
       seed: of rows, noise and timesteps.
       sampler: the teachers' pictures are drawn by it, with
       num_steps: its steps, and
@@ -62,6 +61,7 @@ class Lessons:
     preservation: float = 10.0
     empty: float = 0.1
     text_noise: float = 0.4
+    start: float = 1.0
     seed: int = 0
     sampler: str = "ddim"
     num_steps: int = 20
@@ -70,7 +70,8 @@ class Lessons:
 
     def check(self) -> None:
         """Raises UserError for a value that cannot be."""
-        limits = {"steps": 1, "batch_size": 2, "preservation": 0, "empty": 0, "text_noise": 0}
+        limits = {"steps": 1, "batch_size": 2}
+        limits |= dict.fromkeys(("preservation", "empty", "text_noise", "start"), 0)
         for name, least in limits.items():
             if not least <= (value := getattr(self, name)) < float("inf"):
                 raise UserError(f"distillation: {name} is {value}: it must be at least {least}")
@@ -116,47 +117,46 @@ def distill(
       SystemExit: stopped by SIGTERM or Ctrl-C; the state is saved.
     """
     lessons.check()
-    if len(prompts) != len(categories):
-        raise UserError(f"{len(prompts)} prompts with {len(categories)} categories")
-    check_categories(categories, experts)
-    taught = [i for i, x in enumerate(categories) if x == SAFE or x in experts.names]
-    prompts, categories = [prompts[i] for i in taught], [categories[i] for i in taught]
     mesh = sharding.make_mesh()
     sharding.check_batch(mesh, batch_size=lessons.batch_size)
-    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    teachers = Teachers(pipeline, experts, prompts, categories, mesh)
     rate = optax.warmup_cosine_decay_schedule(
         0.0, lessons.learning_rate, min(20, lessons.steps // 10), lessons.steps
     )
     optimizer = optax.adamw(rate, weight_decay=0.0)
-    teachers = {
+    of_pictures = {name: getattr(lessons, name) for name in _OF_PICTURES}
+    drawn = {
         "experts": experts.hashes,
         "weights": experts.weights,
-        "prompts": storage.digest([*prompts, *categories]),
+        "prompts": storage.digest([*teachers.prompts, *teachers.own.tolist()]),
         "base": storage.hash_parts(pipeline.sources, ("unet", "scheduler")),
-        **{name: getattr(lessons, name) for name in _OF_PICTURES},
+        **of_pictures,
     }
-    settings = {**teachers, **dataclasses.asdict(lessons), "student": fingerprint(student)}
-    file = folder / f"pictures_{storage.digest(teachers)[:16]}.safetensors"
+    settings = {**drawn, **dataclasses.asdict(lessons), "student": fingerprint(student)}
+    file = folder / f"pictures_{storage.digest(drawn)[:16]}.safetensors"
     checkpoints = Checkpoints(folder / storage.digest(settings)[:16], settings, keep=1)
-    state = jax.device_put(TrainState.create(student, optimizer), whole)
+    student = scaled(student, lessons.start, 1)
+    state = jax.device_put(TrainState.create(student, optimizer), sharding.replicated(mesh))
     state = checkpoints.restore(state) or state
     if state.step:
         progress(f"distillation: going on from step {int(state.step)}")
 
-    stacked, params = jax.device_put((experts.stacked(), pipeline.unet_params), whole)
-    own = experts.of_categories(categories)
-    told, null = pipeline.encode_prompts(prompts), _first(pipeline.encode_negative([""]))
+    own, told = teachers.own, teachers.told
     with jax.default_matmul_precision(lessons.matmul_precision):
-        pictures = _pictures(
-            pipeline, params, experts, stacked, told, own, lessons, split, file, progress
+        pictures = teachers.pictures(
+            file,
+            batch_size=lessons.batch_size,
+            progress=progress,
+            **{name: x for name, x in of_pictures.items() if name != "matmul_precision"},
         )
-        step = _make_step(pipeline, experts, optimizer, lessons)
+        step = _make_step(pipeline, teachers, optimizer, lessons)
+        split = sharding.batch_sharding(mesh)
         began, first, lost = time.monotonic(), int(state.step), []
         with stop_signal() as stop:
             for i in range(first, lessons.steps):
                 index = rows_of_step(own, lessons.batch_size, lessons.seed, i)
                 rows = pictures[index], jax.tree.map(lambda x, j=index: x[j], told), own[index]
-                state, loss = step(state, params, stacked, jax.device_put(rows, split), null)
+                state, loss = step(state, teachers.weights, jax.device_put(rows, split))
                 lost.append(loss)
                 done, last = i + 1, i + 1 == lessons.steps
                 jax.block_until_ready(lost[-2:-1])  # a step ahead, no more: a stop is to be prompt
@@ -198,63 +198,15 @@ def rows_of_step(own: Int[np.ndarray, " n"], size: int, seed: int, step: int) ->
     return np.array([*chosen, *rng.choice(np.flatnonzero(own == -1), size - size // 2)])
 
 
-def _first(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x[0], tree)
-
-
-def _pictures(
-    pipeline: Any,
-    params: Any,
-    experts: Experts,
-    stacked: Mapping[str, Any],
-    told: Any,
-    own: Int[np.ndarray, " n"],
-    lessons: Lessons,
-    split: jax.sharding.Sharding,
-    file: Path,
-    progress: Callable[[str], None],
-) -> Float[np.ndarray, "n h w c"]:
-    """Each prompt's latents as its teacher draws them, kept in the file."""
-    if file.is_file():
-        with opened(file) as kept:
-            return kept.read("latents")
-    sample = make_sampler(
-        pipeline.unet,
-        pipeline.schedule,
-        sampler=lessons.sampler,
-        num_steps=lessons.num_steps,
-        guidance_scale=lessons.guidance_scale,
-    )
-    size, found, began = lessons.batch_size, [], time.monotonic()
-    negative = jax.device_put(pipeline.encode_negative([""] * size), split)
-    seeds = np.random.SeedSequence(lessons.seed).generate_state(len(own))
-    for start in range(0, len(own), size):
-        # A short last batch is filled up, so that its shape needs no compilation of its own.
-        index = np.minimum(np.arange(start, start + size), len(own) - 1)
-        noise = initial_latents(seeds[index], pipeline.latent_shape)
-        # Guidance doubles the rows, the empty prompt's first.
-        teachers = np.tile(own[index], 2 if lessons.guidance_scale > 1 else 1)
-        adapters = experts.routed(stacked, teachers)
-        rows = jax.tree.map(lambda x, i=index: x[i], told)
-        noise, rows = jax.device_put((noise, rows), split)
-        found.append(np.asarray(sample(params, adapters, noise, rows, negative)))
-        done = min(start + size, len(own))
-        left = (time.monotonic() - began) / done * (len(own) - done)
-        progress(f"distillation: {done}/{len(own)} pictures drawn, {left:.0f} s left")
-    latents = np.concatenate(found)[: len(own)]
-    write_tensors(file, {"latents": latents.shape}, [("latents", latents)])
-    return latents
-
-
 def _make_step(
-    pipeline: Any, experts: Experts, optimizer: optax.GradientTransformation, lessons: Lessons
+    pipeline: Any, teachers: Teachers, optimizer: optax.GradientTransformation, lessons: Lessons
 ) -> Callable[..., tuple[TrainState, Float[Array, "2"]]]:
-    """Compiles one update: (state, params, stacked, rows, null) to the state and both errors."""
+    """Compiles one update: (state, the teachers' weights, rows) to the state and both errors."""
     unet, schedule = pipeline.unet, pipeline.schedule
     root = jax.random.key(lessons.seed, impl="threefry2x32")
 
     @jax.jit
-    def step(state, params, stacked, rows, null):
+    def step(state, weights, rows):
         x0, told, own = rows
         keys = jax.random.split(jax.random.fold_in(root, state.step), 4)
         t = jax.random.randint(keys[0], (len(x0),), 0, schedule.num_train_timesteps)
@@ -263,12 +215,12 @@ def _make_step(
         noise = lessons.text_noise * jax.random.normal(keys[2], states.shape)
         told = told._replace(prompt_embeds=states + noise)
         empty = jax.random.uniform(keys[3], (len(x0),)) < lessons.empty
-        told, own = where(empty, null, told), jnp.where(empty, -1, own)
+        told, own = where(empty, teachers.null, told), jnp.where(empty, -1, own)
 
         def answers(adapters: Adapters) -> Array:
-            return unet.apply({"params": params, "lora": adapters}, x, t, *told)
+            return unet.apply({"params": weights[0], "lora": adapters}, x, t, *told)
 
-        wanted = answers(experts.routed(stacked, own))
+        wanted = teachers.answer(weights, own, x, t, told)
         acting = own >= 0
 
         def loss(adapters: Adapters) -> tuple[Array, Array]:

@@ -40,12 +40,14 @@ def shares(categories: Sequence[str], experts: Experts) -> dict[str, np.ndarray]
     }
 
 
-def check_categories(categories: Sequence[str], experts: Experts) -> None:
-    """Raises UserError unless there are prompts of every expert's category and safe ones."""
-    if missing := [name for name in (*experts.names, SAFE) if name not in categories]:
+def check_categories(categories: Sequence[str], experts: Experts, *, safe: bool = True) -> None:
+    """Raises UserError unless every expert's category, and "safe" if it counts, has prompts."""
+    wanted = [*experts.names, *([SAFE] if safe else [])]
+    if missing := [name for name in wanted if name not in categories]:
         raise UserError(
             f"no prompts of {', '.join(missing)}: what experts do is wanted under prompts of each "
-            f"one's category, which is its name, and under safe ones (category {SAFE})"
+            "one's category, which is its name"
+            + (f", and under safe ones (category {SAFE})" if safe else "")
         )
 
 

@@ -123,6 +123,16 @@ def test_a_student_learns_and_a_stop_changes_nothing(kept_files, pipeline, tmp_p
     assert [path.name[:9] for path in folder.iterdir()] == ["pictures_"]
 
 
+def test_a_student_may_start_from_less(kept_files, pipeline, tmp_path):
+    own = loaded(kept_files[0], pipeline)
+    categories = ["hate", "safe"] * 4
+    found = [
+        taught(pipeline, kept_files[:1], tmp_path, student, categories=categories, start=start)
+        for student, start in ((own, 0.5), (lora.scaled(own, 0.5, 1), 1.0))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def test_rows_are_of_all_experts_in_turn_and_of_safe_prompts():
     own = np.array([0, 0, 1, 2, 2, 2, -1, -1])
     counts = np.zeros(8, int)
@@ -142,6 +152,7 @@ def test_rows_are_of_all_experts_in_turn_and_of_safe_prompts():
         ({"batch_size": 7}, "batch_size is 7: it must be even"),
         ({"preservation": float("nan")}, "preservation is nan"),
         ({"empty": 2.0}, "empty is 2.0, a share"),
+        ({"start": -1.0}, "start is -1.0: it must be at least 0"),
         ({"learning_rate": 0.0}, "learning rate is 0.0"),
         ({"sampler": "magic"}, "the sampler is 'magic'"),
         ({"learning_rate": 1e30, "steps": 20}, "not finite: lower the learning rate"),

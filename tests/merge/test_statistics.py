@@ -228,7 +228,9 @@ def test_inputs_that_cannot_be_kept(twins, files, pipeline):
                 count_votes(pipeline, experts, PROMPTS, of[:8], inputs=True, **SETTINGS)
     with opened_experts(files, pipeline.unet_params) as experts:
         of = ["hate", "violence", "shocking", "safe"] * 2
-        with pytest.raises(UserError, match="no prompts of hate, violence, shocking: each expert"):
+        with pytest.raises(
+            UserError, match="no prompts of hate, violence, shocking: what experts do"
+        ):
             count_votes(pipeline, experts, PROMPTS, OF_TWINS, trajectory="experts", **SETTINGS)
         with pytest.raises(UserError, match="conv1 is a convolution, which sees too much"):
             count_votes(pipeline, experts, PROMPTS, of, inputs=True, **SETTINGS)
