@@ -70,10 +70,11 @@ def table(read: Read) -> str:
     """IP with intervals, a row a number of categories; Markdown."""
     lines = [f"| categories | concepts | {' | '.join(read)} |", "|---" * (2 + len(read)) + "|"]
     for count in sorted({count for found in read.values() for count in found}):
-        cells = []
-        for found in read.values():
-            ip, low, high = found.get(count, (np.nan,) * 3)
-            cells.append(f"{100 * ip:.0f} % ({100 * low:.0f} to {100 * high:.0f})")
+        cells = ["-"] * len(read)
+        for i, found in enumerate(read.values()):
+            if count in found:
+                ip, low, high = (100 * x for x in found[count])
+                cells[i] = f"{ip:.0f} % ({low:.0f} to {high:.0f})"
         lines.append(f"| {count} | {concepts(count)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

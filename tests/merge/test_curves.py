@@ -6,11 +6,17 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.merge import errors, scaling
 from benchmarks.merge.contenders import CONTENDERS
 from benchmarks.merge.curves import LOSS, Point, ip_at_loss, search
+from benchmarks.merge.in_torch import same
 from benchmarks.merge.train import LORAS, lora
+from benchmarks.merge.votes import agreement
+from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.lora import load_lora
+from safetydpo_jax.merge.moments import SAFE
 from safetydpo_jax.merge.run import check
+from safetydpo_jax.merge.statistics import Statistics
 from safetydpo_jax.models.pretrained import load_pipeline
 
 
@@ -69,3 +75,31 @@ def test_the_shipped_loras_are_what_they_say():
         assert header["category"] in (file.stem, "all")
         assert header["base"] == "emoji"
         assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(adapters))
+
+
+def test_scaling_counts_what_experts_were_trained_on():
+    assert [scaling.concepts(count) for count in (1, 2, 7)] == [6, 11, 40]
+    table = scaling.table({"sum": {1: (0.01, 0, 0.05), 7: (0.5, 0.4, 0.6)}, "other": {}})
+    assert table.splitlines()[2:] == [
+        "| 1 | 6 | 1 % (0 to 5) | - |",
+        "| 7 | 40 | 50 % (40 to 60) | - |",
+    ]
+
+
+def test_halves_of_votes_that_agree():
+    """Of two outputs one has the same winner by both halves, clearly; the other not, barely."""
+    halves = np.array([[[9, 5], [1, 4]], [[8, 4], [2, 5]]], np.float32)  # half, expert, output
+    found = agreement(Statistics([], [], {"layer": halves[:, None, None]}, {}, {}))
+    assert found == {"outputs": 0.5, "lead": pytest.approx(0.35), "close": 0.0}
+
+
+def test_same_verdicts():
+    one, other = point(1, 0.5, 0.9, 100), point(1, 0.4, 0.9, 100)
+    assert (same(one, one), same(one, other)) == (1.0, 0.95)
+
+
+@pytest.mark.parametrize("split", errors.SPLITS)
+def test_prompts_of_the_errors(split):
+    prompts, categories = errors.prompts(split, 4)
+    assert len(set(prompts)) == len(prompts) == 56
+    assert [categories.count(x) for x in (*CATEGORIES, SAFE)] == [4] * 7 + [28]
