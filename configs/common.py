@@ -97,6 +97,10 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.remat = False
     # Of products in the training step: "float32", or "bfloat16" operands with float32 sums.
     config.matmul_precision = config_dict.placeholder(str)
+    # Of the base, in memory and in what it computes: "float32", or "bfloat16", which is half as
+    # large and what TPUs and GPUs are made for. Adapters, norms, softmax and autoencoder stay
+    # float32 in any case.
+    config.dtype = "float32"
 
     config.recipe = "anchored"
     config.recipes = RECIPES

@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from safetydpo_jax.command_line import add_dtype_argument
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.host_memory import use_huge_pages
 
@@ -52,6 +53,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stats", type=Path, metavar="FILE", help="what was counted before")
     parser.add_argument("--model", help="the base: as launch/sample.py takes it")
     parser.add_argument("--model_config", default="", help="what such a file is")
+    add_dtype_argument(parser)
     parser.add_argument("--prompts", type=Path, metavar="FILE.csv", help="columns category,prompt")
     parser.add_argument(
         "--num_prompts", type=int, default=16, help="of each category, where emoji makes them (16)"

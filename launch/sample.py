@@ -164,6 +164,7 @@ def draw(requests: list[Request], arguments: argparse.Namespace) -> None:
 
     pipeline = load_pipeline(
         arguments.model,
+        dtype=arguments.dtype,
         vae=arguments.vae,
         configs=arguments.model_config,
         progress=lambda line: print(line, flush=True),

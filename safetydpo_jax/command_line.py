@@ -18,7 +18,7 @@ _PROMPTS = "config.health.prompts"  # a key whose value is not shown
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --model and --model_config, which scripts without a config name a checkpoint by."""
+    """Adds --model, --model_config and --dtype: a checkpoint, for scripts without a config."""
     parser.add_argument(
         "--model",
         required=True,
@@ -29,6 +29,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="what such a file is, if it does not say: sd15, sd21-base, sd21-768, sdxl, or a "
         "folder with its configs",
+    )
+    add_dtype_argument(parser)
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtype."""
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of the model, in memory and in what it computes (float32); bfloat16 is half as large",
     )
 
 

@@ -191,6 +191,7 @@ def _settings(
         "source": source.name,
         "prompts_hash": storage.digest([texts, [prompt.text for prompt in preserve]]),
         "model_hash": storage.hash_parts(pipeline.sources),
+        "dtype": config.dtype,
         **{f"pairs.{k}": v for k, v in config.pairs.items() if k != "path"},
         **{f"drawing.{k}": v for k, v in config.drawing.items()},
     }

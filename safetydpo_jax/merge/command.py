@@ -112,8 +112,10 @@ class _Base:
     def pipeline(self) -> Any:
         from safetydpo_jax.models.pretrained import load_pipeline
 
-        model, configs = self._arguments.model, self._arguments.model_config
-        return load_pipeline(model, configs=configs, progress=self._progress)
+        of = self._arguments
+        return load_pipeline(
+            of.model, dtype=of.dtype, configs=of.model_config, progress=self._progress
+        )
 
     def prompts(self, *, safe: bool) -> tuple[list[str], list[str]]:
         """Those of the table, or the embedded world's own, with their categories."""

@@ -130,6 +130,7 @@ def distill(
         "weights": experts.weights,
         "prompts": storage.digest([*teachers.prompts, *teachers.own.tolist()]),
         "base": storage.hash_parts(pipeline.sources, ("unet", "scheduler")),
+        "computed_in": str(jnp.dtype(pipeline.unet.dtype)),
         **of_pictures,
     }
     settings = {**drawn, **dataclasses.asdict(lessons), "student": fingerprint(student)}

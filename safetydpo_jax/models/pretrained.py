@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from safetydpo_jax.errors import MissingFileError, UserError
@@ -18,7 +19,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 def load_pipeline(
     path: str | pathlib.Path,
-    dtype: Any = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     *,
     vae: str = "",
     configs: str = "",
@@ -40,7 +41,7 @@ def load_pipeline(
     Raises:
       UserError, MissingFileError: a file or key is missing, unknown, damaged or not supported.
     """
-    found = open_checkpoint(path, vae=vae, configs=configs)
+    found, dtype = open_checkpoint(path, vae=vae, configs=configs), jnp.dtype(dtype)
     params = {}
     sources = {
         "model_index": [found.folder / "model_index.json"],

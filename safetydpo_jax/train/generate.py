@@ -44,7 +44,11 @@ def run(
 
         phases.begin("base model")
         pipeline = load_pipeline(
-            config.model, vae=config.vae, configs=config.model_config, progress=progress
+            config.model,
+            dtype=config.dtype,
+            vae=config.vae,
+            configs=config.model_config,
+            progress=progress,
         )
         progress(f"{config.model}, {pipeline.resolution} px")
 

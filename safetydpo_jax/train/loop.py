@@ -66,6 +66,7 @@ def run(
         phases.begin("base model")
         pipeline = load_pipeline(
             shared.model,
+            dtype=shared.dtype,
             vae=shared.vae,
             configs=shared.model_config,
             unet_shardings=lambda shapes: sharding.param_shardings(mesh, shapes, shared.mesh.rules),

@@ -22,13 +22,16 @@ _DECIDING = (
     "preserve_batch_size",
     "rows",
     "matmul_precision",
+    "dtype",
     "loss",
     "optimizer",
     "lora",
 )
 
 # What the experts of a run cannot have of their own.
-_OF_THE_RUN = ("category", "base", "license", "model", "model_config", "vae", "mesh", "remat")
+_OF_THE_RUN = (
+    "category", "base", "license", "model", "model_config", "vae", "dtype", "mesh", "remat",
+)  # fmt: skip
 
 
 def resolve(config: ConfigDict, *, pairs_only: bool = False) -> ConfigDict:
@@ -220,6 +223,7 @@ def _check(config: ConfigDict) -> None:
         "optimizer.name": OPTIMIZERS,
         "optimizer.schedule": SCHEDULES,
         "matmul_precision": ("float32", "tensorfloat32", "bfloat16"),
+        "dtype": ("float32", "bfloat16"),
     }
     for key, known in one_of.items():
         if (value := _value(config, key)) not in known:

@@ -93,6 +93,7 @@ def tiny_config():
         {
             "category": "hate",
             "model": "tiny",
+            "dtype": "float32",
             "seed": 7,
             "rows": "both",
             "batch_size": 4,

@@ -8,6 +8,7 @@ import pytest
 from configs import common
 from safetydpo_jax import lora, sharding
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train.noise import noisy_rows, row_keys
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
@@ -95,6 +96,25 @@ def test_training_prefers_the_winner(config, small, adapters, batch, null):
     assert history[-1]["loss"] < 0.9 * history[0]["loss"]
     assert history[-1]["margin"] > history[0]["margin"]
     assert history[-1]["winner_error"] < history[-1]["loser_error"]
+
+
+def test_a_base_in_bfloat16_has_the_same_gradient_but_for_its_rounding(
+    config, model_folder, batch, null
+):
+    """What is left of the difference is what 8 bits of mantissa make of it; adapters keep 24."""
+    gradients = []
+    for dtype in ("float32", "bfloat16"):
+        pipeline = load_pipeline(model_folder, dtype)
+        adapters = lora.init_adapters(
+            jax.random.key(0), pipeline.unet_params, rank=2, targets=config.lora.targets
+        )
+        own = config.copy_and_resolve_references()
+        own.batch_size = own.preserve_batch_size = 32
+        gradient, metrics = one_step(own, pipeline, adapters, batch, null)
+        assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+        assert abs(metrics["margin"]) < 0.02  # beta is 50; 0 if both were rounded alike
+        gradients.append(gradient)
+    assert 1e-4 < distance(gradients[1], gradients[0]) < 0.2
 
 
 def config_of(config, size, accumulation=1):
