@@ -84,13 +84,17 @@ STAGES = {
 def main(argv: list[str] | None = None) -> None:
     """Measures the curves that are missing, then prints the table."""
     args = parse_arguments(argv)
+    measure(args, load_pipeline("emoji"))
+    print(table(read_curves(args.results)))
+
+
+def measure(args: argparse.Namespace, pipeline: Pipeline) -> None:
+    """The curves that the command line asks for, or its stage has, where they are missing."""
     stage = STAGES[args.stage]
-    pipeline = load_pipeline("emoji")
     for seed in args.seeds or stage.seeds:
         Comparison(args, stage, seed, pipeline).run(
             args.contenders or stage.contenders, args.ranks or stage.ranks
         )
-    print(table(read_curves(args.results)))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

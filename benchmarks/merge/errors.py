@@ -61,8 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         sets = []
         for split in SPLITS:
             teachers = Teachers(pipeline, experts, *prompts(split, args.num), mesh)
-            name = f"{split}-{args.num}-seed-{args.seed}.safetensors"
-            sets.append((teachers, list(rows(pipeline, teachers, args.runs / "errors" / name))))
+            sets.append((teachers, list(rows(pipeline, teachers, args.runs / "errors"))))
 
         @jax.jit
         def errors(adapters: Any, params: Any, x: Any, t: Any, told: Any, wanted: Any) -> Any:
@@ -95,19 +94,10 @@ def prompts(split: str, num: int) -> tuple[list[str], list[str]]:
     return [text for text, _ in found], [category for _, category in found]
 
 
-def rows(pipeline: Any, teachers: Teachers, file: Path) -> Iterator[tuple[Any, ...]]:
+def rows(pipeline: Any, teachers: Teachers, folder: Path) -> Iterator[tuple[Any, ...]]:
     """Band by band, batches of (x_t, t, told, what the teacher answers)."""
-    lessons = taught()
     size = 2 * len(CATEGORIES)  # divides the number of prompts
-    x0 = teachers.pictures(
-        file,
-        seed=1,
-        batch_size=size,
-        sampler=lessons.sampler,
-        num_steps=lessons.num_steps,
-        guidance_scale=lessons.guidance_scale,
-        progress=print,
-    )
+    x0 = teachers.pictures(folder, seed=1, batch_size=size, progress=print, **taught().drawing)
     answer, steps = jax.jit(teachers.answer), pipeline.schedule.num_train_timesteps // BANDS
     for band in range(BANDS):
         rng = np.random.default_rng(band)

@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,9 @@ from benchmarks.merge.report import RESULTS
 from benchmarks.torch_drawer import torch_drawer
 from configs import common
 from safetydpo_jax import storage
+from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.errors import run_main
+from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.lora import load_lora, save_kohya
 from safetydpo_jax.models.pretrained import load_pipeline
@@ -44,13 +45,13 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = load_pipeline("emoji")
     adapters, header = load_lora(args.lora, pipeline.unet_params)
     kohya = save_kohya(args.runs / "in_torch" / "kohya.safetensors", adapters)
-    drawers: dict[str, dict[str, Any]] = {
-        "jax": {},
-        "diffusers": {"draw": torch_drawer(pipeline, args.lora)},
-        "diffusers, kohya's names": {"draw": torch_drawer(pipeline, kohya)},
+    drawers = {
+        "jax": draw_pictures,
+        "diffusers": torch_drawer(pipeline, args.lora),
+        "diffusers, kohya's names": torch_drawer(pipeline, kohya),
     }
     points = {}
-    for name, drawer in drawers.items():
+    for name, draw in drawers.items():
         examine = Examiner(
             pipeline,
             args.runs / "in_torch" / name.replace(" ", "_"),
@@ -59,14 +60,14 @@ def main(argv: list[str] | None = None) -> None:
             num_safe=args.num_safe,
             seed=200,
             drawing=common.get_config("hate").drawing.to_dict(),
-            **drawer,
+            draw=draw,
         )
         points[name] = examine(adapters)
         print(f"{name}: {read(points[name])}", flush=True)
     result = {
         "lora": {"sha256": storage.hash_file(args.lora), **header},
         "machine": machine(),
-        "num_unsafe": 7 * args.num_unsafe,
+        "num_unsafe": len(CATEGORIES) * args.num_unsafe,
         "num_safe": args.num_safe,
         "found": {name: read(point) for name, point in points.items()},
         "same_outcome": {

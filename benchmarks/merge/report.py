@@ -93,9 +93,7 @@ def table(curves: Sequence[Curve]) -> str:
         else:
             read = [ip_with_interval(curve, loss) for loss in LOSSES]
             first = read[0][0]
-            cells = [
-                f"{100 * x:.0f} % ({100 * low:.0f} to {100 * high:.0f})" for x, low, high in read
-            ]
+            cells = [in_percent(x) for x in read]
         whole = [p for points in curve.points for p in points if p.scale == 1]
         ip = 100 * np.mean([p.ip for p in whole])
         lost = 100 * np.mean([p.lost(base) for base, p in zip(curve.bases, whole, strict=True)])
@@ -127,6 +125,12 @@ def ip_with_interval(curve: Curve, loss: float) -> tuple[float, float, float]:
     spread = [once(resampled=True) for _ in range(RESAMPLES)]
     low, high = np.quantile(spread, (0.025, 0.975))
     return once(resampled=False), float(low), float(high)
+
+
+def in_percent(read: tuple[float, float, float]) -> str:
+    """A rate and its interval, as a cell of a table."""
+    value, low, high = (100 * x for x in read)
+    return f"{value:.0f} % ({low:.0f} to {high:.0f})"
 
 
 def _drawn(rng: np.random.Generator, count: int, resampled: bool) -> np.ndarray:

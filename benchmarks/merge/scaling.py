@@ -16,8 +16,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for configs and benchmarks
 
-from benchmarks.merge.compare import STAGES, Comparison, parse_arguments
-from benchmarks.merge.report import BASE, RESULTS, ip_with_interval, read_curves
+from benchmarks.merge.compare import measure, parse_arguments
+from benchmarks.merge.curves import LOSS
+from benchmarks.merge.report import RESULTS, in_percent, ip_with_interval, read_curves
 from safetydpo_jax.emoji.concepts import HARMS
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.harm import CATEGORIES
@@ -37,23 +38,19 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--counts", type=int, nargs="*", default=COUNTS, choices=COUNTS)
-    parser.add_argument("--contenders", nargs="+", default=STAGES[STAGE].contenders)
     parser.add_argument("--out", type=Path, default=ROOT / "docs", metavar="DIR")
-    args, others = parser.parse_known_args(argv)
-    pipeline = load_pipeline("emoji") if args.counts else None
+    args, others = parser.parse_known_args(argv)  # the others are compare.py's
+    pipeline = load_pipeline("emoji")
     for count in args.counts:
-        options = parse_arguments([
+        options = [
             "--stage", STAGE, "--categories", *CATEGORIES[:count],
             "--results", str(RESULTS / STAGE / str(count)), *others,
-        ])  # fmt: skip
-        stage = STAGES[STAGE]
-        for seed in options.seeds or stage.seeds:
-            run = Comparison(options, stage, seed, pipeline)
-            run.run((BASE, *args.contenders), options.ranks or stage.ranks)
+        ]  # fmt: skip
+        measure(parse_arguments(options), pipeline)
     read: Read = {}
     for count in COUNTS:
         for curve in read_curves(RESULTS / STAGE / str(count)):
-            read.setdefault(curve.name, {})[count] = ip_with_interval(curve, 0.02)
+            read.setdefault(curve.name, {})[count] = ip_with_interval(curve, LOSS)
     content = table(read)
     print(content)
     write_file(args.out / "merging_scaling.md", content.encode())
@@ -73,8 +70,7 @@ def table(read: Read) -> str:
         cells = ["-"] * len(read)
         for i, found in enumerate(read.values()):
             if count in found:
-                ip, low, high = (100 * x for x in found[count])
-                cells[i] = f"{ip:.0f} % ({low:.0f} to {high:.0f})"
+                cells[i] = in_percent(found[count])
         lines.append(f"| {count} | {concepts(count)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

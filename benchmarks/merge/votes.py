@@ -26,13 +26,13 @@ from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.merge import opened_experts
 from safetydpo_jax.merge.activity import TRAJECTORIES, count_votes
 from safetydpo_jax.merge.prompts import emoji_prompts
-from safetydpo_jax.merge.statistics import Counts, Statistics
+from safetydpo_jax.merge.statistics import Statistics
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.storage import write_file
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Counts once with the most prompts of a half, then reads off smaller numbers of them."""
+    """Counts prompt after prompt, and reads off the agreement at each number of them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,16 +92,15 @@ def agreement(statistics: Statistics) -> dict[str, float]:
       lead: of all outputs, the mean share of votes by which the winner leads the second.
       close: of the outputs on which the halves differ, the same.
     """
-    leads, same = [], []
+    leads = []
     for counts in statistics.outputs.values():
-        halves: Counts = counts.sum((1, 2))
-        same.append(np.equal(*halves.argmax(1)))
-        shares = np.sort(halves.sum(0) / np.maximum(halves.sum((0, 1)), 1), axis=0)
+        votes = counts.sum((0, 1, 2))
+        shares = np.sort(votes / np.maximum(votes.sum(0), 1), axis=0)
         leads.append(shares[-1] - shares[-2])
-    lead, agreed = np.concatenate(leads), np.concatenate(same)
+    lead, agreed = np.concatenate(leads), np.concatenate(list(statistics.settled().values()))
     differ = lead[~agreed]
     return {
-        "outputs": round(float(agreed.mean()), 4),
+        "outputs": round(statistics.agreement(), 4),
         "lead": round(float(lead.mean()), 4),
         "close": round(float(differ.mean()) if len(differ) else 0.0, 4),
     }

@@ -30,9 +30,6 @@ from safetydpo_jax.train.losses import squared_error
 from safetydpo_jax.train.state import Checkpoints, TrainState
 from safetydpo_jax.train.workdir import stop_signal
 
-# What the teachers' pictures depend on.
-_OF_PICTURES = ("seed", "sampler", "num_steps", "guidance_scale", "matmul_precision")
-
 
 @dataclasses.dataclass(frozen=True)
 class Lessons:
@@ -67,6 +64,12 @@ class Lessons:
     num_steps: int = 20
     guidance_scale: float = 7.5
     matmul_precision: str = "bfloat16"
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How the teachers' pictures are drawn."""
+        names = ("sampler", "num_steps", "guidance_scale", "matmul_precision")
+        return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:
         """Raises UserError for a value that cannot be."""
@@ -124,17 +127,11 @@ def distill(
         0.0, lessons.learning_rate, min(20, lessons.steps // 10), lessons.steps
     )
     optimizer = optax.adamw(rate, weight_decay=0.0)
-    of_pictures = {name: getattr(lessons, name) for name in _OF_PICTURES}
-    drawn = {
-        "experts": experts.hashes,
-        "weights": experts.weights,
-        "prompts": storage.digest([*teachers.prompts, *teachers.own.tolist()]),
-        "base": storage.hash_parts(pipeline.sources, ("unet", "scheduler")),
-        "computed_in": str(jnp.dtype(pipeline.unet.dtype)),
-        **of_pictures,
+    settings = {
+        **teachers.about,
+        **dataclasses.asdict(lessons),
+        "student": fingerprint(student),
     }
-    settings = {**drawn, **dataclasses.asdict(lessons), "student": fingerprint(student)}
-    file = folder / f"pictures_{storage.digest(drawn)[:16]}.safetensors"
     checkpoints = Checkpoints(folder / storage.digest(settings)[:16], settings, keep=1)
     student = scaled(student, lessons.start, 1)
     state = jax.device_put(TrainState.create(student, optimizer), sharding.replicated(mesh))
@@ -145,10 +142,11 @@ def distill(
     own, told = teachers.own, teachers.told
     with jax.default_matmul_precision(lessons.matmul_precision):
         pictures = teachers.pictures(
-            file,
+            folder,
+            seed=lessons.seed,
             batch_size=lessons.batch_size,
             progress=progress,
-            **{name: x for name, x in of_pictures.items() if name != "matmul_precision"},
+            **lessons.drawing,
         )
         step = _make_step(pipeline, teachers, optimizer, lessons)
         split = sharding.batch_sharding(mesh)

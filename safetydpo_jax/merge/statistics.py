@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.merge.layer import Inputs, Votes
@@ -78,13 +78,15 @@ class Statistics:
             for layer, counts in self.outputs.items()
         }
 
+    def settled(self) -> dict[str, Bool[np.ndarray, " out"]]:
+        """By layer, which outputs have the same winner by either half of the prompts."""
+        halves = {layer: counts.sum((1, 2)).argmax(1) for layer, counts in self.outputs.items()}
+        return {layer: first == second for layer, (first, second) in halves.items()}
+
     def agreement(self) -> float:
         """The share of outputs whose winner is the same by either half of the prompts."""
-        same = total = 0
-        for counts in self.outputs.values():
-            first, second = counts.sum((1, 2)).argmax(1)
-            same, total = same + int((first == second).sum()), total + len(first)
-        return same / max(total, 1)
+        same = list(self.settled().values())
+        return float(np.concatenate(same).mean()) if same else 0.0
 
     def ordered(self, experts: Sequence[str], where: str = "the statistics") -> "Statistics":
         """The same for experts in another order.

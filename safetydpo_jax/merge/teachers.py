@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from safetydpo_jax import sharding
+from safetydpo_jax import sharding, storage
 from safetydpo_jax.diffusion.samplers import initial_latents, make_sampler
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.merge.experts import Experts
@@ -34,6 +35,7 @@ class Teachers:
       told: what the UNet is told of each, n rows.
       null: and of the empty prompt, without rows.
       weights: of the base and of all experts, stacked, on the devices.
+      about: what their answers depend on; JSON.
 
     Raises:
       UserError: missing prompts.
@@ -58,6 +60,13 @@ class Teachers:
         self.weights = jax.device_put(
             (pipeline.unet_params, experts.stacked()), sharding.replicated(mesh)
         )
+        self.about = {
+            "experts": experts.hashes,
+            "weights": experts.weights,
+            "prompts": storage.digest([*self.prompts, *self.own.tolist()]),
+            "base": storage.hash_parts(pipeline.sources, ("unet", "scheduler")),
+            "computed_in": str(jnp.dtype(pipeline.unet.dtype)),
+        }
         self._pipeline, self._experts = pipeline, experts
         self._split = sharding.batch_sharding(mesh)
 
@@ -76,26 +85,37 @@ class Teachers:
 
     def pictures(
         self,
-        file: Path,
+        folder: Path,
         *,
         seed: int,
         batch_size: int,
         sampler: str,
         num_steps: int,
         guidance_scale: float,
+        matmul_precision: str,
         progress: Callable[[str], None],
     ) -> Float[np.ndarray, "n h w c"]:
-        """Each prompt's latents as its teacher draws them, kept in the file.
+        """Each prompt's latents as its teacher draws them, kept in a file.
 
         Args:
-          file: of pictures with the same settings, if it is there.
+          folder: of that file, whose name goes by all that the pictures depend on.
           seed: of the initial noise.
           batch_size: pictures at a time, over all devices.
           sampler: as in `samplers.make_sampler`, with
           num_steps: its steps, and
           guidance_scale: as for a picture.
+          matmul_precision: of all products.
           progress: takes a line after every batch: done, time left.
         """
+        key = {
+            **self.about,
+            "seed": seed,
+            "sampler": sampler,
+            "num_steps": num_steps,
+            "guidance_scale": guidance_scale,
+            "matmul_precision": matmul_precision,
+        }
+        file = folder / f"pictures_{storage.digest(key)[:16]}.safetensors"
         if file.is_file():
             with opened(file) as kept:
                 return kept.read("latents")
@@ -120,7 +140,8 @@ class Teachers:
             )
             rows = jax.tree.map(lambda x, i=index: x[i], self.told)
             noise, rows = jax.device_put((noise, rows), self._split)
-            found.append(np.asarray(sample(params, lora, noise, rows, negative)))
+            with jax.default_matmul_precision(matmul_precision):
+                found.append(np.asarray(sample(params, lora, noise, rows, negative)))
             done = min(start + batch_size, count)
             left = (time.monotonic() - began) / done * (count - done)
             progress(f"distillation: {done}/{count} pictures drawn, {left:.0f} s left")
