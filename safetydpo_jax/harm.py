@@ -7,16 +7,15 @@ user's makes another. Errors tell the number of an entry, never its words: they 
 import difflib
 import functools
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from safetydpo_jax.command_line import ROOT
 from safetydpo_jax.csv_file import read_rows
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.yaml_file import read_yaml
 
 # The harm categories of CoProV2 (SafetyDPO, arXiv 2412.10493).
 CATEGORIES = (
@@ -32,8 +31,6 @@ CATEGORIES = (
 _TAKEN = (*CATEGORIES, "all", "safe")
 _SIDES = ("unsafe", "safe")
 _KEYS = ("name", "concepts", "prompts", "preserve")
-# What PyYAML raises for a value that its tag does not fit, such as a date or a truth value.
-_OF_TAGS = (ValueError, KeyError, AttributeError, IndexError, TypeError)
 _SHOWN = f"{ROOT / 'docs' / 'own_harm.md'} shows how it is written"
 
 
@@ -104,31 +101,8 @@ def read_harm(path: str) -> Harm:
         rows = [{key: row[key] for key in _SIDES} for _, row in read_rows(file, _SIDES)]
         content = {"name": file.resolve().parent.name, "prompts": rows}
     else:
-        content = _read_yaml(file)
+        content = read_yaml(file)
     return _checked(content, file)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which PyYAML silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        if any(keys.count(key) > 1 for key in keys):
-            raise yaml.MarkedYAMLError(problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(file: Path) -> Any:
-    try:
-        return yaml.load(file.read_text("utf-8-sig"), _Loader)
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: the file is not UTF-8 text") from None
-    except (yaml.YAMLError, *_OF_TAGS, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(  # PyYAML's own message quotes the text
-            f"{file}{line}: not valid YAML, or a key given twice; {_SHOWN}"
-        ) from None
 
 
 def _checked(content: Any, file: Path) -> Harm:

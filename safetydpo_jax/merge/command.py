@@ -20,8 +20,8 @@ from safetydpo_jax.lora.writer import save_lora
 from safetydpo_jax.merge import summary
 from safetydpo_jax.merge.experts import Experts, opened_experts
 from safetydpo_jax.merge.layer import Inputs, Votes
-from safetydpo_jax.merge.overlap import Overlap
-from safetydpo_jax.merge.run import ASKS, Merged, check, merge
+from safetydpo_jax.merge.overlap import Overlap, common
+from safetydpo_jax.merge.run import ASKS, Merged, by_layer, check, merge
 from safetydpo_jax.merge.statistics import Statistics, load_statistics
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
         if lessons is not None:
             merged = _distilled(merged, lessons, experts, base_model, arguments, progress)
         overlap = Overlap(len(files))
-        for layer in experts.places:
-            overlap.add(experts.layer(layer))
+        for _, found in by_layer(experts, lambda layer: common(experts.layer(layer))):
+            overlap.add(found)
         return _write(arguments, experts, options, lessons, votes, merged, overlap, progress)
 
 

@@ -68,13 +68,6 @@ def balanced(factors: Factors) -> Factors:
     return Factors(np.asarray(a * scale, np.float32), np.asarray(b / scale[:, None], np.float32))
 
 
-def inner(x: Factors, y: Factors) -> float:
-    """The Frobenius inner product of two products."""
-    left = np.asarray(x.a, np.float64).T @ np.asarray(y.a, np.float64)
-    right = np.asarray(x.b, np.float64) @ np.asarray(y.b, np.float64).T
-    return float((left * right).sum())
-
-
 def cut(factors: Factors, rank: int) -> Cut:
     """The best factors of at most `rank`: the truncated SVD of the product, from thin matrices.
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.yaml_file import read_yaml
 
 _NOT_HERE = ("recipe", "help")
 _EXPERT = ("file", "weight")
@@ -26,14 +25,11 @@ def read_recipe(path: Path, options: Mapping[str, argparse.Action]) -> dict[str,
 
     Raises:
       MissingFileError: there is no such file.
-      UserError: it is no YAML table, or a key or value is none that there can be.
+      UserError: it is no YAML table, or a key or value is none that there can be, or twice.
     """
     if not path.is_file():
         raise MissingFileError(f"{path}: there is no such recipe")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a table of options, as in 'method: ties'")
     known = {name: action for name, action in options.items() if name not in _NOT_HERE}

@@ -2,12 +2,15 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.linalg
 from flax import traverse_util
+from threadpoolctl import threadpool_limits
 
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora.adapters import Adapters
@@ -15,6 +18,9 @@ from safetydpo_jax.merge.experts import Experts
 from safetydpo_jax.merge.factors import Cut, Factors, balanced, cut, cut_dense
 from safetydpo_jax.merge.layer import Delta, Inputs, Method, Votes, Whitened
 from safetydpo_jax.merge.methods import METHODS
+
+T = TypeVar("T")
+MOST_AT_ONCE = 8  # layers, whose matrices are in memory together
 
 # What a method needs, in words.
 ASKS = {
@@ -53,7 +59,7 @@ def merge(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Merged:
-    """Merges, one layer in memory at a time.
+    """Merges layer by layer, on each core another one.
 
     Args:
       experts: from `opened_experts`.
@@ -77,21 +83,32 @@ def merge(
         raise UserError(f"{method} {ASKS[chosen.needs]}: give statistics, or a model to make them")
     if rank is None:
         rank = experts.sum_of_ranks() if chosen.keeps_rank else experts.highest_rank
-    flat, energy, error = {}, {}, {}
-    for done, (name, (path, kernel)) in enumerate(experts.places.items(), 1):
+
+    def merged(name: str) -> Cut:
         layer = dataclasses.replace(
             experts.layer(name),
             votes=(votes or {}).get(name),
             inputs=(inputs or {}).get(name),
             seed=seed,
         )
-        found = cut_of(chosen.change(layer, **options), rank)
-        a, b = found.factors
+        return cut_of(chosen.change(layer, **options), rank)
+
+    flat, energy, error = {}, {}, {}
+    for done, (name, found) in enumerate(by_layer(experts, merged), 1):
+        (path, kernel), (a, b) = experts.places[name], found.factors
         flat[(*path, "a")] = a.reshape(*kernel[:-1], a.shape[-1])
         flat[(*path, "b")] = b * np.float32(scale) if scale != 1 else b
         energy[name], error[name] = found.energy, found.error
         progress(done, len(experts.places))
     return Merged(traverse_util.unflatten_dict(flat), energy, error, rank)
+
+
+def by_layer(experts: Experts, work: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+    """Every layer's name with what `work` makes of it, in order; on each core another layer."""
+    workers = min(os.cpu_count() or 1, MOST_AT_ONCE)
+    # Matrices this small gain little from more threads each, and nothing beside their neighbours'.
+    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
+        yield from zip(experts.places, pool.map(work, experts.places), strict=True)
 
 
 def check(method: str, options: Mapping[str, Any]) -> Method:

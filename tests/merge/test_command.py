@@ -156,6 +156,7 @@ def test_a_recipe_stands_for_the_options(files, pipeline, model_folder, tmp_path
         ("recipe: x", "there is no option 'recipe'"),
         ("- a", "a recipe is a table of options"),
         ("method: [", "not valid YAML"),
+        ("method: ties\nmethod: dare", "or a key given twice"),
         ("rank: four", "merge.yaml, rank: it must be a whole number, not 'four'"),
         ("rank: true", "it must be a whole number"),
         ("scale: [1]", "it must be a number"),

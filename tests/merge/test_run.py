@@ -12,7 +12,7 @@ from safetydpo_jax.lora.keys import BASE_HASH
 from safetydpo_jax.merge import METHODS, merge, opened_experts
 from safetydpo_jax.merge.factors import Factors
 from safetydpo_jax.merge.layer import Inputs, Layer, Votes
-from safetydpo_jax.merge.overlap import Overlap
+from safetydpo_jax.merge.overlap import Overlap, common
 from tests.merge.conftest import write_expert
 
 
@@ -222,7 +222,7 @@ def test_overlap():
     nothing = Factors(0 * a, 0 * b)
     for scale in (1, 3):
         experts = [Factors(a, scale * b), Factors(-a, b), rotated, None, Factors(a, other)]
-        overlap.add(Layer("x", (8, 6), experts))
+        overlap.add(common(Layer("x", (8, 6), experts)))
     assert overlap.cosines[0, 1] == pytest.approx(-4 / np.sqrt(10 * 2))
     assert overlap.shared[0, 1:3] == pytest.approx([1, 1])
     assert (overlap.cosines[3] == 0).all()
@@ -232,6 +232,6 @@ def test_overlap():
     assert overlap.shared[0, 4] == pytest.approx(np.square(angles).mean())
     np.testing.assert_allclose(overlap.shared, overlap.shared.T)
     silent = Overlap(2)
-    silent.add(Layer("x", (8, 6), [nothing, Factors(a, b)]))
+    silent.add(common(Layer("x", (8, 6), [nothing, Factors(a, b)])))
     assert silent.cosines.tolist() == [[0, 0], [0, 1]]
     assert silent.shared.tolist() == [[0, 0], [0, pytest.approx(1)]]
