@@ -76,7 +76,9 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
         overlap = Overlap(len(files))
         for _, found in by_layer(experts, lambda layer: common(experts.layer(layer))):
             overlap.add(found)
-        return _write(arguments, experts, options, lessons, votes, merged, overlap, progress)
+        return _write(
+            arguments, experts, options, lessons, statistics, votes, merged, overlap, progress
+        )
 
 
 def _lessons(arguments: Any) -> "Lessons | None":
@@ -242,6 +244,7 @@ def _write(
     experts: Experts,
     options: dict[str, Any],
     lessons: "Lessons | None",
+    statistics: Statistics | None,
     votes: dict[str, Votes] | None,
     merged: Merged,
     overlap: Overlap,
@@ -267,6 +270,7 @@ def _write(
             for name in ("category_weights", "band_weights")
             if (value := getattr(arguments, name)) is not None
         },
+        **({"statistics": json.dumps(statistics.about)} if statistics else {}),
         **({"distillation": json.dumps(dataclasses.asdict(lessons))} if lessons else {}),
         "energy_kept": f"{energy:.4f}",
         **{

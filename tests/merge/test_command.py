@@ -88,6 +88,7 @@ def test_co_merge_and_again_from_its_votes(
     assert "won by" in said
     _, header = lora.load_lora(out, pipeline.unet_params)
     assert (header["method"], header["rank"]) == ("co_merge", "3")
+    assert json.loads(header["statistics"])["trajectory"] == "base"
     assert [x["name"] for x in json.loads(header["experts"])] == ["hate", "violence", "shocking"]
     with Image.open(out.with_suffix(".png")) as picture:
         assert picture.size[0] >= 720

@@ -18,17 +18,22 @@ from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.models.layers import Dense
 
 
-@pytest.fixture(scope="session")
-def pairs_folder(tmp_path_factory):
-    """24 pairs and 8 preservation pictures of noise, 16x16."""
-    folder = tmp_path_factory.mktemp("data") / "pairs"
-    rng = np.random.default_rng(0)
+def write_noise(folder, seed, size=(16, 16), pairs=24, preserved=8):
+    """Pairs and preservation pictures of noise."""
+    rng = np.random.default_rng(seed)
 
     def pictures(mark, count):
-        pixels = rng.integers(0, 256, (count, 16, 16, 3), np.uint8)
+        pixels = rng.integers(0, 256, (count, *size, 3), np.uint8)
         return [Picture(f"{mark}{i}", f"{mark} word", i, p) for i, p in enumerate(pixels)]
 
-    write_pairs(folder, pictures("u", 24), pictures("s", 24), pictures("p", 8), {})
+    sides = pictures("u", pairs), pictures("s", pairs)
+    write_pairs(folder, *sides, pictures("p", preserved), {})
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    write_noise(folder, 0)
     return folder
 
 

@@ -14,7 +14,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from safetydpo_jax import lora
-from safetydpo_jax.data import Picture, write_pairs
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.evaluate import detect, exam
 from safetydpo_jax.models.pretrained import load_pipeline
@@ -23,6 +22,7 @@ from safetydpo_jax.train import loop
 from safetydpo_jax.train.guard import Guard
 from safetydpo_jax.train.health import Health
 from tests.evaluate import fakes
+from tests.train.conftest import write_noise
 
 EXPORT = pathlib.Path("export") / "pytorch_lora_weights.safetensors"
 TERMS = {"loss", "preference_loss", "preservation", "winner_anchor"}
@@ -310,18 +310,11 @@ def test_a_workdir_that_is_a_file(run, tmp_path):
 @pytest.fixture
 def three(config, tmp_path):
     """Changes that make the run one of three experts, each with pairs of its own."""
-    rng = np.random.default_rng(7)
-
-    def pictures(mark, count):
-        pixels = rng.integers(0, 256, (count, 16, 16, 3), np.uint8)
-        return [Picture(f"{mark}{i}", f"{mark} word", i, p) for i, p in enumerate(pixels)]
-
     with config.unlocked():
         config.experts = {"hate": {}, "violence": {"steps": 6}, "sexual": {"seed": None}}
         config.presets = {}
-    for name in config.experts:
-        folder = tmp_path / "pair_sets" / name
-        write_pairs(folder, pictures("u", 24), pictures("s", 24), pictures("p", 8), {})
+    for seed, name in enumerate(config.experts):
+        write_noise(tmp_path / "pair_sets" / name, seed)
     return {"pairs.path": str(tmp_path / "pair_sets")}
 
 
@@ -395,15 +388,9 @@ def test_an_expert_without_hope_holds_up_no_other(three, healthy, tmp_path, monk
 
 
 def test_pairs_of_other_sizes_are_told_apart(three, run, small, tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-
-    def pictures(mark):
-        pixels = rng.integers(0, 256, (8, 24, 16, 3), np.uint8)
-        return [Picture(f"{mark}{i}", f"{mark} word", i, p) for i, p in enumerate(pixels)]
-
     folder = tmp_path / "pair_sets" / "sexual"
     shutil.rmtree(folder)
-    write_pairs(folder, pictures("u"), pictures("s"), [], {})
+    write_noise(folder, 0, size=(24, 16), pairs=8, preserved=0)
 
     def encode_images(self, pictures):
         n, h, w, _ = pictures.shape
