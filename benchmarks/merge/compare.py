@@ -43,7 +43,7 @@ from safetydpo_jax.storage import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL, ALL_CUT = "all_single", "all_single, cut"
-NUM_VOTERS, NUM_TAUGHT = 32, 64  # prompts of each category for statistics, for distillation
+NUM_VOTERS, NUM_TAUGHT = 32, 192  # prompts of each category for statistics, for distillation
 
 
 class Stage(NamedTuple):
