@@ -101,7 +101,7 @@ def read_harm(path: str) -> Harm:
         rows = [{key: row[key] for key in _SIDES} for _, row in read_rows(file, _SIDES)]
         content = {"name": file.resolve().parent.name, "prompts": rows}
     else:
-        content = read_yaml(file)
+        content = read_yaml(file, _SHOWN)
     return _checked(content, file)
 
 

@@ -12,8 +12,12 @@ from safetydpo_jax.errors import UserError
 _OF_TAGS = (ValueError, KeyError, AttributeError, IndexError, TypeError)
 
 
-def read_yaml(file: Path) -> Any:
+def read_yaml(file: Path, shown: str) -> Any:
     """What a file says.
+
+    Args:
+        file: UTF-8, with or without a byte order mark.
+        shown: where or how such a file is written, for errors.
 
     Raises:
         UserError: it is no UTF-8, no YAML, or a key is given twice.
@@ -25,7 +29,9 @@ def read_yaml(file: Path) -> Any:
     except (yaml.YAMLError, *_OF_TAGS, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{line}: not valid YAML, or a key given twice") from None
+        raise UserError(  # PyYAML's own message quotes the text
+            f"{file}{line}: not valid YAML, or a key given twice; {shown}"
+        ) from None
 
 
 class _Loader(yaml.SafeLoader):

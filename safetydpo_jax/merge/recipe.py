@@ -11,6 +11,7 @@ from safetydpo_jax.yaml_file import read_yaml
 
 _NOT_HERE = ("recipe", "help")
 _EXPERT = ("file", "weight")
+_SHOWN = "a recipe is a table of options, as in 'method: ties'"
 
 
 def read_recipe(path: Path, options: Mapping[str, argparse.Action]) -> dict[str, Any]:
@@ -29,9 +30,9 @@ def read_recipe(path: Path, options: Mapping[str, argparse.Action]) -> dict[str,
     """
     if not path.is_file():
         raise MissingFileError(f"{path}: there is no such recipe")
-    content = read_yaml(path)
+    content = read_yaml(path, _SHOWN)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a recipe is a table of options, as in 'method: ties'")
+        raise UserError(f"{path}: {_SHOWN}")
     known = {name: action for name, action in options.items() if name not in _NOT_HERE}
     values: dict[str, Any] = {}
     for key, value in content.items():

@@ -32,6 +32,7 @@ def write_noise(folder, seed, size=(16, 16), pairs=24, preserved=8):
 
 @pytest.fixture(scope="session")
 def pairs_folder(tmp_path_factory):
+    """24 pairs and 8 preservation pictures of noise, 16x16."""
     folder = tmp_path_factory.mktemp("data") / "pairs"
     write_noise(folder, 0)
     return folder
