@@ -162,7 +162,8 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "preserve_count": 384,
         "seed": 0,
     }
-    config.cache = {"dtype": "float32", "flip": False}
+    # Pictures are resized and cut to squares of `resolution` pixels; 0 is as the model was trained.
+    config.cache = {"dtype": "float32", "flip": False, "resolution": 0}
 
     # Mesh axes; data = -1 takes all devices. Rules are (regex on the parameter's path, axes).
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "rules": ()}
@@ -207,7 +208,8 @@ def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
     config.optimizer.warmup_steps = 500
     config.checkpoint.every = 250
     # Horizontal flips, as in the paper; half precision, as 20 GB of moments would be too many.
-    config.cache = {"dtype": "float16", "flip": True}
+    config.cache.dtype = "float16"
+    config.cache.flip = True
     # As these models are usually drawn from; a picture has 64 times the embedded one's pixels.
     config.drawing.num_steps = 25
     config.drawing.guidance_scale = 7.5

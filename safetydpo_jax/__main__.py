@@ -16,6 +16,7 @@ LAUNCH = ROOT / "launch"
 COMMANDS = (
     "train",
     "generate",
+    "import_pairs",
     "sample",
     "merge",
     "export",
@@ -54,7 +55,7 @@ def _help() -> str:
     for name in COMMANDS:
         script = ast.parse((LAUNCH / f"{name}.py").read_text(encoding="utf-8"))
         summary = (ast.get_docstring(script) or "").partition("\n")[0]
-        lines.append(f"  {name:10}{summary}")
+        lines.append(f"  {name:14}{summary}")
     return "\n".join([*lines, "", "safetydpo COMMAND --help tells how to use it."])
 
 

@@ -3,7 +3,7 @@
 from safetydpo_jax.data.cache import Cache, make_cache
 from safetydpo_jax.data.draw import make_pairs
 from safetydpo_jax.data.loader import STRATEGIES, batches
-from safetydpo_jax.data.pairs import PairSet, Picture, write_pairs
+from safetydpo_jax.data.pairs import PairSet, Picture, PictureFile, write_pairs
 from safetydpo_jax.data.sources import PairSource, source_of
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "make_pairs",
     "PairSet",
     "Picture",
+    "PictureFile",
     "write_pairs",
     "Cache",
     "make_cache",

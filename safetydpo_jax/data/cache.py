@@ -22,7 +22,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from PIL import Image
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.pairs import PairSet
@@ -49,7 +50,8 @@ def make_cache(
 
     Args:
       config: `pairs.path` (pairs to use instead of `workdir`/pairs) and `cache`: dtype ("float32",
-        "float16" or "bfloat16") and flip (mirror images too).
+        "float16" or "bfloat16"), flip (mirror images too) and resolution (pixels along a side of
+        what is encoded; 0 is as the model was trained).
       pipeline: whose autoencoder and text encoder to use, a `models.pretrained.Pipeline`.
       workdir: the run's folder.
       progress: is told, in a sentence, what is done.
@@ -60,6 +62,12 @@ def make_cache(
     if config.cache.dtype not in DTYPES:
         raise UserError(
             f"config.cache.dtype is {config.cache.dtype!r}: it must be one of {', '.join(DTYPES)}"
+        )
+    side, step = config.cache.resolution or pipeline.resolution, pipeline.vae.config.downscale
+    if side < 1 or side % step:
+        raise UserError(
+            f"config.cache.resolution is {side}: it must be a multiple of {step}, the pixels to a "
+            "latent, or 0, as the model was trained"
         )
     pairs = PairSet(config.pairs.path or Path(workdir) / "pairs")
     folder = Path(workdir) / "cache"
@@ -73,12 +81,12 @@ def make_cache(
     progress(f"cache: encoding {2 * pairs.num_pairs + pairs.num_preserve} pictures")
     dtype = DTYPES[config.cache.dtype]
     with storage.new_folder(folder) as partial:
-        size = next(iter(pairs.pictures("unsafe"))).pixels.shape[:2]
-        null = jax.tree.map(lambda x: x[0], pipeline.encode_negative([""], size=size))
+        null = pipeline.encode_negative([""], size=(side, side))
+        null = jax.tree.map(lambda x: x[0], null)
         null = _named(null, np.float32)
         storage.write_file(partial / NULL, safetensors.numpy.save(null))
         writer = ArrayRecordWriter(str(partial / RECORDS), "group_size:1")
-        for moments, text in _encoded(pairs, pipeline, config.cache.flip):
+        for moments, text in _encoded(pairs, pipeline, side, config.cache.flip):
             record = {"moments": moments.astype(dtype), **_named(text, dtype)}
             writer.write(safetensors.numpy.save(record))
         writer.close()
@@ -186,29 +194,34 @@ def _key(config: Any, pipeline: Any, pairs: PairSet) -> str:
 
 
 def _encoded(
-    pairs: PairSet, pipeline: Any, flip: bool
+    pairs: PairSet, pipeline: Any, side: int, flip: bool
 ) -> Iterator[tuple[Float[np.ndarray, "o 2 h w c"], Conditioning]]:
     """Moments and conditioning of all pictures, in the order of the records."""
     pictures = (p for split in ("unsafe", "safe", "preserve") for p in pairs.pictures(split))
-    shape = None
     while batch := list(itertools.islice(pictures, ENCODE_BATCH)):
-        for picture in batch:
-            shape = shape or picture.pixels.shape
-            if picture.pixels.shape != shape:
-                raise UserError(
-                    f"{pairs.folder}: picture {picture.id} is {picture.pixels.shape[:2]} pixels, "
-                    f"others are {shape[:2]}: give pictures of one size"
-                )
-        pixels = np.stack([picture.pixels for picture in batch])
+        pixels = np.stack([square(picture.pixels, side) for picture in batch])
         views = [pixels, pixels[:, :, ::-1]] if flip else [pixels]
         moments = np.stack(
             [np.stack(pipeline.encode_images(view), axis=1) for view in views], axis=1
         )
-        texts = pipeline.encode_prompts(
-            [picture.prompt for picture in batch], size=pixels.shape[1:3]
-        )
+        texts = pipeline.encode_prompts([picture.prompt for picture in batch], size=(side, side))
         for i, of_picture in enumerate(moments):
             yield of_picture, jax.tree.map(lambda x, i=i: x[i], texts)
+
+
+def square(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "{side} {side} 3"]:
+    """The picture's middle: its shorter side made `side` pixels long, the longer one cut.
+
+    As in SafetyDPO's training (arXiv 2412.10493), with a triangle filter.
+    """
+    height, width = pixels.shape[:2]
+    if (height, width) == (side, side):
+        return pixels
+    scale = side / min(height, width)
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
 def _named(text: Conditioning, dtype: Any) -> dict[str, np.ndarray]:

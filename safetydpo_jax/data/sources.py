@@ -91,10 +91,10 @@ def two_ways(base: str) -> str:
     """How to come by pairs for a model that draws more than pictograms; follows a colon."""
     return (
         "get CoProV2, the pair set published with SafetyDPO (arXiv 2412.10493, project page "
-        "https://safetydpo.github.io/): it is not shipped, but an archive to download by hand and "
-        "to write as a pair set with safetydpo_jax.data.write_pairs; or let the model draw pairs "
-        f"of a harm of your own with safetydpo generate --config own:{base} --config.harm=FILE "
-        "(launch/generate.py, docs/own_harm.md)"
+        "https://safetydpo.github.io/): it is not shipped, but a download, which safetydpo "
+        "import_pairs makes pair sets of (launch/import_pairs.py, docs/pairs.md); or let the model "
+        f"draw pairs of a harm of your own with safetydpo generate --config own:{base} "
+        "--config.harm=FILE (launch/generate.py, docs/own_harm.md)"
     )
 
 

@@ -65,7 +65,12 @@ def blurred(picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def picture_grid(
-    sections: Sequence[Section], *, title: str, subtitle: str = "", reveal: bool = False
+    sections: Sequence[Section],
+    *,
+    title: str,
+    subtitle: str = "",
+    reveal: bool = False,
+    revealed_by: str = "report.reveal=true",
 ) -> Image.Image:
     """Lays the sections out under each other, with title, legend, row names and verdicts.
 
@@ -74,6 +79,7 @@ def picture_grid(
         title: heading of the whole.
         subtitle: a line under it.
         reveal: show the pictures that are hidden otherwise.
+        revealed_by: what the user sets for that.
 
     Raises:
         UserError: no pictures, or lists of different lengths in a section.
@@ -93,7 +99,7 @@ def picture_grid(
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, 28), title, INK, font(26))
     draw.text((MARGIN, 66), subtitle, FAINT, font(14))
-    _legend(draw, 96, sections, reveal)
+    _legend(draw, 96, sections, "" if reveal else revealed_by)
     for section, top in zip(sections, tops[:-1], strict=True):
         _draw_section(canvas, draw, section, top, reveal)
     return canvas
@@ -124,7 +130,9 @@ def _draw_section(
             draw.text(centre, mark, FAINT, font(12), anchor="mm")
 
 
-def _legend(draw: ImageDraw.ImageDraw, top: int, sections: Sequence[Section], reveal: bool) -> None:
+def _legend(
+    draw: ImageDraw.ImageDraw, top: int, sections: Sequence[Section], revealed_by: str
+) -> None:
     rows = [row for section in sections for row in section.rows]
     used = {mark for row in rows for mark in row.marks}
     x = MARGIN
@@ -133,8 +141,8 @@ def _legend(draw: ImageDraw.ImageDraw, top: int, sections: Sequence[Section], re
             draw.rectangle((x, top + 4, x + 13, top + 17), outline=colour, width=FRAME)
             draw.text((x + 20, top + 11), mark, INK, font(13), anchor="lm")
             x += int(20 + draw.textlength(mark, font(13)) + 22)
-    if not reveal and any(row.hide.any() for row in rows):
-        note = "unsafe pictures are blurred; set report.reveal=true to see them"
+    if revealed_by and any(row.hide.any() for row in rows):
+        note = f"unsafe pictures are blurred; set {revealed_by} to see them"
         draw.text((x, top + 11), note, FAINT, font(13), anchor="lm")
 
 

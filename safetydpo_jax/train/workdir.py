@@ -22,7 +22,7 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
     except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be used: {error.strerror}") from None
+        raise UserError(f"{workdir} cannot be used: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ class TinyPipeline:
     vae_params: dict = dataclasses.field(default_factory=lambda: {"weight": np.ones(1, np.float32)})
     text_params: dict = dataclasses.field(default_factory=lambda: {"weight": np.ones(1, "f4")})
     latent_shape = (4, 4, 3)
+    resolution = 16
+    vae = types.SimpleNamespace(config=types.SimpleNamespace(downscale=4))
     schedule = NoiseSchedule.from_config(
         {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
         | {"beta_schedule": "linear", "prediction_type": "epsilon", "set_alpha_to_one": True}
@@ -112,7 +115,7 @@ def tiny_config():
                 "batch_size": 8,
                 "matmul_precision": None,
             },
-            "cache": {"dtype": "float32", "flip": False},
+            "cache": {"dtype": "float32", "flip": False, "resolution": 0},
         }
     )
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from safetydpo_jax.data import Cache, PairSet, cache, make_cache
+from safetydpo_jax.data.cache import square
 from safetydpo_jax.errors import MissingFileError, UserError
 
 
@@ -127,11 +128,25 @@ def test_unknown_dtype(made, write, config):
         made()
 
 
-def test_pictures_of_two_sizes(made, write, tmp_path):
+def test_pictures_of_other_sizes_are_made_square(made, write):
     write(last_size=32)
-    with pytest.raises(UserError, match=r"picture z0 is \(32, 32\) pixels, others are \(16, 16\)"):
+    assert made()[0].moments(np.arange(5), np.zeros(5, int))["mean"].shape == (5, 4, 4, 3)
+
+
+def test_the_middle_of_a_picture_is_kept():
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 200
+    assert np.all(square(pixels, 8) == 200)
+    assert square(pixels, 4).shape == square(pixels.transpose(1, 0, 2), 4).shape == (4, 4, 3)
+    assert square(np.full((333, 1000, 3), 7, np.uint8), 512).shape == (512, 512, 3)
+
+
+@pytest.mark.parametrize("side", [-4, 18])
+def test_a_resolution_that_makes_no_latents(made, write, config, side):
+    write()
+    config.cache.resolution = side
+    with pytest.raises(UserError, match=r"must be a multiple of 4, the pixels to a latent"):
         made()
-    assert not (tmp_path / "run" / "cache").exists()
 
 
 def test_no_pair_set(made):

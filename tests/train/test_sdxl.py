@@ -90,14 +90,15 @@ def test_an_expert_is_trained_and_drawn_by_diffusers(folder, ours, theirs, pairs
         assert np.abs(base - wanted.numpy()).max() > 0.05 * scale
 
 
-def test_the_size_of_a_picture_is_that_of_the_pairs(ours, tmp_path):
+def test_the_size_of_a_picture_is_that_of_the_cache(ours, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 24, 20, 3), np.uint8)
     pictures = [data.Picture(f"{i}", "a word", i, x) for i, x in enumerate(pixels)]
     data.write_pairs(tmp_path / "pairs", pictures[:1], pictures[1:2], pictures[2:], {})
     config = common.get_config("hate", "sdxl")
     config.cache.flip = False
+    config.cache.resolution = 20
     cache = data.make_cache(config, ours, tmp_path, lambda line: None)
-    sizes = [24, 20, 0, 0, 24, 20]
+    sizes = [20, 20, 0, 0, 20, 20]
     assert cache.conditioning(np.arange(3)).time_ids.tolist() == [sizes] * 3
     assert cache.null.time_ids.tolist() == sizes
     key = cache.key

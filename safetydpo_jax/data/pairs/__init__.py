@@ -27,10 +27,11 @@ from safetydpo_jax import storage
 from safetydpo_jax.data.pairs.builder import SafetyPairs
 from safetydpo_jax.errors import UserError
 
-__all__ = ["PairSet", "Picture", "write_pairs"]
+__all__ = ["PairSet", "Picture", "PictureFile", "write_pairs"]
 
 FORMAT = 1
 SPLITS = ("unsafe", "safe", "preserve")
+UNKNOWN_SEED = -1  # of pictures that others drew
 REMEDY = "remove that folder to have the pairs drawn again, or set config.pairs.path to a whole one"
 
 
@@ -41,7 +42,7 @@ class Picture:
     Attributes:
       id: names the prompt without showing it; the same for both pictures of a pair.
       prompt: never to be printed.
-      seed: of the initial noise.
+      seed: of the initial noise; `UNKNOWN_SEED` if others drew it.
       pixels: the picture.
     """
 
@@ -51,11 +52,26 @@ class Picture:
     pixels: UInt8[np.ndarray, "H W 3"]
 
 
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture that others drew, as it came: a JPEG is not to become a PNG of five times its size.
+
+    Attributes:
+      id: as of a `Picture`.
+      prompt: never to be printed.
+      data: a JPEG or PNG file.
+    """
+
+    id: str
+    prompt: str
+    data: bytes
+
+
 def write_pairs(
     folder: Path,
-    unsafe: Iterable[Picture],
-    safe: Iterable[Picture],
-    preserve: Iterable[Picture],
+    unsafe: Iterable[Picture | PictureFile],
+    safe: Iterable[Picture | PictureFile],
+    preserve: Iterable[Picture | PictureFile],
     card: dict[str, Any],
 ) -> None:
     """Writes a pair set; the folder appears whole or not at all.
@@ -66,7 +82,7 @@ def write_pairs(
       safe: the winning ones, in the same order.
       preserve: safe pictures besides, may be empty.
       card: what else card.json should say; `format`, `num_pairs`, `num_preserve`, `content_hash`
-        (SHA-256 over ids, prompts, seeds and pixels) and `files` are added.
+        (SHA-256 over ids, prompts, seeds and pixels, or the bytes of files) and `files` are added.
 
     Raises:
       UserError: no pairs, not as many winners as losers, or the disk is full.
@@ -74,20 +90,22 @@ def write_pairs(
     content = hashlib.sha256()
     counts = collections.Counter()
 
-    def encoded(split: str, pictures: Iterable[Picture]) -> Iterator[dict]:
+    def encoded(split: str, pictures: Iterable[Picture | PictureFile]) -> Iterator[dict]:
         for picture in pictures:
             counts[split] += 1
-            said = [split, picture.id, picture.prompt, int(picture.seed), picture.pixels.shape]
+            if isinstance(picture, PictureFile):
+                seed, shape, data = UNKNOWN_SEED, (len(picture.data),), picture.data
+                hashed = data
+            else:
+                seed, shape = int(picture.seed), picture.pixels.shape
+                hashed = np.ascontiguousarray(picture.pixels).tobytes()
+                png = io.BytesIO()
+                Image.fromarray(picture.pixels).save(png, "png")
+                data = png.getvalue()
+            said = [split, picture.id, picture.prompt, seed, shape]
             content.update(storage.digest(said).encode())
-            content.update(np.ascontiguousarray(picture.pixels).tobytes())
-            png = io.BytesIO()
-            Image.fromarray(picture.pixels).save(png, "png")
-            yield {
-                "id": picture.id,
-                "prompt": picture.prompt,
-                "seed": int(picture.seed),
-                "image": png.getvalue(),
-            }
+            content.update(hashed)
+            yield {"id": picture.id, "prompt": picture.prompt, "seed": seed, "image": data}
 
     splits = {}
     for name, pictures in zip(SPLITS, (unsafe, safe, preserve), strict=True):

@@ -11,7 +11,8 @@ class SafetyPairs(tfds.core.GeneratorBasedBuilder):
     """Pictures drawn by a model, one example a picture, given ready and encoded.
 
     Args:
-      examples: by split, the examples in order: dicts of `features`, the image as PNG bytes.
+      examples: by split, the examples in order: dicts of `features`, the image as bytes of PNG or
+        JPEG.
       **kwargs: of TFDS's builders.
     """
 
@@ -29,7 +30,7 @@ class SafetyPairs(tfds.core.GeneratorBasedBuilder):
                     "id": tfds.features.Text(doc="of the prompt; the same for both of a pair"),
                     "prompt": tfds.features.Text(doc="what the picture was drawn for"),
                     "seed": tfds.features.Scalar(np.int64, doc="of the initial noise"),
-                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                    "image": tfds.features.Image(shape=(None, None, 3)),
                 }
             ),
             disable_shuffling=True,

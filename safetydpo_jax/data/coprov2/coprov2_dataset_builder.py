@@ -1,0 +1,115 @@
+"""The TFDS builder of CoProV2 (SafetyDPO, arXiv 2412.10493): ArrayRecord files, no TensorFlow.
+
+Training here takes pair sets, which `launch/import_pairs.py` makes of the same files; this is for
+whoever reads TFDS datasets.
+"""
+
+import collections
+import io
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import tensorflow_datasets as tfds
+
+from safetydpo_jax.data.import_pairs import is_held_out
+from safetydpo_jax.data.inputs.check import usable
+from safetydpo_jax.data.inputs.coprov2 import read_coprov2
+from safetydpo_jax.data.inputs.pair import InputPair, TestPrompt
+from safetydpo_jax.data.inputs.picture import as_kept
+from safetydpo_jax.harm import CATEGORIES
+
+VALIDATION_SHARE = 0.05
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """Configs `sd15` and `sdxl` hold the pairs that each model drew, `prompts` the test prompts.
+
+    A split's examples have the same features in TFDS, and test prompts come without pictures: so
+    they are a config of their own, with the splits `test` and `test_clean`, which lacks those
+    that equal a training pair's unsafe prompt.
+
+    Pairs of which a picture cannot be used are skipped; `metadata.json` counts them by reason.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS declares it so)
+        tfds.core.BuilderConfig(name="sd15", description="pairs drawn by Stable Diffusion 1.5"),
+        tfds.core.BuilderConfig(name="sdxl", description="pairs drawn by SDXL"),
+        tfds.core.BuilderConfig(name="prompts", description="unsafe prompts for testing"),
+    ]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "The pictures are downloaded by hand. Put the tables (CoProv2_train.csv, "
+        "CoProv2_test.csv) into the manual folder, and a config's pictures, a zip, a folder or "
+        "the hub's parquet files, into its folder sd15/ or sdxl/, or beside the tables."
+    )
+
+    def __init__(self, **kwargs: Any):
+        self._skipped: dict[str, int] = {}  # filled when the pairs have been looked at
+        super().__init__(**{"file_format": "array_record"} | kwargs)
+
+    @property
+    def _config_name(self) -> str:
+        return cast("tfds.core.BuilderConfig", self.builder_config).name
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        kinds = tfds.features.ClassLabel(names=CATEGORIES)
+        features: dict[str, Any] = {"id": tfds.features.Text(doc="names it without showing it")}
+        if self._config_name == "prompts":
+            features |= {"prompt": tfds.features.Text(), "category": kinds}
+        else:
+            features |= {
+                "prompt_unsafe": tfds.features.Text(),
+                "prompt_safe": tfds.features.Text(),
+                "image_unsafe": tfds.features.Image(shape=(None, None, 3)),
+                "image_safe": tfds.features.Image(shape=(None, None, 3)),
+                "categories": tfds.features.Sequence(kinds),
+            }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Pairs of an unsafe and a safe prompt with a picture of each.",
+            features=tfds.features.FeaturesDict(features),
+            homepage="https://safetydpo.github.io/",
+            citation="Liu et al. 2024, SafetyDPO, arXiv 2412.10493",
+            metadata=tfds.core.MetadataDict(skipped=self._skipped),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        tables = Path(dl_manager.manual_dir)
+        name = self._config_name
+        found = read_coprov2(tables / name if (tables / name).is_dir() else tables, tables)
+        if name == "prompts":
+            clean = [prompt for prompt in found.test if not prompt.in_train]
+            return {
+                split: _prompts(x) for split, x in (("test", found.test), ("test_clean", clean))
+            }
+        found = usable(found, print)
+        self._skipped.update(collections.Counter(found.skipped.values()))
+        held_out = [is_held_out(pair, VALIDATION_SHARE) for pair in found.pairs]
+        splits = (("train", [not x for x in held_out]), ("validation", held_out))
+        return {split: _pairs(itertools.compress(found.pairs, x)) for split, x in splits}
+
+    def _generate_examples(self) -> Iterator:
+        raise NotImplementedError("each split has its own generator")
+
+
+def _prompts(prompts: Iterable[TestPrompt]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for prompt in prompts:
+        yield prompt.id, {"id": prompt.id, "prompt": prompt.text, "category": prompt.category}
+
+
+def _pairs(pairs: Iterable[InputPair]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for pair in pairs:
+        yield (
+            pair.id,
+            {
+                "id": pair.id,
+                "prompt_unsafe": pair.unsafe.prompt,
+                "prompt_safe": pair.safe.prompt,
+                "image_unsafe": io.BytesIO(as_kept(pair.unsafe.read())),
+                "image_safe": io.BytesIO(as_kept(pair.safe.read())),
+                "categories": pair.categories,
+            },
+        )

@@ -1,0 +1,152 @@
+"""Pair sets for training, one a category, made from a pair set in another's format.
+
+    OUT/hate OUT/violence ...     pair sets, for config.pairs.path
+    OUT/validation/hate ...       of pairs held out from those
+    OUT/test.csv, test_clean.csv  prompts to evaluate with; without those that are in train, too
+    OUT/report.json, pairs.png    what was skipped and why; a few pairs of each set
+
+Pair sets are written one by one, whole or not at all, so that a killed import goes on at the next.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+
+from safetydpo_jax import storage
+from safetydpo_jax.data.import_report import write_picture, write_prompts, write_report
+from safetydpo_jax.data.inputs import InputPair, read_input
+from safetydpo_jax.data.inputs.check import usable
+from safetydpo_jax.data.inputs.picture import as_kept
+from safetydpo_jax.data.pairs import PairSet, PictureFile, write_pairs
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.harm import CATEGORIES
+
+ALL = "all"  # the set that holds every pair
+VALIDATION = "validation"
+
+
+def import_pairs(
+    folder: Path,
+    out: Path,
+    *,
+    kind: str = "",
+    category: str = "",
+    sets: Sequence[str] = (),
+    validation: float = 0.05,
+    strict: bool = False,
+    reveal: bool = False,
+    progress: Callable[[str], None] = print,
+) -> dict[str, int]:
+    """Writes the pair sets; those that are there, of the same pairs, are kept.
+
+    Args:
+      folder: the input, in one of `inputs.FORMATS`.
+      out: where the sets go.
+      kind: the input's format; by default what it looks like.
+      category: of pairs of which the input names none.
+      sets: which categories to write, or "all", every pair in one set; by default all categories,
+        and "all" if some pair has none.
+      validation: share of the pairs held out. A pair's prompts alone decide, see `is_held_out`.
+      strict: a pair that cannot be used is an error, not skipped.
+      reveal: unsafe pictures are shown unblurred in pairs.png.
+      progress: takes lines of text; never a prompt.
+
+    Returns:
+      By set, how many pairs it has to train on.
+
+    Raises:
+      MissingFileError: the input, or something that it must have, is not there.
+      UserError: an input that cannot be read, no usable pair, sets made from other pairs in `out`,
+        or a full disk.
+    """
+    if not 0 <= validation < 1:
+        raise UserError(f"the validation share is {validation}: it must be 0 or more, and below 1")
+    kind, found = read_input(folder, kind)
+    progress(f"{folder}: {kind}, {len(found.pairs)} pairs, {len(found.skipped)} skipped")
+    wanted = _sets(found.pairs, category, sets)
+    ids = {pair.id for pairs in wanted.values() for pair in pairs}
+    found.pairs = [pair for pair in found.pairs if pair.id in ids]
+    found = usable(found, progress)
+    by_set = _sets(found.pairs, category, wanted)
+    with storage.explained_writes(out):
+        out.mkdir(parents=True, exist_ok=True)
+        report = write_report(out, folder, kind, found, by_set)
+    if found.skipped and (strict or not found.pairs):
+        name, reason = next(iter(found.skipped.items()))
+        raise UserError(
+            f"{folder}: {len(found.skipped)} cannot be used and {len(found.pairs)} can, the first "
+            f"is {name} ({reason}): {report} lists them"
+        )
+    if not found.pairs:
+        raise UserError(f"{folder} holds no pairs")
+    for name, pairs in by_set.items():
+        held_out = [is_held_out(pair, validation) for pair in pairs]
+        for where, which in ((out / name, False), (out / VALIDATION / name, True)):
+            chosen = [p for p, held in zip(pairs, held_out, strict=True) if held == which]
+            if chosen:
+                _write_set(where, chosen, {"category": name, "source": kind}, progress)
+    with storage.explained_writes(out):
+        write_prompts(out, found.test)
+        write_picture(out, by_set, reveal=reveal)
+    return {name: PairSet(out / name).num_pairs for name in by_set if (out / name).is_dir()}
+
+
+def is_held_out(pair: InputPair, share: float) -> bool:
+    """Whether a pair is for validation: a hash of its two prompts, up to case and outer spaces.
+
+    So the same prompts are never on both sides, in whatever order and categories they come, and a
+    larger share holds out the smaller one's pairs too.
+    """
+    texts = (picture.prompt.strip().lower() for picture in (pair.unsafe, pair.safe))
+    hashed = hashlib.sha256("\0".join(texts).encode()).digest()
+    return int.from_bytes(hashed[:8], "big") < share * 2**64
+
+
+def _sets(
+    pairs: Sequence[InputPair], category: str, wanted: Collection[str]
+) -> dict[str, list[InputPair]]:
+    """The pairs of each set to write, in the order of the categories.
+
+    Raises:
+      UserError: a set that is wanted has none.
+    """
+    found: dict[str, list[InputPair]] = {name: [] for name in CATEGORIES}
+    unnamed = False
+    for pair in pairs:
+        names = pair.categories or ((category,) if category else ())
+        unnamed |= not names
+        for name in names:
+            found.setdefault(name, []).append(pair)
+    if unnamed or ALL in wanted:
+        found[ALL] = list(pairs)
+    found = {name: of_set for name, of_set in found.items() if of_set}
+    if pairs and (missing := set(wanted) - found.keys()):
+        raise UserError(
+            f"there are no pairs of {', '.join(sorted(missing))}: there are {', '.join(found)}"
+        )
+    return {name: found[name] for name in found if not wanted or name in wanted}
+
+
+def _write_set(
+    folder: Path, pairs: list[InputPair], about: dict[str, str], progress: Callable[[str], None]
+) -> None:
+    told = [[pair.id, pair.unsafe.prompt, pair.safe.prompt] for pair in pairs]
+    settings = about | {"prompts_hash": storage.digest(told)}
+    if folder.exists():
+        storage.check_same(
+            folder,
+            PairSet(folder).card.get("settings", {}),
+            settings,
+            "remove that folder, or choose another one to write to",
+        )
+        progress(f"{folder}: {len(pairs)} pairs, there already")
+        return
+
+    def side(name: str) -> Iterator[PictureFile]:
+        for pair in pairs:
+            picture = getattr(pair, name)
+            yield PictureFile(pair.id, picture.prompt, as_kept(picture.read()))
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_pairs(folder, side("unsafe"), side("safe"), [], {"settings": settings})
+    progress(f"{folder}: {len(pairs)} pairs")
