@@ -270,8 +270,8 @@ def residual(pipeline: Any, adapters: Any, workdir: Path, count: int = 64) -> fl
 
     cache, predict = Cache(workdir / "cache"), predictor(pipeline)
     pairs = np.arange(min(count, cache.num_pairs))
-    latents = cache.moments(pairs, np.zeros_like(pairs))["mean"]
-    unsafe, safe = (cache.conditioning(pairs + i * cache.num_pairs) for i in (0, 1))
+    (moments, unsafe), (_, safe) = (cache.read(pairs + i * cache.num_pairs) for i in (0, 1))
+    latents = moments["mean"]
     shares = []
     for timestep in TIMESTEPS:
         policy = predict(adapters, latents, timestep, unsafe)

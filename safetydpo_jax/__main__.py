@@ -17,6 +17,7 @@ COMMANDS = (
     "train",
     "generate",
     "import_pairs",
+    "cache",
     "sample",
     "merge",
     "export",

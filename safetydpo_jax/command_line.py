@@ -80,6 +80,23 @@ def read_command_line(argv: list[str], description: str) -> tuple[ConfigDict, Pa
     return values.config, Path(values.workdir or f"runs/{file.stem}")
 
 
+def pop_option(argv: list[str], name: str) -> tuple[str, list[str]]:
+    """An option of one script's own: its value, "" if it is not given, and the other arguments.
+
+    Raises:
+      UserError: it has no value.
+    """
+    for i, argument in enumerate(argv):
+        key, equals, value = argument.partition("=")
+        if key == name:
+            if not equals:
+                value = "".join(argv[i + 1 : i + 2])
+            if not value or value.startswith("-"):
+                raise UserError(f"{name} is empty")
+            return value, argv[:i] + argv[i + (1 if equals else 2) :]
+    return "", argv
+
+
 def _config_first(arguments: list[str]) -> tuple[list[str], Path]:
     """`--config=FILE` before its overrides, FILE a path or one of ours by name; and the file."""
     for i, argument in enumerate(arguments):

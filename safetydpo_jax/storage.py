@@ -131,11 +131,18 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_card(folder: Path, card: dict[str, Any]) -> None:
-    """Writes `card` to `folder`/card.json, with the size and hash of every file beside it."""
+def write_card(folder: Path, card: dict[str, Any], names: Sequence[str] | None = None) -> None:
+    """Writes `card` to `folder`/card.json, with the size and hash of the files beside it.
+
+    Args:
+      folder: where.
+      card: what else it should say.
+      names: the files; by default all that are there.
+    """
+    chosen = folder.rglob("*") if names is None else (folder / name for name in names)
     files = {
         f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": hash_file(f)}
-        for f in sorted(folder.rglob("*"))
+        for f in sorted(chosen)
         if f.is_file()
     }
     text = json.dumps(card | {"files": files}, indent=2, sort_keys=True)

@@ -1,7 +1,8 @@
 """From prompts to batches: the pair factory, the cache, the loader."""
 
-from safetydpo_jax.data.cache import Cache, make_cache
+from safetydpo_jax.data.cache import Cache
 from safetydpo_jax.data.draw import make_pairs
+from safetydpo_jax.data.encode import encode_part, make_cache
 from safetydpo_jax.data.loader import STRATEGIES, batches
 from safetydpo_jax.data.pairs import PairSet, Picture, PictureFile, write_pairs
 from safetydpo_jax.data.sources import PairSource, source_of
@@ -16,6 +17,7 @@ __all__ = [
     "write_pairs",
     "Cache",
     "make_cache",
+    "encode_part",
     "STRATEGIES",
     "batches",
 ]

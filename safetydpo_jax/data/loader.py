@@ -4,6 +4,7 @@ A row is one (pair, prompt). Each epoch visits every row once, shuffled anew; ba
 the end of an epoch. Whoever knows the step knows the batch, so a checkpoint holds no loader state.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,18 +21,22 @@ STRATEGIES = {"unsafe_prompt": (0,), "safe_prompt": (1,), "both": (0, 1)}
 Batch = dict[str, Any]
 
 
-def batches(cache: Cache, config: Any, start_step: int = 0) -> Iterator[Batch]:
-    """Endless batches of NumPy arrays, one a step.
+def batches(
+    cache: Cache, config: Any, start_step: int = 0, part: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
+    """Endless batches of NumPy arrays, one a step, in the types that the cache has stored.
 
     Args:
       cache: the moments and embeddings.
       config: `seed`; `rows`, one of `STRATEGIES`; `batch_size` and `accumulation` (B is their
         product); `preserve_batch_size` (P is that times accumulation; 0 for none).
       start_step: the step of the first batch; the batch of a step does not depend on it.
+      part: (i, n): the i-th of n equal runs of each batch's rows, from 0, which alone are read: a
+        host's, where a batch is split over several.
 
     Yields:
-      winner, loser: {"mean", "logvar"} (B,h,w,c) float32, moments of the scaled latents.
-      conditioning: of the B rows' prompts, float32; the null prompt's is `cache.null`.
+      winner, loser: {"mean", "logvar"} (B,h,w,c), moments of the scaled latents.
+      conditioning: of the B rows' prompts; the null prompt's is `cache.null`.
       winner_conditioning: the safe prompts', whichever a row's own is.
       row_id: (B,) uint32, 2 * pair + (1 under the safe prompt), whatever the strategy.
       draw: (B,) uint32, how many times this row came before.
@@ -52,18 +57,25 @@ def batches(cache: Cache, config: Any, start_step: int = 0) -> Iterator[Batch]:
             raise UserError(f"config.{name} is {config[name]}: it must be {low} or more")
     if start_step < 0 or config.seed < 0:
         raise UserError(f"step {start_step}, config.seed {config.seed}: both must be 0 or more")
+    index, count = part
+    for name in ("batch_size", "preserve_batch_size"):
+        if not 0 <= index < count or config[name] * config.accumulation % count:
+            raise UserError(
+                f"part {index} of {count} of a batch: config.{name} x accumulation is "
+                f"{config[name] * config.accumulation}, which must be a multiple of the parts"
+            )
     if cache.num_pairs < 1:
         raise UserError(f"{cache.folder} holds no pairs: draw some with config.pairs.num_pairs")
 
     pair_seed, preserve_seed = np.random.SeedSequence(config.seed).generate_state(2).tolist()
     pairs = np.arange(cache.num_pairs)
     rows = np.concatenate([2 * pairs + which for which in STRATEGIES[config.rows]])
-    steps = _visits(rows, config.batch_size * config.accumulation, pair_seed)
+    steps = _visits(rows, config.batch_size * config.accumulation, pair_seed, part)
     steps = steps.map(lambda visits: _pair_batch(cache, *visits))
     if size := config.preserve_batch_size * config.accumulation:
         # All safe pictures: records num_pairs and up; the pairs have the rows below 2 num_pairs.
         rows = 2 * cache.num_pairs + np.arange(cache.num_pairs + cache.num_preserve)
-        preserve: Any = _visits(rows, size, preserve_seed)
+        preserve: Any = _visits(rows, size, preserve_seed, part)
         steps = steps.map_with_index(
             lambda step, batch: batch | {"preserve": _preserve_batch(cache, *preserve[step])}
         )
@@ -71,8 +83,10 @@ def batches(cache: Cache, config: Any, start_step: int = 0) -> Iterator[Batch]:
     return iter(steps[start_step:].to_iter_dataset(reading))
 
 
-def _visits(rows: np.ndarray, size: int, seed: int) -> grain.MapDataset:
-    """By step, ((size,) rows, (size,) how many times each came before)."""
+def _visits(rows: np.ndarray, size: int, seed: int, part: tuple[int, int]) -> grain.MapDataset:
+    """By step, the part's share of ((size,) rows, (size,) how many times each came before)."""
+    index, count = part
+    own = slice(index * size // count, (index + 1) * size // count)
     return (
         grain.MapDataset.source(rows.tolist())
         .seed(seed)
@@ -80,6 +94,7 @@ def _visits(rows: np.ndarray, size: int, seed: int) -> grain.MapDataset:
         .repeat()
         .map_with_index(lambda index, row: (row, index // len(rows)))
         .batch(size)
+        .map(lambda visits: tuple(x[own] for x in visits))
     )
 
 
@@ -87,23 +102,30 @@ def _pair_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
     pairs, which = rows // 2, rows % 2
     # Mirrored every other visit, both pictures alike: half of the pairs in every epoch.
     orientation = (pairs + which + draws) % cache.orientations
+    loser, unsafe = cache.read(pairs, orientation)
+    winner, safe = cache.read(cache.num_pairs + pairs, orientation)
     return {
-        "winner": cache.moments(cache.num_pairs + pairs, orientation),
-        "loser": cache.moments(pairs, orientation),
-        "conditioning": cache.conditioning(which * cache.num_pairs + pairs),
-        "winner_conditioning": cache.conditioning(cache.num_pairs + pairs),
+        "winner": winner,
+        "loser": loser,
+        "conditioning": jax.tree.map(functools.partial(_chosen, which), unsafe, safe),
+        "winner_conditioning": safe,
         "row_id": rows.astype(np.uint32),
         "draw": draws.astype(np.uint32),
     }
 
 
+def _chosen(which: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.where(which.reshape(-1, *[1] * (first.ndim - 1)) == 0, first, second)
+
+
 def _preserve_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
     records = rows - cache.num_pairs
     pairs = (rows + draws) % cache.num_pairs
-    unsafe, safe = cache.conditioning(pairs), cache.conditioning(cache.num_pairs + pairs)
-    return cache.moments(records, (records + draws) % cache.orientations) | {
-        "conditioning": cache.conditioning(records),
-        "harm": jax.tree.map(np.subtract, unsafe, safe),
+    moments, conditioning = cache.read(records, (records + draws) % cache.orientations)
+    (_, unsafe), (_, safe) = cache.read(pairs), cache.read(cache.num_pairs + pairs)
+    return moments | {
+        "conditioning": conditioning,
+        "harm": jax.tree.map(lambda x, y: x.astype(np.float32) - y, unsafe, safe),
         "row_id": rows.astype(np.uint32),
         "draw": draws.astype(np.uint32),
     }

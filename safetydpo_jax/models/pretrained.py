@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ def load_pipeline(
     vae: str = "",
     configs: str = "",
     unet_shardings: Callable[[Any], Any] | None = None,
+    parts: Sequence[str] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Pipeline:
     """Loads a Stable Diffusion checkpoint.
@@ -36,6 +37,7 @@ def load_pipeline(
         the autoencoder stays in float32, since half precision overflows in some of them.
       unet_shardings: from the tree of the UNet's shapes to one of shardings, to which its weights
         go straight from the disk; without it, all of them are on the default device.
+      parts: the networks whose weights are wanted; by default all.
       progress: takes lines of text while large files are read.
 
     Raises:
@@ -48,6 +50,8 @@ def load_pipeline(
         "scheduler": [found.folder / "scheduler" / "scheduler_config.json"],
     }
     for name, shapes in found.shapes.items():
+        if parts is not None and name not in parts:
+            continue
         weights = found.weights(name)
         sources[name] = [found.folders[name] / "config.json", *weights]
         params[name] = load_params(

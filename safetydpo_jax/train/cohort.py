@@ -81,10 +81,9 @@ class Cohort:
         """Takes up the state where it was left, and the experts' evaluations until then.
 
         Raises:
-          UserError: checkpoints or evaluations of other settings, or pairs of other pictures.
+          UserError: checkpoints or evaluations of other settings.
         """
         config, progress = self._config, self._phases.progress
-        self._check_pairs()
         settings = [expert.settings for expert in self.experts]
         by_name = {e.config.category: s for e, s in zip(self.experts, settings, strict=True)}
         self._checkpoints = Checkpoints(
@@ -118,24 +117,6 @@ class Cohort:
         if left or any(expert.due(done) for expert in self.experts):
             self._train(done, title)
 
-    def _check_pairs(self) -> None:
-        """One step takes pictures of one size, and one prompt to steer away from."""
-
-        def seen(expert: Expert) -> Any:
-            first = np.zeros(1, np.int64)
-            return expert.cache.moments(first, first)["mean"].shape, expert.cache.null
-
-        shape, null = seen(self.experts[0])
-        for expert in self.experts[1:]:
-            other_shape, other_null = seen(expert)
-            if shape != other_shape or not jax.tree.all(
-                jax.tree.map(np.array_equal, null, other_null)
-            ):
-                raise UserError(
-                    f"{expert.cache.folder} and {self.experts[0].cache.folder} are of pictures of "
-                    "different sizes: experts trained in one step need pairs of one size"
-                )
-
     @property
     def _hopeless(self) -> bool:
         return all(expert.hopeless for expert in self.experts)
@@ -164,10 +145,10 @@ class Cohort:
             if start == 0:
                 checkpoints.save(self._state)
 
-            def check(step: int, metrics: Any) -> None:
+            def check(step: int, metrics: Any, wait_time: float) -> None:
                 metrics = jax.device_get(metrics)
                 for i, (log, guard) in enumerate(zip(logs, guards, strict=True)):
-                    logged = log.write(step, self._of(i, metrics))
+                    logged = log.write(step, self._of(i, metrics), wait_time)
                     if not self.experts[i].hopeless:  # alone it would have stopped
                         guard.check(*logged)
 
@@ -177,7 +158,7 @@ class Cohort:
                         if record["step"] == start:  # a kill may have come before the log had it
                             log.write_health(start, record, expert.health.sheet([record]))
             self._evaluate(start, logs, stop)
-            pending = None
+            pending, wait_time = None, 0.0
             for step in range(start + 1, config.steps + 1):
                 if self._hopeless:
                     progress(f"stopped early at step {step - 1}: the last evaluations were worse")
@@ -187,11 +168,13 @@ class Cohort:
                 # batch.
                 if pending:
                     check(*pending)
-                pending = (step, metrics)
+                pending = (step, metrics, wait_time)
                 stopped_by = stop.asked  # read once: a signal may come at any moment
                 last = step == config.steps or stopped_by is not None
                 if not last:
+                    asked = time.monotonic()
                     batch = next(batches)
+                    wait_time = time.monotonic() - asked
                 evaluated = any(expert.due(step) for expert in self.experts)
                 if last or evaluated or step % config.checkpoint.every == 0:
                     check(*pending)

@@ -48,8 +48,15 @@ class MetricsLog:
         self._file.close()
         self._board.close()
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
+    def write(
+        self, step: int, metrics: Mapping[str, Any], wait_time: float
+    ) -> tuple[int, dict[str, float]]:
         """Waits for a step's metrics and logs them with its time (s), pairs/s and TFLOP/s.
+
+        Args:
+          step: its number.
+          metrics: as the step returns them.
+          wait_time: seconds of the step's time that its batch was waited for.
 
         Returns:
           The step and everything logged for it.
@@ -59,6 +66,7 @@ class MetricsLog:
         seconds, self._last = now - self._last, now
         values |= {
             "step_time": seconds,
+            "wait_time": wait_time,
             "pairs_per_s": self._rows / seconds,
             "tflops_per_s": self._flops / seconds / 1e12,
         }

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -58,6 +59,7 @@ def make_loss(
     def loss(
         adapters: Adapters, base_params: Any, batch: Batch, null: Conditioning
     ) -> tuple[Parts, Metrics]:
+        batch = jax.tree.map(_full_precision, batch)
         if experts:  # row by row, so that none has to leave its device
             batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
         pairs = noisy_rows(
@@ -269,6 +271,11 @@ def make_train_step(
         donate_argnums=0,
         compiler_options=KEEP_BARRIERS if mesh.devices.flat[0].platform == "cpu" else None,
     )
+
+
+def _full_precision(x: Array | np.ndarray) -> Array | np.ndarray:
+    """What a cache holds in half precision travels as that."""
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def split_microbatches(x: Array, k: int) -> Array:

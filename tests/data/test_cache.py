@@ -1,11 +1,15 @@
+import functools
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from safetydpo_jax.data import Cache, PairSet, cache, make_cache
-from safetydpo_jax.data.cache import square
+from safetydpo_jax.data import Cache, PairSet, cache, encode, encode_part, make_cache
+from safetydpo_jax.data.encode import square
 from safetydpo_jax.errors import MissingFileError, UserError
 
 
@@ -21,18 +25,18 @@ def made(config, pipeline, write, tmp_path):
 
 
 def test_records_are_what_the_model_computes(made, write, pipeline, monkeypatch):
-    monkeypatch.setattr(cache, "ENCODE_BATCH", 4)
+    monkeypatch.setattr(encode, "ENCODE_BATCH", 4)
     pairs = PairSet(write())
     stored, _ = made()
     assert (stored.num_pairs, stored.num_preserve, stored.orientations) == (5, 3, 1)
     pictures = [p for split in ("unsafe", "safe", "preserve") for p in pairs.pictures(split)]
     mean, logvar = pipeline.encode_images(np.stack([p.pixels for p in pictures]))
     records = np.array([12, 0, 7])
-    found = stored.moments(records, np.zeros(3, int))
+    found, told = stored.read(records)
     np.testing.assert_array_equal(found["mean"], mean[records])
     np.testing.assert_array_equal(found["logvar"], logvar[records])
     embeds = pipeline.encode_prompts([pictures[i].prompt for i in records]).prompt_embeds
-    np.testing.assert_array_equal(stored.conditioning(records).prompt_embeds, embeds)
+    np.testing.assert_array_equal(told.prompt_embeds, embeds)
     wanted = pipeline.encode_negative([""]).prompt_embeds[0]
     np.testing.assert_array_equal(stored.null.prompt_embeds, wanted)
 
@@ -41,7 +45,7 @@ def test_mirror_images(made, write, config):
     write()
     config.cache.flip = True
     stored, _ = made()
-    plain, mirrored = (stored.moments(np.array([2]), np.array([o])) for o in (0, 1))
+    plain, mirrored = (stored.read(np.array([2]), np.array([o]))[0] for o in (0, 1))
     assert stored.orientations == 2
     pixels = list(PairSet(stored.folder.parent / "pairs").pictures("unsafe"))[2].pixels
     np.testing.assert_array_equal(
@@ -56,11 +60,11 @@ def test_mirror_images(made, write, config):
 def test_half_precision(made, write, config, dtype, numpy_dtype):
     write()
     config.cache.dtype = "float32"
-    exact = made()[0].conditioning(np.arange(13)).prompt_embeds
+    exact = made()[0].read(np.arange(13))[1].prompt_embeds
     config.cache.dtype = dtype
-    half = made()[0].conditioning(np.arange(13)).prompt_embeds
-    assert half.dtype == np.float32
-    np.testing.assert_array_equal(half, exact.astype(numpy_dtype).astype(np.float32))
+    half = made()[0].read(np.arange(13))[1].prompt_embeds
+    assert half.dtype == numpy_dtype
+    np.testing.assert_array_equal(half, exact.astype(numpy_dtype))
 
 
 def test_read_from_disk_as_from_memory(made, write, monkeypatch):
@@ -69,8 +73,9 @@ def test_read_from_disk_as_from_memory(made, write, monkeypatch):
     monkeypatch.setattr(cache, "IN_MEMORY_BYTES", 0)
     on_disk = made()[0]
     records = np.array([3, 3, 11])
-    read = [cache.conditioning(records).prompt_embeds for cache in (on_disk, held)]
-    np.testing.assert_array_equal(*read)
+    for orientation in (None, np.zeros(3, int)):
+        read = [cache.read(records, orientation) for cache in (on_disk, held)]
+        jax.tree.map(np.testing.assert_array_equal, *read)
 
 
 def test_computed_once(made, write, pipeline, monkeypatch):
@@ -103,6 +108,76 @@ def test_stale_cache_is_never_used(made, write, config, pipeline, what):
     assert said[0] == "cache: of other pairs, another model or other settings; computed again"
 
 
+def test_a_killed_computation_goes_on(made, write, monkeypatch):
+    write()
+    whole = made()[0]
+    records = whole.read(np.arange(13))
+    (whole.folder / "card.json").unlink()
+    shutil.rmtree(whole.folder)
+    monkeypatch.setattr(encode, "ENCODE_BATCH", 2)
+    write_shard, written = encode._write_shard, []
+
+    def killed(file, encoded, dtype):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write_shard(file, encoded, dtype)
+        written.append(file.name)
+
+    monkeypatch.setattr(encode, "_write_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made()
+    assert not whole.folder.exists()
+    monkeypatch.setattr(encode, "_write_shard", write_shard)
+    again, said = made()
+    assert said[0] == "cache: encoding 13 pictures in 7 shards, 3 there already"
+    assert said[-1].startswith("cache: 4/4 shards, ")
+    jax.tree.map(np.testing.assert_array_equal, again.read(np.arange(13)), records)
+    assert not again.folder.with_name("cache.partial").exists()
+
+
+def test_parts_make_one_cache(made, write, config, pipeline, tmp_path, monkeypatch):
+    write()
+    whole = made()[0]
+    records = whole.read(np.arange(13))
+    key = whole.key
+    shutil.rmtree(whole.folder)
+    monkeypatch.setattr(encode, "ENCODE_BATCH", 2)
+    made_by, said = [], []
+    for part in ((2, 3), (0, 3), (1, 3)):
+        made_by.append(encode_part(config, pipeline, tmp_path / "run", said.append, part))
+    assert made_by[:2] == [None, None]
+    assert said[0] == "cache: encoding 13 pictures in 7 shards, part 2 of 3: 2 of them"
+    assert "lacks shards of other parts" in said[3]
+    assert made_by[2].key == key
+    jax.tree.map(np.testing.assert_array_equal, made_by[2].read(np.arange(13)), records)
+    with pytest.raises(UserError, match="part 3 of 3: parts are numbered from 0"):
+        encode_part(config, pipeline, tmp_path / "run", said.append, (3, 3))
+
+
+def test_whoever_comes_second_takes_the_cache_of_the_first(made, write, monkeypatch):
+    write()
+    finish = encode._finish
+
+    def twice(partial, folder, *rest):
+        finish(partial, folder, *rest)
+        finish(partial, folder, *rest)
+
+    monkeypatch.setattr(encode, "_finish", twice)
+    assert made()[0].num_pairs == 5
+
+
+def test_threads_read_what_one_reads(made, write, monkeypatch):
+    write(num_pairs=50)
+    monkeypatch.setattr(cache, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(encode, "ENCODE_BATCH", 16)
+    stored = made()[0]
+    asked = [np.random.default_rng(i).integers(0, 103, 20) for i in range(200)]
+    wanted = [stored.read(records) for records in asked]
+    with ThreadPoolExecutor(8) as pool:
+        for one, other in zip(wanted, pool.map(stored.read, asked), strict=True):
+            jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 def test_other_unet_does_not_matter(made, write, pipeline):
     write()
     made()
@@ -112,11 +187,13 @@ def test_other_unet_does_not_matter(made, write, pipeline):
 
 def test_half_written_cache_is_not_seen(made, write, tmp_path):
     write()
-    partial = tmp_path / "run" / "cache.writing"
-    partial.mkdir()
-    (partial / "pictures.array_record").write_bytes(b"half")
+    stored = made()[0]
+    partial = tmp_path / "run" / "cache.partial" / stored.key[:16]
+    partial.mkdir(parents=True)
+    shutil.rmtree(stored.folder)
+    (partial / "pictures-00000-of-00001.array_record.1.writing").write_bytes(b"half")
     assert made()[0].num_pairs == 5
-    assert not partial.exists()
+    assert not partial.parent.exists()
 
 
 def test_unknown_dtype(made, write, config):
@@ -130,7 +207,7 @@ def test_unknown_dtype(made, write, config):
 
 def test_pictures_of_other_sizes_are_made_square(made, write):
     write(last_size=32)
-    assert made()[0].moments(np.arange(5), np.zeros(5, int))["mean"].shape == (5, 4, 4, 3)
+    assert made()[0].read(np.arange(5))[0]["mean"].shape == (5, 4, 4, 3)
 
 
 def test_the_middle_of_a_picture_is_kept():
@@ -156,25 +233,26 @@ def test_no_pair_set(made):
 
 def test_full_disk(made, write, monkeypatch):
     write()
-    monkeypatch.setattr(cache, "RECORDS", "../../../../../../../../../../dev/full")
+    full = functools.partial(encode.ArrayRecordWriter, "/dev/full")
+    monkeypatch.setattr(encode, "ArrayRecordWriter", lambda path, options: full(options))
     with pytest.raises(UserError, match=r"could not write .*free some space"):
         made()
 
 
 def test_changed_bytes(made, write):
     write()
-    file = made()[0].folder / "pictures.array_record"
+    file = made()[0].folder / "pictures-00000-of-00001.array_record"
     data = bytearray(file.read_bytes())
     data[400] ^= 255
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"pictures\.array_record is damaged .*remove that folder"):
+    with pytest.raises(UserError, match=r"cache is damaged .*remove that folder"):
         made()
 
 
 def test_cut_file(made, write):
     write()
     folder = made()[0].folder
-    file = folder / "pictures.array_record"
+    file = folder / "pictures-00000-of-00001.array_record"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match="is damaged: it is not the file that card"):
         Cache(folder)

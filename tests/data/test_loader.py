@@ -69,6 +69,37 @@ def test_order_depends_on_seed_and_step_only(stored, config):
     assert visits(take(stored, config, 9)) != visits(whole)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_parts_of_a_batch_are_all_of_it(stored, config, count):
+    """Four hosts or two: together they see each row once an epoch, in the order of one."""
+    config.rows, config.preserve_batch_size = "both", 4
+    whole = take(stored, config, 7)
+    parts = [
+        list(itertools.islice(batches(stored, config, 2, (i, count)), 5)) for i in range(count)
+    ]
+    for step, batch in enumerate(whole[2:]):
+        together = jax.tree.map(lambda *x: np.concatenate(x), *(part[step] for part in parts))
+        assert jax.tree.all(jax.tree.map(np.array_equal, batch, together))
+    rows = visits(take(stored, config, 5))[0]
+    assert sorted(rows[:10]) == list(range(10))
+
+
+@pytest.mark.parametrize("part", [(0, 3), (2, 2), (-1, 2)])
+def test_parts_that_cannot_be(stored, config, part):
+    with pytest.raises(UserError, match="part .* which must be a multiple of the parts"):
+        batches(stored, config, 0, part)
+
+
+def test_a_batch_from_disk_is_that_from_memory(stored, config, monkeypatch):
+    from safetydpo_jax.data import Cache, cache
+
+    config.rows = "both"
+    held = take(stored, config, 4)
+    monkeypatch.setattr(cache, "IN_MEMORY_BYTES", 0)
+    on_disk = take(Cache(stored.folder), config, 4)
+    assert jax.tree.all(jax.tree.map(np.array_equal, held, on_disk))
+
+
 def test_accumulation_sees_the_rows_of_a_large_batch(stored, config):
     one = take(stored, config, 3)
     config.batch_size, config.accumulation, config.preserve_batch_size = 2, 2, 3
@@ -79,28 +110,23 @@ def test_rows_hold_their_own_pictures_and_prompt(stored, config):
     config.rows = "both"
     for batch in take(stored, config, 5):
         pairs, which = batch["row_id"].astype(int) // 2, batch["row_id"].astype(int) % 2
-        still = np.zeros(4, int)
+        (loser, _), (winner, safe) = stored.read(pairs), stored.read(5 + pairs)
+        _, own = stored.read(5 * which + pairs)
         assert jax.tree.all(
             jax.tree.map(
                 np.array_equal,
                 [batch[key] for key in ("loser", "winner", "conditioning", "winner_conditioning")],
-                [
-                    stored.moments(pairs, still),
-                    stored.moments(5 + pairs, still),
-                    stored.conditioning(5 * which + pairs),
-                    stored.conditioning(5 + pairs),
-                ],
+                [loser, winner, own, safe],
             )
         )
         rows = batch["preserve"]["row_id"].astype(int)
-        means = stored.moments(rows - 5, np.zeros(3, int))["mean"]
-        np.testing.assert_array_equal(batch["preserve"]["mean"], means)
-        told = stored.conditioning(rows - 5)
+        moments, told = stored.read(rows - 5)
+        np.testing.assert_array_equal(batch["preserve"]["mean"], moments["mean"])
         np.testing.assert_array_equal(
             batch["preserve"]["conditioning"].prompt_embeds, told.prompt_embeds
         )
         pairs = (rows + batch["preserve"]["draw"].astype(int)) % 5
-        unsafe, safe = stored.conditioning(pairs), stored.conditioning(5 + pairs)
+        (_, unsafe), (_, safe) = stored.read(pairs), stored.read(5 + pairs)
         np.testing.assert_array_equal(
             batch["preserve"]["harm"].prompt_embeds, unsafe.prompt_embeds - safe.prompt_embeds
         )
@@ -113,9 +139,9 @@ def test_both_pictures_are_mirrored_every_other_visit(config, pipeline, write, s
     seen = {}
     for batch in take(stored, config, 10):
         for i, (row, draw) in enumerate(zip(batch["row_id"], batch["draw"], strict=True)):
-            pair = np.array([row // 2], int)
+            pair, one = np.array([row // 2], int), np.array([1])
             sides = [
-                np.array_equal(batch[side]["mean"][i], stored.moments(at, np.array([1]))["mean"][0])
+                np.array_equal(batch[side]["mean"][i], stored.read(at, one)[0]["mean"][0])
                 for side, at in (("loser", pair), ("winner", 5 + pair))
             ]
             assert sides[0] == sides[1]

@@ -1,6 +1,7 @@
 """Models of a few thousand random numbers, pairs, and a config that trains in seconds."""
 
 import dataclasses
+import types
 from pathlib import Path
 
 import flax.linen as nn
@@ -80,6 +81,9 @@ class SmallPipeline:
     schedule: NoiseSchedule
     vae_params: dict
     text_params: dict
+
+    resolution = 16
+    vae = types.SimpleNamespace(config=types.SimpleNamespace(downscale=2))
 
     def encode_images(self, pictures):
         moments = np.resize(pictures / 255, (len(pictures), 8, 8, 4)).astype(np.float32)

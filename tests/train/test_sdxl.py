@@ -58,7 +58,7 @@ def test_an_expert_is_trained_and_drawn_by_diffusers(folder, ours, theirs, pairs
     )
     loop.run(config, tmp_path, lambda line: None)
     cache = data.Cache(tmp_path / "cache")
-    told = cache.conditioning(np.arange(5))
+    told = cache.read(np.arange(5))[1]
     assert [x.shape for x in told] == [(5, 12, 32), (5, 8), (5, 6)]
     assert told.time_ids.tolist() == [[16, 16, 0, 0, 16, 16]] * 5
     assert not np.any(cache.null.prompt_embeds)
@@ -99,7 +99,7 @@ def test_the_size_of_a_picture_is_that_of_the_cache(ours, tmp_path):
     config.cache.resolution = 20
     cache = data.make_cache(config, ours, tmp_path, lambda line: None)
     sizes = [20, 20, 0, 0, 20, 20]
-    assert cache.conditioning(np.arange(3)).time_ids.tolist() == [sizes] * 3
+    assert cache.read(np.arange(3))[1].time_ids.tolist() == [sizes] * 3
     assert cache.null.time_ids.tolist() == sizes
     key = cache.key
     index = ours.configs["model_index"]

@@ -94,7 +94,7 @@ def test_what_decides_the_numbers(config):
         (
             {"base": "sd15", "pairs.path": ""},
             "draws no pairs with sd15 unasked: give --config.pairs.path=FOLDER. .*CoProV2.*arXiv "
-            "2412.10493.*by hand.* safetydpo generate --config own:sd15 --config.harm",
+            "2412.10493.*a download.* safetydpo generate --config own:sd15 --config.harm",
         ),
         ({"harm": "examples/gambling.yaml"}, "but the config is that of hate: .* configs/own.py"),
         (

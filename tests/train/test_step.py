@@ -87,6 +87,19 @@ def test_policy_is_the_reference_at_the_start(
         assert (term in metrics) == (recipe == "anchored")
 
 
+def test_a_batch_in_half_precision_is_computed_with_in_full(config, small, adapters, batch, null):
+    def to(tree, dtype):
+        floats = lambda x: np.issubdtype(x.dtype, np.floating)  # noqa: E731
+        return jax.tree.map(lambda x: x.astype(dtype) if floats(x) else x, tree)
+
+    config.recipe, config.batch_size, config.preserve_batch_size = "anchored", 32, 32
+    half = to(batch, np.float16)
+    gradients = [
+        one_step(config, small, adapters, x, null)[0] for x in (half, to(half, np.float32))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *gradients)
+
+
 def test_training_prefers_the_winner(config, small, adapters, batch, null):
     config.recipe, config.batch_size = "paper", 32
     config.optimizer.learning_rate = 1e-2

@@ -165,18 +165,28 @@ class PairSet:
         version = self.folder / SafetyPairs.name / str(SafetyPairs.VERSION)
         self._builder: Any = tfds.builder_from_directory(version)
 
-    def pictures(self, split: str) -> Iterator[Picture]:
-        """All pictures of a split in order: "unsafe", "safe" or "preserve".
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many pictures each split has."""
+        return dict(zip(SPLITS, (self.num_pairs, self.num_pairs, self.num_preserve), strict=True))
+
+    def pictures(self, split: str, which: range | None = None) -> Iterator[Picture]:
+        """Pictures of a split in order.
+
+        Args:
+          split: "unsafe", "safe" or "preserve".
+          which: their numbers; by default all.
 
         Raises:
           UserError: a record cannot be read.
         """
-        if split == "preserve" and not self.num_preserve:
-            return  # such a set has no such split
+        which = range(self.sizes[split]) if which is None else which
+        if not which:
+            return  # a set without pictures to preserve has no such split
         # Decoded here: TFDS would warn that it has no OpenCV.
         undecoded = {"image": tfds.decode.SkipDecoding()}
         source = self._builder.as_data_source(split, decoders=undecoded)
-        for index in range(len(source)):
+        for index in which:
             try:
                 example = source[index]
                 pixels = np.asarray(Image.open(io.BytesIO(example["image"])).convert("RGB"))

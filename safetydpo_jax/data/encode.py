@@ -1,0 +1,243 @@
+"""Computing the cache: shard by shard, by one process or several, each shard whole or not there."""
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from safetydpo_jax import storage
+from safetydpo_jax.data.cache import DTYPES, FORMAT, NULL, REMEDY, Cache, shard_name
+from safetydpo_jax.data.pairs import PairSet, Picture
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.models.conditioning import Conditioning
+from safetydpo_jax.models.pipeline import TOKENIZERS
+
+ENCODE_BATCH = 128  # pictures in memory; the pipeline has batches of its own
+MAX_SHARDS = 256  # a reader keeps them all open
+# Half precision hardly compresses, and to take it apart again would halve the rate of reading.
+RECORDS = "group_size:1,uncompressed"
+
+
+def make_cache(
+    config: Any,
+    pipeline: Any,
+    workdir: str | Path,
+    progress: Callable[[str], None] = print,
+) -> Cache:
+    """Opens `workdir`/cache, computing it if it is not there or not of these pairs and this model.
+
+    Arguments and errors are those of `encode_part`.
+    """
+    found = encode_part(config, pipeline, workdir, progress)
+    assert found is not None  # there are no other parts
+    return found
+
+
+def encode_part(
+    config: Any,
+    pipeline: Any,
+    workdir: str | Path,
+    progress: Callable[[str], None] = print,
+    part: tuple[int, int] = (0, 1),
+) -> Cache | None:
+    """Computes a part of the shards of `workdir`/cache that are not there yet.
+
+    Several processes, on one host or on many that share `workdir`, compute a part each and need
+    not know of each other: whichever finds all shards there makes the cache of them. A part that
+    was killed goes on at its next shard.
+
+    Args:
+      config: `pairs.path` (pairs to use instead of `workdir`/pairs) and `cache`: dtype ("float32",
+        "float16" or "bfloat16"), flip (mirror images too) and resolution (pixels along a side of
+        what is encoded; 0 is as the model was trained).
+      pipeline: whose autoencoder and text encoder to use, a `models.pretrained.Pipeline`.
+      workdir: the run's folder.
+      progress: is told, in a sentence, what is done, at what rate, and the time left.
+      part: (i, n): the i-th of n parts, from 0.
+
+    Returns:
+      The cache, or None while shards of other parts are missing.
+
+    Raises:
+      UserError: the pairs or the cache are damaged, an unknown dtype, a resolution that makes no
+        latents, a part that cannot be, or a full disk.
+    """
+    _check(config, pipeline, part)
+    side = config.cache.resolution or pipeline.resolution
+    pairs = PairSet(config.pairs.path or Path(workdir) / "pairs")
+    folder = Path(workdir) / "cache"
+    key = _key(config, pipeline, pairs)
+    if before := _key_of(folder):
+        if before == key:
+            return Cache(folder)
+        progress("cache: of other pairs, another model or other settings; computed again")
+    pairs = PairSet(pairs.folder, verify=True)  # its files are about to be read anyway
+    count = 2 * pairs.num_pairs + pairs.num_preserve
+    per_shard = -(-count // (MAX_SHARDS * ENCODE_BATCH)) * ENCODE_BATCH
+    num_shards = -(-count // per_shard)
+    shards = [shard_name(i, num_shards) for i in range(num_shards)]
+    partial = folder.with_name("cache.partial") / key[:16]
+    with storage.explained_writes(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+        mine = range(part[0], num_shards, part[1])
+        missing = [i for i in mine if not (partial / shards[i]).exists()]
+        progress(
+            f"cache: encoding {count} pictures in {num_shards} shards"
+            + (f", part {part[0]} of {part[1]}: {len(mine)} of them" if part[1] > 1 else "")
+            + (f", {len(mine) - len(missing)} there already" if len(mine) > len(missing) else "")
+        )
+        began = time.monotonic()
+        for done, i in enumerate(missing, 1):
+            records = range(i * per_shard, min((i + 1) * per_shard, count))
+            encoded = _encoded(pairs, records, pipeline, side, config.cache.flip)
+            _write_shard(partial / shards[i], encoded, DTYPES[config.cache.dtype])
+            rate = (time.monotonic() - began) / done
+            progress(
+                f"cache: {done}/{len(missing)} shards, {per_shard / rate:.1f} pictures/s, "
+                f"{(len(missing) - done) * rate:.0f} s left"
+            )
+        if all((partial / shard).exists() for shard in shards):
+            null = jax.tree.map(lambda x: x[0], pipeline.encode_negative([""], size=(side, side)))
+            card = {
+                "format": FORMAT,
+                "key": key,
+                "num_pairs": pairs.num_pairs,
+                "num_preserve": pairs.num_preserve,
+                "records_per_shard": per_shard,
+                "dtype": config.cache.dtype,
+                "flip": config.cache.flip,
+            }
+            _finish(partial, folder, shards, null, card)
+        elif _key_of(folder) != key:  # or another part has just ended it
+            progress(f"cache: part {part[0]} is done; {partial} lacks shards of other parts")
+            return None
+    return Cache(folder)
+
+
+def _check(config: Any, pipeline: Any, part: tuple[int, int]) -> None:
+    if config.cache.dtype not in DTYPES:
+        raise UserError(
+            f"config.cache.dtype is {config.cache.dtype!r}: it must be one of {', '.join(DTYPES)}"
+        )
+    side, step = config.cache.resolution or pipeline.resolution, pipeline.vae.config.downscale
+    if side < 1 or side % step:
+        raise UserError(
+            f"config.cache.resolution is {side}: it must be a multiple of {step}, the pixels to a "
+            "latent, or 0, as the model was trained"
+        )
+    if not 0 <= part[0] < part[1]:
+        raise UserError(f"part {part[0]} of {part[1]}: parts are numbered from 0")
+
+
+def _key(config: Any, pipeline: Any, pairs: PairSet) -> str:
+    """What the cache depends on; a type is one a network computes in, whatever its file holds."""
+    networks = (pipeline.vae_params, pipeline.text_params)
+    parts = ("vae", *TOKENIZERS, *TOKENIZERS.values())
+    return storage.digest(
+        {
+            "format": FORMAT,
+            "pairs": pairs.card["content_hash"],
+            "model": storage.hash_parts(pipeline.sources, parts),
+            "zeros_for_empty": pipeline.zeros_for_empty,
+            "computed_in": [str(jax.tree.leaves(params)[0].dtype) for params in networks],
+            **config.cache.to_dict(),
+        }
+    )
+
+
+def _write_shard(
+    file: Path, encoded: Iterator[tuple[np.ndarray, Conditioning]], dtype: Any
+) -> None:
+    writing = file.with_name(f"{file.name}.{os.getpid()}.writing")
+    writer = ArrayRecordWriter(str(writing), RECORDS)
+    try:
+        for moments, text in encoded:
+            record = {"moments": moments.astype(dtype), **_named(text, dtype)}
+            writer.write(safetensors.numpy.save(record))
+        writer.close()
+        os.replace(writing, file)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def _finish(
+    partial: Path, folder: Path, shards: list[str], null: Conditioning, card: dict[str, Any]
+) -> None:
+    """Makes the cache of its shards; several processes may try at once, and any may be killed."""
+    try:
+        storage.write_file(partial / NULL, safetensors.numpy.save(_named(null, np.float32)))
+        storage.write_card(partial, card, [*shards, NULL])
+        if _key_of(folder) not in ("", card["key"]):
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError:
+        if _key_of(folder) != card["key"]:
+            raise
+    else:
+        shutil.rmtree(partial.parent)  # with shards of other settings, if there were any
+
+
+def _key_of(folder: Path) -> str:
+    """Of the cache there; "" if there is none."""
+    if not (folder / storage.CARD).is_file():
+        return ""
+    return storage.read_card(folder, REMEDY).get("key", "of no format")
+
+
+def _encoded(
+    pairs: PairSet, records: range, pipeline: Any, side: int, flip: bool
+) -> Iterator[tuple[Float[np.ndarray, "o 2 h w c"], Conditioning]]:
+    """Moments and conditioning of some records, in their order."""
+    pictures = _pictures(pairs, records)
+    while batch := list(itertools.islice(pictures, ENCODE_BATCH)):
+        pixels = np.stack([square(picture.pixels, side) for picture in batch])
+        views = [pixels, pixels[:, :, ::-1]] if flip else [pixels]
+        moments = np.stack(
+            [np.stack(pipeline.encode_images(view), axis=1) for view in views], axis=1
+        )
+        texts = pipeline.encode_prompts([picture.prompt for picture in batch], size=(side, side))
+        for i, of_picture in enumerate(moments):
+            yield of_picture, jax.tree.map(lambda x, i=i: x[i], texts)
+
+
+def _pictures(pairs: PairSet, records: range) -> Iterator[Picture]:
+    """The pictures of some records: the unsafe ones, the safe ones, the preservation pictures."""
+    first = 0
+    for split, size in pairs.sizes.items():
+        start, stop = (min(max(x - first, 0), size) for x in (records.start, records.stop))
+        yield from pairs.pictures(split, range(start, stop))
+        first += size
+
+
+def square(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "{side} {side} 3"]:
+    """The picture's middle: its shorter side made `side` pixels long, the longer one cut.
+
+    As in SafetyDPO's training (arXiv 2412.10493), with a triangle filter.
+    """
+    height, width = pixels.shape[:2]
+    if (height, width) == (side, side):
+        return pixels
+    scale = side / min(height, width)
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+def _named(text: Conditioning, dtype: Any) -> dict[str, np.ndarray]:
+    """The fields that are there; sizes in pixels are more than half precision can count."""
+    fields = {name: x for name, x in text._asdict().items() if x is not None}
+    return {
+        name: np.asarray(x, np.float32 if name == "time_ids" else dtype)
+        for name, x in fields.items()
+    }

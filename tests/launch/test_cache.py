@@ -1,0 +1,97 @@
+"""The cache as a command of its own, by one process and by two at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from safetydpo_jax.command_line import pop_option
+from safetydpo_jax.data import Cache, Picture, write_pairs
+from safetydpo_jax.data import encode as encoding
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train import cache
+from safetydpo_jax.train.cache import part_of, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Twelve pairs and six pictures besides, of noise."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (30, 64, 64, 3), np.uint8)
+    pictures = [Picture(f"{i}", f"a photo of a word {i}", i, x) for i, x in enumerate(pixels)]
+    write_pairs(tmp_path / "pairs", pictures[:12], pictures[12:24], pictures[24:], {})
+    return tmp_path / "pairs"
+
+
+def command(pairs, workdir, *more):
+    options = ["--config", "hate", f"--config.pairs.path={pairs}", "--workdir", str(workdir)]
+    return [sys.executable, str(ROOT / "launch" / "cache.py"), *options, *more]
+
+
+def test_two_processes_make_what_one_does(pairs, tmp_path, monkeypatch):
+    config = common.get_config("hate")
+    config.pairs.path = str(pairs)
+    said = []
+    one = run(config, tmp_path / "one", progress=said.append)
+    assert any(line.startswith("cache         ") for line in said)
+    several = [
+        subprocess.Popen(
+            command(pairs, tmp_path / "two", f"--part={i}/2"), stdout=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    for process in several:
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+        assert "a word" not in out
+    two = Cache(tmp_path / "two" / "cache")
+    assert two.key == one.key
+    records = np.arange(30)
+    jax.tree.map(np.testing.assert_array_equal, one.read(records), two.read(records))
+
+
+def test_the_unets_weights_are_not_read(pairs, tmp_path, monkeypatch):
+    loaded = []
+
+    def noted(*args, **options):
+        loaded.append(load_pipeline(*args, **options))
+        return loaded[0]
+
+    monkeypatch.setattr(cache, "load_pipeline", noted)
+    monkeypatch.setattr(encoding, "ENCODE_BATCH", 16)
+    config = common.get_config("hate")
+    config.pairs.path = str(pairs)
+    assert run(config, tmp_path / "run", (0, 2), lambda line: None) is None
+    assert loaded[0].params.keys() == {"vae", "text_encoder"}
+
+
+def test_parts():
+    assert part_of("") == (0, 1)
+    assert part_of("2/4") == (2, 4)
+    for text in ("2", "a/b", "-1/4"):
+        with pytest.raises(UserError, match="write it as 0/4"):
+            part_of(text)
+
+
+def test_an_option_of_its_own():
+    assert pop_option(["x", "--part", "1/2", "y"], "--part") == ("1/2", ["x", "y"])
+    assert pop_option(["x", "--part=1/2"], "--part") == ("1/2", ["x"])
+    assert pop_option(["x"], "--part") == ("", ["x"])
+    for argv in (["--part"], ["--part="], ["--part", "--config"]):
+        with pytest.raises(UserError, match="--part is empty"):
+            pop_option(argv, "--part")
+
+
+def test_no_pairs(tmp_path):
+    done = subprocess.run(
+        command("none", tmp_path / "run"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: none has no card.json")
