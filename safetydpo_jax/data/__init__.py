@@ -3,7 +3,7 @@
 from safetydpo_jax.data.cache import Cache
 from safetydpo_jax.data.draw import make_pairs
 from safetydpo_jax.data.encode import encode_part, make_cache
-from safetydpo_jax.data.loader import STRATEGIES, batches
+from safetydpo_jax.data.loader import STRATEGIES, batches, pair_batch
 from safetydpo_jax.data.pairs import PairSet, Picture, PictureFile, write_pairs
 from safetydpo_jax.data.sources import PairSource, source_of
 
@@ -20,4 +20,5 @@ __all__ = [
     "encode_part",
     "STRATEGIES",
     "batches",
+    "pair_batch",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from safetydpo_jax.data.cache import Cache
 from safetydpo_jax.errors import UserError
@@ -22,7 +23,11 @@ Batch = dict[str, Any]
 
 
 def batches(
-    cache: Cache, config: Any, start_step: int = 0, part: tuple[int, int] = (0, 1)
+    cache: Cache,
+    config: Any,
+    start_step: int = 0,
+    part: tuple[int, int] = (0, 1),
+    reference: Float[np.ndarray, "rows draws 2"] | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of NumPy arrays, one a step, in the types that the cache has stored.
 
@@ -33,6 +38,8 @@ def batches(
       start_step: the step of the first batch; the batch of a step does not depend on it.
       part: (i, n): the i-th of n equal runs of each batch's rows, from 0, which alone are read: a
         host's, where a batch is split over several.
+      reference: the base's squared errors on winner and loser, by row_id and draw; a row's draws
+        are then those, in turn, without end.
 
     Yields:
       winner, loser: {"mean", "logvar"} (B,h,w,c), moments of the scaled latents.
@@ -40,6 +47,7 @@ def batches(
       winner_conditioning: the safe prompts', whichever a row's own is.
       row_id: (B,) uint32, 2 * pair + (1 under the safe prompt), whatever the strategy.
       draw: (B,) uint32, how many times this row came before.
+      reference: (B, 2) float32, if there is such a table.
       preserve: if asked for, {"mean", "logvar" (P,h,w,c), "conditioning", "harm", "row_id" (P,),
         "draw" (P,)}: safe pictures under their prompts, those of the pairs and the others, in an
         order of their own. Their row_ids are no pair's. "harm" is the unsafe prompt's conditioning
@@ -71,7 +79,7 @@ def batches(
     pairs = np.arange(cache.num_pairs)
     rows = np.concatenate([2 * pairs + which for which in STRATEGIES[config.rows]])
     steps = _visits(rows, config.batch_size * config.accumulation, pair_seed, part)
-    steps = steps.map(lambda visits: _pair_batch(cache, *visits))
+    steps = steps.map(lambda visits: pair_batch(cache, visits[0], visits[1], reference))
     if size := config.preserve_batch_size * config.accumulation:
         # All safe pictures: records num_pairs and up; the pairs have the rows below 2 num_pairs.
         rows = 2 * cache.num_pairs + np.arange(cache.num_pairs + cache.num_preserve)
@@ -98,7 +106,17 @@ def _visits(rows: np.ndarray, size: int, seed: int, part: tuple[int, int]) -> gr
     )
 
 
-def _pair_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
+def pair_batch(
+    cache: Cache,
+    rows: Int[np.ndarray, "b"],
+    draws: Int[np.ndarray, "b"],
+    reference: Float[np.ndarray, "rows draws 2"] | None = None,
+) -> Batch:
+    """The rows of pairs as `batches` yields them."""
+    known = {}
+    if reference is not None:
+        draws = draws % reference.shape[1]
+        known = {"reference": reference[rows, draws]}
     pairs, which = rows // 2, rows % 2
     # Mirrored every other visit, both pictures alike: half of the pairs in every epoch.
     orientation = (pairs + which + draws) % cache.orientations
@@ -111,6 +129,7 @@ def _pair_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
         "winner_conditioning": safe,
         "row_id": rows.astype(np.uint32),
         "draw": draws.astype(np.uint32),
+        **known,
     }
 
 

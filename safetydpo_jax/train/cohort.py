@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from safetydpo_jax import data, host_memory, lora, sharding
+from safetydpo_jax import host_memory, lora, sharding
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora import Adapters
 from safetydpo_jax.train.expert import Expert
@@ -124,6 +124,8 @@ class Cohort:
     def _train(self, start: int, title: str) -> None:
         config, params, progress = self._config, self._pipeline.unet_params, self._phases.progress
         checkpoints = self._checkpoints
+        for expert in self.experts:
+            expert.make_reference(self._mesh)
         self._phases.begin(f"compile{title}")
         batches = self._batches(start)
         null = jax.device_put(self.experts[0].cache.null, sharding.replicated(self._mesh))
@@ -194,7 +196,7 @@ class Cohort:
 
     def _batches(self, start: int) -> Iterator[Batch]:
         """On the mesh, the experts' batches side by side: (rows, experts, ...)."""
-        each = [data.batches(e.cache, e.config, start) for e in self.experts]
+        each = [expert.batches(start) for expert in self.experts]
         split = sharding.batch_sharding(self._mesh)
         for batches in zip(*each, strict=True):
             yield jax.device_put(self._stacked(batches, axis=1), split)

@@ -1,16 +1,20 @@
 """One expert of a run: its config and folder, its data, its evaluations, the files it ends in."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from safetydpo_jax import __version__, data, lora, storage
 from safetydpo_jax.lora import Adapters
 from safetydpo_jax.train.model_card import base_name, write_model_card
+from safetydpo_jax.train.reference import reference_table
 from safetydpo_jax.train.settings import deciding
+from safetydpo_jax.train.step import Batch
 
 if TYPE_CHECKING:
     from safetydpo_jax.train.health import Health
@@ -34,6 +38,7 @@ class Expert:
 
     Attributes:
       cache: what it trains on, after `make_cache`.
+      reference: the base's errors, after `make_reference`; None without a table.
       health: its evaluations on the way; None without them.
 
     Raises:
@@ -41,6 +46,7 @@ class Expert:
     """
 
     cache: data.Cache
+    reference: np.ndarray | None
     health: "Health | None"
 
     def __init__(
@@ -75,6 +81,22 @@ class Expert:
         self.progress(
             f"{self.cache.num_pairs} pairs and {self.cache.num_preserve} preservation pictures"
         )
+
+    def make_reference(self, mesh: Mesh) -> None:
+        """Computes the base's errors, if they are to be known before, unless that is done."""
+        self.reference = reference_table(
+            self.config,
+            self._pipeline,
+            self.cache,
+            mesh,
+            self.workdir,
+            self._model_hash,
+            self.progress,
+        )
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """From a step on, what it learns in each."""
+        return data.batches(self.cache, self.config, start, reference=self.reference)
 
     def first_adapters(self) -> Adapters:
         """New ones that change nothing, or those of `config.lora.init`; not yet scaled."""

@@ -26,9 +26,10 @@ def step_flops(
     Those of the policy's and the reference's forward pass over all rows, of a gradient with respect
     to activations for each part of the loss (the base is frozen, so its weights have none; of
     attention's products both operands have one), and of the anchor's reference over the pairs'
-    rows. The adapters' own are left out: a thousandth of Stable Diffusion's, 2 % of the embedded
-    model's. What is computed again to save memory counts once, so that the rate over a device's
-    peak is the model FLOPs utilisation (MFU) of the PaLM paper, appendix B, arXiv 2204.02311.
+    rows. With a table of reference errors there is no reference pass. The adapters' own are left
+    out: a thousandth of Stable Diffusion's, 2 % of the embedded model's. What is computed again to
+    save memory counts once, so that the rate over a device's peak is the model FLOPs utilisation
+    (MFU) of the PaLM paper, appendix B, arXiv 2204.02311.
 
     Args:
       unet: called as `unet.apply({"params"}, latents, timesteps, *conditioning)`.
@@ -48,7 +49,8 @@ def step_flops(
     )
     anchor = pairs / rows if config.loss.winner_anchor > 0 else 0
     parts = len(part_names(config))
-    return config.accumulation * ((2 + anchor) * sum(forward) + parts * forward.backward)
+    passes = 1 if config.reference.draws else 2 + anchor
+    return config.accumulation * (passes * sum(forward) + parts * forward.backward)
 
 
 class Products(NamedTuple):

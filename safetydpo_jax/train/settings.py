@@ -159,6 +159,8 @@ def deciding(config: ConfigDict, model_hash: str, data_hash: str) -> dict[str, A
             found |= {f"{key}.{k}": v for k, v in value.items()}
         else:
             found[key] = value
+    if config.reference.draws:
+        found["reference.draws"] = config.reference.draws
     if config.lora.init:
         found["lora.init"] = storage.hash_file(Path(config.lora.init))  # wherever it lies
     if config.optimizer.schedule == "cosine":
@@ -194,6 +196,7 @@ def _check(config: ConfigDict) -> None:
         "log_every": 1,
         "checkpoint.every": 1,
         "checkpoint.keep": 1,
+        "reference.draws": 0,
         "guard.patience": 1,
         "lora.rank": 1,
         "health.every": 0,
@@ -233,6 +236,12 @@ def _check(config: ConfigDict) -> None:
     for key in ("loss.caption_dropout", "loss.preservation_dropout", "loss.preservation_lean"):
         if _value(config, key) > 1:
             raise UserError(f"config.{key} is {_value(config, key)}: it must be 0 to 1")
+    if config.reference.draws and (config.loss.preservation > 0 or config.loss.winner_anchor > 0):
+        raise UserError(
+            f"config.reference.draws is {config.reference.draws}: a table of the base's errors "
+            "will not do for loss.preservation and loss.winner_anchor, which need its predictions; "
+            "set it to 0, or take --config.recipe=paper"
+        )
     if config.loss.preservation > 0 and config.preserve_batch_size == 0:
         raise UserError(
             "config.preserve_batch_size is 0, but config.loss.preservation is "

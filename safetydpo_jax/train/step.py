@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from safetydpo_jax import sharding
@@ -24,10 +24,11 @@ from safetydpo_jax.train.losses import (
     preserve_winner,
     squared_error,
 )
-from safetydpo_jax.train.noise import noisy_rows, row_keys
+from safetydpo_jax.train.noise import NoisyRows, noisy_rows, row_keys
 from safetydpo_jax.train.state import TrainState, learning_rate, make_optimizer
 
 Batch = Mapping[str, Any]
+Inputs = Sequence[tuple[Array, Array, Conditioning]]  # noisy latents, timesteps, prompts
 Metrics = dict[str, Float[Array, "*experts"]]
 Parts = dict[str, Float[Array, "*experts"]]
 # XLA's CPU backend drops the barriers that keep recomputed work apart, and merges it again.
@@ -50,8 +51,7 @@ def make_loss(
     """
     weights = config.loss
     preference = PREFERENCES[weights.preference]
-    # threefry is the one generator whose values do not depend on vmap or sharding.
-    seed = jax.random.key(config.seed, impl="threefry2x32")
+    seed, predict = noise_seed(config), make_predict(unet, mesh)
 
     def mean(of_rows: Array) -> Array:
         return of_rows.reshape(-1, experts).mean(0) if experts else of_rows.mean()
@@ -59,28 +59,12 @@ def make_loss(
     def loss(
         adapters: Adapters, base_params: Any, batch: Batch, null: Conditioning
     ) -> tuple[Parts, Metrics]:
-        batch = jax.tree.map(_full_precision, batch)
+        batch = jax.tree.map(full_precision, batch)
         if experts:  # row by row, so that none has to leave its device
             batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        pairs = noisy_rows(
-            row_keys(seed, batch["row_id"], batch["draw"]),
-            [batch["winner"], batch["loser"]],
-            batch["conditioning"],
-            null,
-            schedule=schedule,
-            t_min=weights.t_min,
-            t_max=weights.t_max,
-            caption_dropout=weights.caption_dropout,
-        )
+        pairs = noisy_pairs(seed, batch, null, schedule, config)
 
-        def predict(variables: Any, inputs: Sequence[tuple[Array, Array, Conditioning]]) -> Any:
-            stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *inputs)
-            latents, timesteps, conditioning = jax.lax.with_sharding_constraint(
-                stacked, sharding.batch_sharding(mesh)
-            )
-            return unet.apply(variables, latents, timesteps, *conditioning)
-
-        def reference_of(inputs: Sequence[tuple[Array, Array, Conditioning]]) -> Any:
+        def reference_of(inputs: Inputs) -> Any:
             return jax.lax.stop_gradient(predict({"params": base_params}, inputs))
 
         inputs = [(x, pairs.timesteps, pairs.conditioning) for x in pairs.latents]
@@ -107,16 +91,16 @@ def make_loss(
         if experts:
             lora = routed(lora, jnp.arange(sum(len(x) for x, _, _ in inputs)) % experts)
         policy = predict({"params": base_params, "lora": lora}, inputs)
-        reference = reference_of(inputs)
-
         ends = [len(pairs.timesteps), 2 * len(pairs.timesteps)]
         winner, loser, preserved = jnp.split(policy, ends)
-        winner_ref, loser_ref, preserved_ref = jnp.split(reference, ends)
+        if "reference" in batch:  # the table's: the same draws, known before
+            known = batch["reference"].T
+        else:
+            winner_ref, loser_ref, preserved_ref = jnp.split(reference_of(inputs), ends)
+            known = map(squared_error, (winner_ref, loser_ref), pairs.targets)
         winner_error, loser_error = (
-            squared_error(output, target) - squared_error(output_ref, target)
-            for output, output_ref, target in zip(
-                (winner, loser), (winner_ref, loser_ref), pairs.targets, strict=True
-            )
+            squared_error(output, target) - error
+            for output, target, error in zip((winner, loser), pairs.targets, known, strict=True)
         )
         margin = preference_margin(winner_error, loser_error, weights.beta)
         terms, others = {"preference_loss": mean(preference(margin))}, []
@@ -151,6 +135,46 @@ def make_loss(
         return parts, metrics
 
     return loss
+
+
+def noise_seed(config: ConfigDict) -> Key[Array, ""]:
+    """What all draws of a run come from, by `noise.row_keys`."""
+    # threefry is the one generator whose values do not depend on vmap or sharding.
+    return jax.random.key(config.seed, impl="threefry2x32")
+
+
+def noisy_pairs(
+    seed: Key[Array, ""],
+    batch: Batch,
+    null: Conditioning,
+    schedule: NoiseSchedule,
+    config: ConfigDict,
+) -> NoisyRows:
+    """A batch's winners and losers as the UNet is to see them."""
+    weights = config.loss
+    return noisy_rows(
+        row_keys(seed, batch["row_id"], batch["draw"]),
+        [batch["winner"], batch["loser"]],
+        batch["conditioning"],
+        null,
+        schedule=schedule,
+        t_min=weights.t_min,
+        t_max=weights.t_max,
+        caption_dropout=weights.caption_dropout,
+    )
+
+
+def make_predict(unet: nn.Module, mesh: Mesh) -> Callable[[Any, Inputs], Any]:
+    """The UNet's outputs for several lists of rows, in one pass."""
+
+    def predict(variables: Any, inputs: Inputs) -> Any:
+        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *inputs)
+        latents, timesteps, conditioning = jax.lax.with_sharding_constraint(
+            stacked, sharding.batch_sharding(mesh)
+        )
+        return unet.apply(variables, latents, timesteps, *conditioning)
+
+    return predict
 
 
 def part_names(config: ConfigDict) -> tuple[str, ...]:
@@ -190,11 +214,12 @@ def make_train_step(
     Returns:
       A jitted `step(state, base_params, batch, null) -> (state, metrics)`, which donates `state`.
       The batch, as `data.batches` yields it, holds batch_size * accumulation rows and
-      preserve_batch_size * accumulation preserve rows; null, without rows, is what takes the place
-      of a dropped prompt. The gradient is the mean over the accumulated batches, that of one big
-      batch. Metrics are float32 scalars: the terms unweighted, "winner_error" and "loser_error" the
-      policy's minus the reference's, "loser_scale" that of `losses.preserve_winner`, "grad_norm"
-      before clipping.
+      preserve_batch_size * accumulation preserve rows; with "reference" (rows, 2), the base's
+      squared errors on winner and loser, the reference pass is left out; null, without rows, is
+      what takes the place of a dropped prompt. The gradient is the mean over the accumulated
+      batches, that of one big batch. Metrics are float32 scalars: the terms unweighted,
+      "winner_error" and "loser_error" the policy's minus the reference's, "loser_scale" that of
+      `losses.preserve_winner`, "grad_norm" before clipping.
 
     Raises:
       UserError: the batch does not divide over the mesh, or the timestep range is empty.
@@ -273,7 +298,7 @@ def make_train_step(
     )
 
 
-def _full_precision(x: Array | np.ndarray) -> Array | np.ndarray:
+def full_precision(x: Array | np.ndarray) -> Array | np.ndarray:
     """What a cache holds in half precision travels as that."""
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
