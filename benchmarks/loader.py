@@ -82,7 +82,7 @@ def write_cache(folder: Path, num_pairs: int) -> None:
     (folder / NULL).write_bytes(safetensors.numpy.save(null))
     storage.write_card(
         folder,
-        {"format": FORMAT, "key": "random", "num_pairs": num_pairs, "num_preserve": 0}
+        {"format": FORMAT, "key": "random", "num_pairs": num_pairs, "num_preserve": 0, "parts": {}}
         | {"records_per_shard": PER_SHARD, "dtype": "float16", "flip": True},
     )
     os.sync()

@@ -163,6 +163,9 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "seed": 0,
     }
     # Pictures are resized and cut to squares of `resolution` pixels; 0 is as the model was trained.
+    # Of several pair sets in pairs.path, read as one, how often each comes: "hate=2" is twice as
+    # often as a set that is not named. () is as many pairs as each has.
+    config.mix = ()
     config.cache = {"dtype": "float32", "flip": False, "resolution": 0}
 
     # With `draws` above 0, a row has so many timesteps and noises, in turn, and the base's errors

@@ -49,6 +49,7 @@ class Cache:
       num_pairs: number of pairs; unsafe pictures are records 0 .. num_pairs - 1, the safe ones
         the next num_pairs.
       num_preserve: number of preservation pictures, the records after those.
+      parts: of joined pair sets, how many pairs come from each, in order; else empty.
       null: what guidance steers away from, float32, without rows: (t, d), ...
       orientations: 2 if there are mirror images, else 1.
 
@@ -68,6 +69,7 @@ class Cache:
         self.key: str = card["key"]
         self.num_pairs: int = card["num_pairs"]
         self.num_preserve: int = card["num_preserve"]
+        self.parts: dict[str, int] = card["parts"]
         self.orientations = 2 if card["flip"] else 1
         self.null = Conditioning(**safetensors.numpy.load_file(self.folder / NULL))
         self._per_shard: int = card["records_per_shard"]

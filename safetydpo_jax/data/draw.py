@@ -16,7 +16,7 @@ import safetensors.numpy
 from jaxtyping import UInt8
 
 from safetydpo_jax import storage
-from safetydpo_jax.data.pairs import PairSet, Picture, write_pairs
+from safetydpo_jax.data.pairs import PairSet, Picture, open_pairs, write_pairs
 from safetydpo_jax.data.sources import PairSource, source_of
 from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.errors import UserError
@@ -47,7 +47,7 @@ def make_pairs(
       source: prompts and judge; by default `source_of(config)`.
 
     Returns:
-      The pair set's folder, for `pairs.PairSet`.
+      The pair set's folder, for `pairs.open_pairs`.
 
     Raises:
       UserError: a value of the config that cannot be, a pair set in `workdir` drawn with other
@@ -55,7 +55,7 @@ def make_pairs(
     """
     _check(config)  # of drawing too: the report draws, whoever made the pairs
     if config.pairs.path:
-        pairs = PairSet(config.pairs.path)
+        pairs = open_pairs(config.pairs.path)
         category = pairs.card.get("settings", {}).get("category", "category unknown")
         progress(f"pairs: {pairs.num_pairs} ({category}) from {pairs.folder}")
         return pairs.folder

@@ -17,7 +17,7 @@ from PIL import Image
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.cache import DTYPES, FORMAT, NULL, REMEDY, Cache, shard_name
-from safetydpo_jax.data.pairs import PairSet, Picture
+from safetydpo_jax.data.pairs import JoinedPairs, PairSet, Picture, open_pairs
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.models.pipeline import TOKENIZERS
@@ -26,6 +26,7 @@ ENCODE_BATCH = 128  # pictures in memory; the pipeline has batches of its own
 MAX_SHARDS = 256  # a reader keeps them all open
 # Half precision hardly compresses, and to take it apart again would halve the rate of reading.
 RECORDS = "group_size:1,uncompressed"
+Pairs = PairSet | JoinedPairs
 
 
 def make_cache(
@@ -74,14 +75,14 @@ def encode_part(
     """
     _check(config, pipeline, part)
     side = config.cache.resolution or pipeline.resolution
-    pairs = PairSet(config.pairs.path or Path(workdir) / "pairs")
+    pairs = open_pairs(config.pairs.path or Path(workdir) / "pairs")
     folder = Path(workdir) / "cache"
     key = _key(config, pipeline, pairs)
     if before := _key_of(folder):
         if before == key:
             return Cache(folder)
         progress("cache: of other pairs, another model or other settings; computed again")
-    pairs = PairSet(pairs.folder, verify=True)  # its files are about to be read anyway
+    pairs = open_pairs(pairs.folder, verify=True)  # its files are about to be read anyway
     count = 2 * pairs.num_pairs + pairs.num_preserve
     per_shard = -(-count // (MAX_SHARDS * ENCODE_BATCH)) * ENCODE_BATCH
     num_shards = -(-count // per_shard)
@@ -113,6 +114,7 @@ def encode_part(
                 "key": key,
                 "num_pairs": pairs.num_pairs,
                 "num_preserve": pairs.num_preserve,
+                "parts": pairs.parts,
                 "records_per_shard": per_shard,
                 "dtype": config.cache.dtype,
                 "flip": config.cache.flip,
@@ -139,7 +141,7 @@ def _check(config: Any, pipeline: Any, part: tuple[int, int]) -> None:
         raise UserError(f"part {part[0]} of {part[1]}: parts are numbered from 0")
 
 
-def _key(config: Any, pipeline: Any, pairs: PairSet) -> str:
+def _key(config: Any, pipeline: Any, pairs: Pairs) -> str:
     """What the cache depends on; a type is one a network computes in, whatever its file holds."""
     networks = (pipeline.vae_params, pipeline.text_params)
     parts = ("vae", *TOKENIZERS, *TOKENIZERS.values())
@@ -195,7 +197,7 @@ def _key_of(folder: Path) -> str:
 
 
 def _encoded(
-    pairs: PairSet, records: range, pipeline: Any, side: int, flip: bool
+    pairs: Pairs, records: range, pipeline: Any, side: int, flip: bool
 ) -> Iterator[tuple[Float[np.ndarray, "o 2 h w c"], Conditioning]]:
     """Moments and conditioning of some records, in their order."""
     pictures = _pictures(pairs, records)
@@ -210,7 +212,7 @@ def _encoded(
             yield of_picture, jax.tree.map(lambda x, i=i: x[i], texts)
 
 
-def _pictures(pairs: PairSet, records: range) -> Iterator[Picture]:
+def _pictures(pairs: Pairs, records: range) -> Iterator[Picture]:
     """The pictures of some records: the unsafe ones, the safe ones, the preservation pictures."""
     first = 0
     for split, size in pairs.sizes.items():

@@ -1,11 +1,12 @@
 """Batches in an order that is a pure function of the seed and the step.
 
 A row is one (pair, prompt). Each epoch visits every row once, shuffled anew; batches run on across
-the end of an epoch. Whoever knows the step knows the batch, so a checkpoint holds no loader state.
+the end of an epoch. Pair sets mixed by weights have epochs of their own. Whoever knows the step
+knows the batch, so a checkpoint holds no loader state.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from safetydpo_jax.data.cache import Cache
+from safetydpo_jax.data.pairs import mixing_weights
 from safetydpo_jax.errors import UserError
 
 # Strategy -> which prompts a pair is learnt under: 0 the unsafe one, 1 the safe one.
@@ -33,7 +35,8 @@ def batches(
 
     Args:
       cache: the moments and embeddings.
-      config: `seed`; `rows`, one of `STRATEGIES`; `batch_size` and `accumulation` (B is their
+      config: `seed`; `rows`, one of `STRATEGIES`; `mix`, weights of joined pair sets as
+        `pairs.mixing_weights` takes them; `batch_size` and `accumulation` (B is their
         product); `preserve_batch_size` (P is that times accumulation; 0 for none).
       start_step: the step of the first batch; the batch of a step does not depend on it.
       part: (i, n): the i-th of n equal runs of each batch's rows, from 0, which alone are read: a
@@ -76,14 +79,20 @@ def batches(
         raise UserError(f"{cache.folder} holds no pairs: draw some with config.pairs.num_pairs")
 
     pair_seed, preserve_seed = np.random.SeedSequence(config.seed).generate_state(2).tolist()
-    pairs = np.arange(cache.num_pairs)
-    rows = np.concatenate([2 * pairs + which for which in STRATEGIES[config.rows]])
-    steps = _visits(rows, config.batch_size * config.accumulation, pair_seed, part)
+    parts, weights = [np.arange(cache.num_pairs)], [1.0]
+    if config.mix:
+        weights = mixing_weights(cache.parts, config.mix)
+        ends = np.cumsum(list(cache.parts.values()))
+        parts = np.split(np.arange(cache.num_pairs), ends[:-1])
+    rows = [
+        np.concatenate([2 * pairs + which for which in STRATEGIES[config.rows]]) for pairs in parts
+    ]
+    steps = _visits(rows, weights, config.batch_size * config.accumulation, pair_seed, part)
     steps = steps.map(lambda visits: pair_batch(cache, visits[0], visits[1], reference))
     if size := config.preserve_batch_size * config.accumulation:
         # All safe pictures: records num_pairs and up; the pairs have the rows below 2 num_pairs.
-        rows = 2 * cache.num_pairs + np.arange(cache.num_pairs + cache.num_preserve)
-        preserve: Any = _visits(rows, size, preserve_seed, part)
+        safe = 2 * cache.num_pairs + np.arange(cache.num_pairs + cache.num_preserve)
+        preserve: Any = _visits([safe], [1.0], size, preserve_seed, part)
         steps = steps.map_with_index(
             lambda step, batch: batch | {"preserve": _preserve_batch(cache, *preserve[step])}
         )
@@ -91,18 +100,29 @@ def batches(
     return iter(steps[start_step:].to_iter_dataset(reading))
 
 
-def _visits(rows: np.ndarray, size: int, seed: int, part: tuple[int, int]) -> grain.MapDataset:
+def _visits(
+    sets: Sequence[np.ndarray],
+    weights: Sequence[float],
+    size: int,
+    seed: int,
+    part: tuple[int, int],
+) -> grain.MapDataset:
     """By step, the part's share of ((size,) rows, (size,) how many times each came before)."""
     index, count = part
     own = slice(index * size // count, (index + 1) * size // count)
+    each = [_endless(rows, seed + i) for i, rows in enumerate(sets)]
+    mixed = each[0] if len(each) == 1 else grain.MapDataset.mix(each, weights)
+    return mixed.batch(size).map(lambda visits: tuple(x[own] for x in visits))
+
+
+def _endless(rows: np.ndarray, seed: int) -> grain.MapDataset:
+    """(row, how many times it came before), epoch after epoch."""
     return (
         grain.MapDataset.source(rows.tolist())
         .seed(seed)
         .shuffle()
         .repeat()
         .map_with_index(lambda index, row: (row, index // len(rows)))
-        .batch(size)
-        .map(lambda visits: tuple(x[own] for x in visits))
     )
 
 

@@ -40,7 +40,7 @@ def run(
     phases.begin("config and pairs")
     config = resolve(config)
     folder = pathlib.Path(config.pairs.path or pathlib.Path(workdir) / "pairs")
-    pairs = data.PairSet(folder)
+    pairs = data.open_pairs(folder)
     progress(f"{config.category}, {folder}: {pairs.num_pairs} pairs, {pairs.num_preserve} others")
 
     phases.begin("autoencoder and text encoders")

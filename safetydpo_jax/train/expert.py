@@ -73,7 +73,7 @@ class Expert:
     def make_pairs(self) -> None:
         """Draws its pairs, unless they are there."""
         folder = data.make_pairs(self.config, self._pipeline, self.workdir, self.progress)
-        self._pairs = data.PairSet(folder)
+        self._pairs = data.open_pairs(folder)
 
     def make_cache(self) -> None:
         """Encodes them, unless that is done."""

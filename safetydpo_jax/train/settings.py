@@ -159,6 +159,8 @@ def deciding(config: ConfigDict, model_hash: str, data_hash: str) -> dict[str, A
             found |= {f"{key}.{k}": v for k, v in value.items()}
         else:
             found[key] = value
+    if config.mix:
+        found["mix"] = list(config.mix)
     if config.reference.draws:
         found["reference.draws"] = config.reference.draws
     if config.lora.init:

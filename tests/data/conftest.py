@@ -99,6 +99,7 @@ def tiny_config():
             "dtype": "float32",
             "seed": 7,
             "rows": "both",
+            "mix": (),
             "batch_size": 4,
             "accumulation": 1,
             "preserve_batch_size": 3,
