@@ -3,6 +3,9 @@
 import collections
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from safetydpo_jax.data.inputs import read_input
 from safetydpo_jax.data.inputs.pair import InputPair, InputPicture
 from safetydpo_jax.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 SHARE = 0.004  # 63 pairs in 65 listings
 
 
@@ -192,6 +196,30 @@ def test_an_output_that_is_a_file(source, tmp_path):
     (tmp_path / "pairs").write_text("")
     with pytest.raises(UserError, match="cannot be used: "):
         main(["--input", str(source), "--out", str(tmp_path / "pairs")])
+
+
+def test_a_place_that_cannot_be_written(source):
+    with pytest.raises(UserError, match="/proc/pairs cannot be used: "):
+        main(["--input", str(source), "--out", "/proc/pairs"])
+
+
+def test_a_full_disk(source, tmp_path):
+    """A limit on the size of files stands for it: both end in a failed write."""
+    script = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    given = ["--input", str(source), "--out", str(tmp_path / "pairs")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT / "launch" / "import_pairs.py"), *given],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "could not write" in done.stderr
+    assert "free some space" in done.stderr
+    assert not list((tmp_path / "pairs").rglob("card.json"))
 
 
 def test_what_is_held_out():
