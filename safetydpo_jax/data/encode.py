@@ -1,5 +1,7 @@
 """Computing the cache: shard by shard, by one process or several, each shard whole or not there."""
 
+import contextlib
+import fcntl
 import itertools
 import os
 import shutil
@@ -88,41 +90,47 @@ def encode_part(
     num_shards = -(-count // per_shard)
     shards = [shard_name(i, num_shards) for i in range(num_shards)]
     partial = folder.with_name("cache.partial") / key[:16]
-    with storage.explained_writes(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-        mine = range(part[0], num_shards, part[1])
-        missing = [i for i in mine if not (partial / shards[i]).exists()]
-        progress(
-            f"cache: encoding {count} pictures in {num_shards} shards"
-            + (f", part {part[0]} of {part[1]}: {len(mine)} of them" if part[1] > 1 else "")
-            + (f", {len(mine) - len(missing)} there already" if len(mine) > len(missing) else "")
-        )
-        began = time.monotonic()
-        for done, i in enumerate(missing, 1):
-            records = range(i * per_shard, min((i + 1) * per_shard, count))
-            encoded = _encoded(pairs, records, pipeline, side, config.cache.flip)
-            _write_shard(partial / shards[i], encoded, DTYPES[config.cache.dtype])
-            rate = (time.monotonic() - began) / done
+    mine = range(part[0], num_shards, part[1])
+    try:
+        with storage.explained_writes(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+            missing = [i for i in mine if not (partial / shards[i]).exists()]
             progress(
-                f"cache: {done}/{len(missing)} shards, {per_shard / rate:.1f} pictures/s, "
-                f"{(len(missing) - done) * rate:.0f} s left"
+                f"cache: encoding {count} pictures in {num_shards} shards"
+                + (f", part {part[0]} of {part[1]}: {len(mine)} of them" if part[1] > 1 else "")
+                + (f", {len(mine) - len(missing)} there already" if missing != [*mine] else "")
             )
-        if all((partial / shard).exists() for shard in shards):
-            null = jax.tree.map(lambda x: x[0], pipeline.encode_negative([""], size=(side, side)))
-            card = {
-                "format": FORMAT,
-                "key": key,
-                "num_pairs": pairs.num_pairs,
-                "num_preserve": pairs.num_preserve,
-                "parts": pairs.parts,
-                "records_per_shard": per_shard,
-                "dtype": config.cache.dtype,
-                "flip": config.cache.flip,
-            }
-            _finish(partial, folder, shards, null, card)
-        elif _key_of(folder) != key:  # or another part has just ended it
-            progress(f"cache: part {part[0]} is done; {partial} lacks shards of other parts")
-            return None
+            began = time.monotonic()
+            for done, i in enumerate(missing, 1):
+                if _key_of(folder) == key:  # a twin of this part has ended it
+                    return Cache(folder)
+                records = range(i * per_shard, min((i + 1) * per_shard, count))
+                encoded = _encoded(pairs, records, pipeline, side, config.cache.flip)
+                _write_shard(partial / shards[i], encoded, DTYPES[config.cache.dtype])
+                rate = (time.monotonic() - began) / done
+                progress(
+                    f"cache: {done}/{len(missing)} shards, {per_shard / rate:.1f} pictures/s, "
+                    f"{(len(missing) - done) * rate:.0f} s left"
+                )
+            if all((partial / shard).exists() for shard in shards):
+                null = pipeline.encode_negative([""], size=(side, side))
+                card = {
+                    "format": FORMAT,
+                    "key": key,
+                    "num_pairs": pairs.num_pairs,
+                    "num_preserve": pairs.num_preserve,
+                    "parts": pairs.parts,
+                    "records_per_shard": per_shard,
+                    "dtype": config.cache.dtype,
+                    "flip": config.cache.flip,
+                }
+                _finish(partial, folder, shards, jax.tree.map(lambda x: x[0], null), card)
+            elif _key_of(folder) != key:  # or another part has just ended it
+                progress(f"cache: part {part[0]} is done; {partial} lacks shards of other parts")
+                return None
+    except UserError:
+        if _key_of(folder) != key:  # or a twin of this part took the shards away to end it
+            raise
     return Cache(folder)
 
 
@@ -176,17 +184,20 @@ def _finish(
     partial: Path, folder: Path, shards: list[str], null: Conditioning, card: dict[str, Any]
 ) -> None:
     """Makes the cache of its shards; several processes may try at once, and any may be killed."""
-    try:
+    old = folder.with_name(f"{folder.name}.old")
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if _key_of(folder) == card["key"]:
+            return  # another was first
         storage.write_file(partial / NULL, safetensors.numpy.save(_named(null, np.float32)))
         storage.write_card(partial, card, [*shards, NULL])
-        if _key_of(folder) not in ("", card["key"]):
-            shutil.rmtree(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         partial.rename(folder)
-    except OSError:
-        if _key_of(folder) != card["key"]:
-            raise
-    else:
-        shutil.rmtree(partial.parent)  # with shards of other settings, if there were any
+        shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        partial.parent.rmdir()  # shards of other settings stay
 
 
 def _key_of(folder: Path) -> str:

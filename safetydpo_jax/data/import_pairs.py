@@ -9,20 +9,18 @@ Pair sets are written one by one, whole or not at all, so that a killed import g
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.import_report import write_picture, write_prompts, write_report
 from safetydpo_jax.data.inputs import InputPair, read_input
 from safetydpo_jax.data.inputs.check import usable
+from safetydpo_jax.data.inputs.pair import ALL, VALIDATION, category_names
 from safetydpo_jax.data.inputs.picture import as_kept
 from safetydpo_jax.data.pairs import PairSet, PictureFile, write_pairs
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
-
-ALL = "all"  # the set that holds every pair
-VALIDATION = "validation"
 
 
 def import_pairs(
@@ -61,13 +59,21 @@ def import_pairs(
     """
     if not 0 <= validation < 1:
         raise UserError(f"the validation share is {validation}: it must be 0 or more, and below 1")
+    if out.resolve() == folder.resolve():
+        raise UserError(f"{out} is the input itself: choose another folder to write to")
+    category_names([category], "the category")
     kind, found = read_input(folder, kind)
     progress(f"{folder}: {kind}, {len(found.pairs)} pairs, {len(found.skipped)} skipped")
-    wanted = _sets(found.pairs, category, sets)
-    ids = {pair.id for pairs in wanted.values() for pair in pairs}
+    by_set = _sets(found.pairs, category, sets)
+    if found.pairs and (missing := set(sets) - by_set.keys()):
+        has = ", ".join(_sets(found.pairs, category, ()))
+        raise UserError(f"there are no pairs of {', '.join(sorted(missing))}: there are {has}")
+    ids = {pair.id for pairs in by_set.values() for pair in pairs}
     found.pairs = [pair for pair in found.pairs if pair.id in ids]
     found = usable(found, progress)
-    by_set = _sets(found.pairs, category, wanted)
+    by_set = {
+        name: [pair for pair in pairs if pair.id in found.digests] for name, pairs in by_set.items()
+    }
     with storage.explained_writes(out):
         out.mkdir(parents=True, exist_ok=True)
         report = write_report(out, folder, kind, found, by_set)
@@ -77,14 +83,17 @@ def import_pairs(
             f"{folder}: {len(found.skipped)} cannot be used and {len(found.pairs)} can, the first "
             f"is {name} ({reason}): {report} lists them"
         )
-    if not found.pairs:
-        raise UserError(f"{folder} holds no pairs")
+    held_out = {pair.id for pair in found.pairs if is_held_out(pair, validation)}
+    if len(held_out) == len(found.pairs):
+        raise UserError(
+            f"{folder} leaves no pairs to train on, as {len(held_out)} are held back: set the "
+            "validation share to 0"
+        )
     for name, pairs in by_set.items():
-        held_out = [is_held_out(pair, validation) for pair in pairs]
-        for where, which in ((out / name, False), (out / VALIDATION / name, True)):
-            chosen = [p for p, held in zip(pairs, held_out, strict=True) if held == which]
-            if chosen:
-                _write_set(where, chosen, {"category": name, "source": kind}, progress)
+        for where, held in ((out / name, False), (out / VALIDATION / name, True)):
+            chosen = [pair for pair in pairs if (pair.id in held_out) == held]
+            about = {"category": name, "source": kind}
+            _write_set(where, chosen, found.digests, about, progress)
     with storage.explained_writes(out):
         write_prompts(out, found.test)
         write_picture(out, by_set, reveal=reveal)
@@ -105,11 +114,7 @@ def is_held_out(pair: InputPair, share: float) -> bool:
 def _sets(
     pairs: Sequence[InputPair], category: str, wanted: Collection[str]
 ) -> dict[str, list[InputPair]]:
-    """The pairs of each set to write, in the order of the categories.
-
-    Raises:
-      UserError: a set that is wanted has none.
-    """
+    """The pairs of each set to write, in the order of the categories."""
     found: dict[str, list[InputPair]] = {name: [] for name in CATEGORIES}
     unnamed = False
     for pair in pairs:
@@ -119,27 +124,26 @@ def _sets(
             found.setdefault(name, []).append(pair)
     if unnamed or ALL in wanted:
         found[ALL] = list(pairs)
-    found = {name: of_set for name, of_set in found.items() if of_set}
-    if pairs and (missing := set(wanted) - found.keys()):
-        raise UserError(
-            f"there are no pairs of {', '.join(sorted(missing))}: there are {', '.join(found)}"
-        )
-    return {name: found[name] for name in found if not wanted or name in wanted}
+    return {name: x for name, x in found.items() if x and (not wanted or name in wanted)}
 
 
 def _write_set(
-    folder: Path, pairs: list[InputPair], about: dict[str, str], progress: Callable[[str], None]
+    folder: Path,
+    pairs: list[InputPair],
+    digests: Mapping[str, str],
+    about: dict[str, str],
+    progress: Callable[[str], None],
 ) -> None:
-    told = [[pair.id, pair.unsafe.prompt, pair.safe.prompt] for pair in pairs]
-    settings = about | {"prompts_hash": storage.digest(told)}
+    told = [[p.id, p.unsafe.prompt, p.safe.prompt, digests[p.id]] for p in pairs]
+    settings = about | {"pairs_hash": storage.digest(told)}
     if folder.exists():
-        storage.check_same(
-            folder,
-            PairSet(folder).card.get("settings", {}),
-            settings,
-            "remove that folder, or choose another one to write to",
-        )
+        before = PairSet(folder).card.get("settings", {})
+        remedy = "remove that folder, or choose another one to write to"
+        storage.check_same(folder, before, settings, remedy)
         progress(f"{folder}: {len(pairs)} pairs, there already")
+        return
+
+    if not pairs:
         return
 
     def side(name: str) -> Iterator[PictureFile]:

@@ -65,7 +65,8 @@ def write_picture(
     """Draws the first pairs of each set to `out`/pairs.png, unsafe pictures blurred."""
     sections = []
     for name, pairs in by_set.items():
-        shown = pairs[:SHOWN]
+        if not (shown := pairs[:SHOWN]):
+            continue
         rows = []
         for side in ("unsafe", "safe"):
             hide = np.full(len(shown), side == "unsafe")

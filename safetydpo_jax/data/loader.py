@@ -49,7 +49,7 @@ def batches(
       conditioning: of the B rows' prompts; the null prompt's is `cache.null`.
       winner_conditioning: the safe prompts', whichever a row's own is.
       row_id: (B,) uint32, 2 * pair + (1 under the safe prompt), whatever the strategy.
-      draw: (B,) uint32, how many times this row came before.
+      draw: (B,) uint32, how many times this row came before; with `reference`, modulo its draws.
       reference: (B, 2) float32, if there is such a table.
       preserve: if asked for, {"mean", "logvar" (P,h,w,c), "conditioning", "harm", "row_id" (P,),
         "draw" (P,)}: safe pictures under their prompts, those of the pairs and the others, in an

@@ -78,12 +78,14 @@ def part_of(text: str) -> tuple[int, int]:
     if text == "auto":
         try:
             jax.distributed.initialize()
+            found = jax.process_index(), jax.process_count()
+            jax.distributed.shutdown()  # which waits for all: parts are to end on their own
+            return found
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"--part auto: JAX does not know which process of a job this is ({error}): give "
                 "--part I/N"
             ) from error
-        return jax.process_index(), jax.process_count()
     if not (match := re.fullmatch(r"(\d+)/(\d+)", text)):
         raise UserError(f"--part is {text!r}: write it as 0/4, the first of four, or auto")
     return int(match[1]), int(match[2])

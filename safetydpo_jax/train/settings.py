@@ -244,6 +244,11 @@ def _check(config: ConfigDict) -> None:
             "will not do for loss.preservation and loss.winner_anchor, which need its predictions; "
             "set it to 0, or take --config.recipe=paper"
         )
+    if config.reference.draws % 2 and config.cache.flip:
+        raise UserError(
+            f"config.reference.draws is {config.reference.draws}: with mirror images "
+            "(config.cache.flip) it must be even, half of the draws for each"
+        )
     if config.loss.preservation > 0 and config.preserve_batch_size == 0:
         raise UserError(
             "config.preserve_batch_size is 0, but config.loss.preservation is "

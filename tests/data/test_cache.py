@@ -154,6 +154,38 @@ def test_parts_make_one_cache(made, write, config, pipeline, tmp_path, monkeypat
         encode_part(config, pipeline, tmp_path / "run", said.append, (3, 3))
 
 
+def test_a_half_removed_cache_is_in_nobodys_way(made, write):
+    write()
+    folder = made()[0].folder
+    (folder / "card.json").unlink()  # as a kill may leave it
+    again = made()[0]
+    assert again.num_pairs == 5
+    assert not folder.with_name("cache.old").exists()
+
+
+def test_a_twin_of_a_part_may_end_first(made, write, monkeypatch):
+    """Its shards are taken from under it; the cache is there, and that is what was wanted."""
+    write()
+    write_shard, twins = encode._write_shard, []
+
+    def late(file, encoded, dtype):
+        if not twins:
+            twins.append(file)
+            made()
+        write_shard(file, encoded, dtype)
+
+    monkeypatch.setattr(encode, "_write_shard", late)
+    assert made()[0].num_pairs == 5
+
+
+def test_shards_of_other_settings_stay(made, write, config, tmp_path):
+    write()
+    other = tmp_path / "run" / "cache.partial" / "0123456789abcdef"
+    other.mkdir(parents=True)
+    made()
+    assert other.is_dir()
+
+
 def test_whoever_comes_second_takes_the_cache_of_the_first(made, write, monkeypatch):
     write()
     finish = encode._finish

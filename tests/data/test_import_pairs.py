@@ -125,8 +125,60 @@ def test_an_import_goes_on(source, imported, tmp_path):
 def test_other_pairs_there(source, imported, tmp_path):
     out = tmp_path / "pairs"
     shutil.copytree(imported, out)
-    with pytest.raises(UserError, match="was made with prompts_hash = .* choose another one"):
+    with pytest.raises(UserError, match="was made with pairs_hash = .* choose another one"):
         import_pairs(source, out, validation=0.5, progress=lambda line: None)
+
+
+def test_other_pictures_of_the_same_prompts(source, imported, tmp_path):
+    """As if the other model's pictures were imported to the same place."""
+    given, out = tmp_path / "given", tmp_path / "pairs"
+    given.mkdir()
+    shutil.copytree(imported, out)
+    shutil.copy(source / "CoProv2_train.csv", given)
+    shutil.unpack_archive(source / "images.zip", given)
+    one, other = sorted((given / "images").glob("u_*"))[:2]
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match="was made with pairs_hash"):
+        import_pairs(given, out, validation=0.2, progress=print)
+
+
+def test_held_back_pairs_of_before_are_not_left(source, imported, tmp_path):
+    out = tmp_path / "pairs"
+    shutil.copytree(imported, out)
+    for name in ("hate", "harassment"):
+        shutil.rmtree(out / name)
+    with pytest.raises(UserError, match=r"validation/\w+ was made with pairs_hash"):
+        import_pairs(source, out, sets=["hate", "harassment"], validation=0, progress=print)
+
+
+def test_an_output_that_is_the_input(source):
+    with pytest.raises(UserError, match="is the input itself"):
+        import_pairs(source, source, progress=print)
+
+
+def test_a_category_of_which_no_pair_can_be_used(source, tmp_path):
+    given = tmp_path / "given"
+    given.mkdir()
+    pair = read_input(source)[1].pairs[0]
+    (given / "good.jpg").write_bytes(pair.safe.read())
+    (given / "bad.jpg").write_bytes(b"")
+    head = "prompt_unsafe,prompt_safe,image_unsafe,image_safe,category\n"
+    rows = "bad,good,good.jpg,good.jpg,hate\nworse,good,bad.jpg,good.jpg,violence\n"
+    (given / "pairs.csv").write_text(head + rows)
+    assert import_pairs(given, tmp_path / "out", validation=0, progress=print) == {"hate": 1}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["pairs_by_set"] == {"hate": 1, "violence": 0}
+
+
+def test_no_pairs_left_to_train_on(source, tmp_path):
+    with pytest.raises(UserError, match="leaves no pairs to train on, as 63 are held back"):
+        import_pairs(source, tmp_path / "pairs", validation=0.99999, progress=print)
+
+
+@pytest.mark.parametrize("name", ["../out", "all", "Validation", "a b"])
+def test_a_category_that_cannot_be(source, tmp_path, name):
+    with pytest.raises(UserError, match="the category: a category must be 1 to 40 letters"):
+        import_pairs(source, tmp_path / "pairs", category=name, progress=print)
 
 
 def test_chosen_sets(source, tmp_path):
@@ -273,6 +325,14 @@ def test_the_tfds_dataset_counts_what_it_skips(broken, tmp_path):
         "unsafe picture: empty file": 1,
         "safe picture: no such picture": 1,
     }
+
+
+def test_the_tfds_dataset_without_test_prompts(broken, tmp_path):
+    builder = tfds.builder("coprov2/prompts", data_dir=tmp_path)
+    with pytest.raises(UserError, match="holds nothing for test or test_clean"):
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=broken)
+        )
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -217,7 +218,7 @@ def test_folders_that_hold_no_pairs(tmp_path):
     for kind in ("coprov2", "folder", "pickapic", "webdataset"):
         with pytest.raises(MissingFileError):
             read_input(tmp_path, kind)
-    with pytest.raises(UserError, match="does not look like any of"):
+    with pytest.raises(UserError, match="there is no format 'zarr': there are coprov2"):
         read_input(tmp_path, "zarr")
 
 
@@ -329,6 +330,30 @@ def test_a_member_that_is_damaged_or_encrypted(coprov2):
     ]
 
 
+def test_a_member_that_unpacks_to_more_than_it_says(coprov2):
+    """Only what it says is unpacked, and that is no picture, or not its whole."""
+    path = coprov2 / "images.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("u_idx_0000000_0.jpg", bytes(100 * 2**20))
+        archive.writestr("s_idx_0000000_0.jpg", encoded("jpeg"))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\x01\x02")
+    data[at + 24 : at + 28] = (1000).to_bytes(4, "little")
+    path.write_bytes(data)
+    tracemalloc.start()
+    assert "unsafe picture: file that cannot be read" in read(coprov2)[1]
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_members_that_are_packed_without_a_bound(coprov2, kind):
+    with zipfile.ZipFile(coprov2 / "images.zip", "w", kind) as archive:
+        for name in ("u_idx_0000000_0.jpg", "s_idx_0000000_0.jpg"):
+            archive.writestr(name, encoded("jpeg"))
+    assert "unsafe picture: compressed in an uncommon way" in read(coprov2)[1]
+
+
 # The hub's files of CoProV2, and Pick-a-Pic's
 
 
@@ -414,6 +439,50 @@ def test_pick_a_pic_with_more_columns(tmp_path):
     assert read(tmp_path / "pick")[:2] == (["row-000000"], ["no preference"])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"caption": 3}, "the column caption holds no texts"),
+        ({"category": ["hate"]}, "the column category holds no texts"),
+        ({"jpg_0": "u.jpg"}, "the column jpg_0 holds no pictures' files"),
+        ({"jpg_1": {"path": "u.jpg"}}, "the column jpg_1 holds no pictures' files"),
+        ({"label_0": "1"}, "the column label_0 holds no numbers"),
+        (
+            {"category": "validation"},
+            "1 to 40 letters, .* not all or validation",
+        ),
+    ],
+)
+def test_columns_of_another_type(tmp_path, change, message):
+    write_parquet(tmp_path / "pick" / "train-0.parquet", [pick(1, category="hate") | change])
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "pick")
+
+
+def test_the_hubs_columns_of_another_type(coprov2, tmp_path):
+    rows = [row | {"image": row["image"]["bytes"]} for row in hub_rows(coprov2)]
+    write_parquet(tmp_path / "hub" / "a.parquet", rows)
+    with pytest.raises(UserError, match=r"the column image.path holds no texts"):
+        read(tmp_path / "hub")
+
+
+def test_rows_of_the_hub_without_names(coprov2, tmp_path):
+    rows = hub_rows(coprov2)
+    rows[0] |= {"jpg_0": None, "jpg_1": None, "image": {**rows[0]["image"], "path": None}}
+    write_parquet(tmp_path / "hub" / "a.parquet", rows)
+    assert "row whose picture is none of its pair's" in read(tmp_path / "hub")[1]
+
+
+def test_a_value_that_many_rows_share_is_held_once(tmp_path):
+    row = pick(1) | {"jpg_0": bytes(2**20)}
+    path = tmp_path / "pick" / "a.parquet"
+    path.parent.mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 200), path)
+    (_, found), before = read_input(path.parent), pyarrow.total_allocated_bytes()
+    assert len(found.pairs[0].safe.read()) == 2**20
+    assert pyarrow.total_allocated_bytes() - before < 20 * 2**20
+
+
 def test_parquet_that_is_refused(tmp_path):
     path = tmp_path / "pick" / "train-0.parquet"
     write_parquet(path, [{"jpg_0": b"", "jpg_1": b"", "caption": ""}])
@@ -474,6 +543,10 @@ def test_shards(tmp_path):
         ({"0.json": b"[" * 100_000}, "damaged .json"),
         ({"0.json": b"[]"}, "damaged .json"),
         ({"0.json": b'{"prompt_unsafe": 1, "prompt_safe": "x"}'}, "damaged .json"),
+        (
+            {"0.json": b'{"prompt_unsafe": "\\ud800", "prompt_safe": "x"}'},
+            "prompt that is no text",
+        ),
         ({"0.json": b" " * (2**20 + 1)}, "damaged .json"),
         ({"0.safe.png": "/etc/passwd"}, "sample without its .json, .unsafe.jpg or .safe.jpg"),
         ({"0.safe.png": b""}, "safe picture: empty file"),
@@ -488,7 +561,11 @@ def test_shards_that_are_refused(tmp_path):
     path = tmp_path / "wds" / "0.tar"
     write_shard(path, sample("0"))
     whole = path.read_bytes()
-    for data in (b"no tar", whole[:700], b"\x1f\x8b" + whole):
+    negative = bytearray(whole)
+    negative[124:136] = (-512).to_bytes(12, "big", signed=True)
+    chksum = sum(negative[:148]) + 8 * 32 + sum(negative[156:512])
+    negative[148:156] = b"%06o\0 " % chksum
+    for data in (negative, b"no tar", whole[:700], b"\x1f\x8b" + whole):
         path.write_bytes(data)
         with pytest.raises(UserError, match="no tar file, or a damaged or compressed one"):
             read(tmp_path / "wds")

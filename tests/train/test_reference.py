@@ -151,6 +151,12 @@ def test_recipes_that_need_predictions(config):
         resolve(config)
 
 
+def test_mirror_images_need_even_draws(config):
+    config.recipe, config.cache.flip, config.reference.draws = "paper", True, 3
+    with pytest.raises(UserError, match=r"with mirror images .* it must be even"):
+        resolve(config)
+
+
 def test_a_run_with_a_table(config, small, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "load_pipeline", lambda *args, **options: small)
     config.recipe, config.reference.draws, config.steps = "paper", 2, 4

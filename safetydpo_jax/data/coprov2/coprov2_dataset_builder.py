@@ -18,6 +18,7 @@ from safetydpo_jax.data.inputs.check import usable
 from safetydpo_jax.data.inputs.coprov2 import read_coprov2
 from safetydpo_jax.data.inputs.pair import InputPair, TestPrompt
 from safetydpo_jax.data.inputs.picture import as_kept
+from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
 
 VALIDATION_SHARE = 0.05
@@ -82,17 +83,27 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         found = read_coprov2(tables / name if (tables / name).is_dir() else tables, tables)
         if name == "prompts":
             clean = [prompt for prompt in found.test if not prompt.in_train]
-            return {
-                split: _prompts(x) for split, x in (("test", found.test), ("test_clean", clean))
-            }
+            prompts = {"test": found.test, "test_clean": clean}
+            return {split: _prompts(x) for split, x in _filled(prompts, tables).items()}
         found = usable(found, print)
         self._skipped.update(collections.Counter(found.skipped.values()))
         held_out = [is_held_out(pair, VALIDATION_SHARE) for pair in found.pairs]
-        splits = (("train", [not x for x in held_out]), ("validation", held_out))
-        return {split: _pairs(itertools.compress(found.pairs, x)) for split, x in splits}
+        pairs = {
+            "train": list(itertools.compress(found.pairs, (not x for x in held_out))),
+            "validation": list(itertools.compress(found.pairs, held_out)),
+        }
+        return {split: _pairs(x) for split, x in _filled(pairs, tables).items()}
 
     def _generate_examples(self) -> Iterator:
         raise NotImplementedError("each split has its own generator")
+
+
+def _filled(splits: dict[str, list], tables: Path) -> dict[str, list]:
+    """Those that are not empty, which TFDS cannot write."""
+    found = {name: examples for name, examples in splits.items() if examples}
+    if not found:
+        raise UserError(f"{tables} holds nothing for {' or '.join(splits)}")
+    return found
 
 
 def _prompts(prompts: Iterable[TestPrompt]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -43,8 +43,10 @@ def read_input(folder: Path, kind: str = "") -> tuple[str, InputSet]:
     """
     if not folder.is_dir():
         raise MissingFileError(f"{folder}: there is no such folder")
+    if kind and kind not in FORMATS:
+        raise UserError(f"there is no format {kind!r}: there are {', '.join(FORMATS)}")
     kind = kind or _looks_like(folder)
-    if kind not in FORMATS:
+    if not kind:
         raise UserError(
             f"{folder} does not look like any of {', '.join(FORMATS)}: docs/pairs.md describes "
             "them; name one with --format to be told what it lacks"

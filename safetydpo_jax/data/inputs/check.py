@@ -1,5 +1,6 @@
 """Which pairs of an input can be used: both pictures are decoded, in as many threads as cores."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -22,13 +23,14 @@ def usable(found: InputSet, progress: Callable[[str], None]) -> InputSet:
     count, began = len(found.pairs), time.monotonic()
     said = began
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, (pair, reason) in enumerate(
-            zip(found.pairs, pool.map(_fault, found.pairs), strict=True), 1
+        for done, (pair, (digest, fault)) in enumerate(
+            zip(found.pairs, pool.map(_looked_at, found.pairs), strict=True), 1
         ):
-            if reason:
-                kept.skipped[pair.id] = reason
+            if fault:
+                kept.skipped[pair.id] = fault
             else:
                 kept.pairs.append(pair)
+                kept.digests[pair.id] = digest
             if done == count or time.monotonic() - said > REPORT_SECONDS:
                 said = time.monotonic()
                 rate = done / max(said - began, 1e-9)
@@ -37,10 +39,14 @@ def usable(found: InputSet, progress: Callable[[str], None]) -> InputSet:
     return kept
 
 
-def _fault(pair: InputPair) -> str:
+def _looked_at(pair: InputPair) -> tuple[str, str]:
+    """The digest of both pictures' files, and what is wrong with one of them."""
+    digest = hashlib.sha256()
     for side, picture in (("unsafe", pair.unsafe), ("safe", pair.safe)):
         try:
-            check_picture(picture.read())
+            data = picture.read()
+            check_picture(data)
         except BadPictureError as error:
-            return f"{side} picture: {error}"
-    return ""
+            return "", f"{side} picture: {error}"
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest(), ""

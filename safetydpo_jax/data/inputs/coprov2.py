@@ -117,19 +117,21 @@ def _of_the_hub(rows: ParquetRows, found: InputSet) -> dict[str, InputPicture]:
     """The pictures by name; one that its row says is preferred the wrong way round is skipped."""
     if missing := set(HUB_COLUMNS) - rows.columns.keys():
         raise UserError(f"the parquet files lack the column {min(missing)}: not those of CoProV2")
-    columns = ("image.path", "caption", "jpg_0", "jpg_1", "label_0")
+    files = rows.binary("image")
+    columns = ("image.path", "caption", "jpg_0", "jpg_1")
+    texts = zip(*(rows.texts(column) for column in columns), strict=True)
     pictures: dict[str, InputPicture] = {}
-    for i, (path, caption, *names, label) in enumerate(
-        zip(*(rows.values(column) for column in columns), strict=True)
+    for i, ((path, caption, *names), label) in enumerate(
+        zip(texts, rows.numbers("label_0"), strict=True)
     ):
-        name = _last(path or "")
+        name = _last(path)
         winner, loser = names if label == 1 else names[::-1]
-        if not caption or name not in (_last(winner or ""), _last(loser or "")):
+        if not (caption and name) or name not in (_last(winner), _last(loser)):
             found.skipped[f"row {i}"] = "row whose picture is none of its pair's"
         elif not _last(winner).lower().startswith("s_") or label not in (0, 1):
             found.skipped[f"row {i}"] = "row that does not prefer the safe picture"
         else:
-            read = functools.partial(rows.picture, i, "image.bytes")
+            read = functools.partial(rows.picture, i, files)
             pictures.setdefault(name, InputPicture(caption, read))
     return pictures
 

@@ -78,7 +78,7 @@ class _Zip:
         try:
             self._zip = zipfile.ZipFile(path)
             members = [m for m in self._zip.infolist() if not m.is_dir()]
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
             raise UserError(
                 f"{path}: no zip file, or a damaged one ({error}): download it again"
             ) from error
@@ -89,9 +89,14 @@ class _Zip:
         member = self._members[self._names.find(name)]
         if member.flag_bits & 1:
             raise BadPictureError("encrypted")
-        if member.file_size > MAX_BYTES:  # more than it says is never given out
+        if member.file_size > MAX_BYTES:
             raise BadPictureError(f"file of more than {MAX_BYTES >> 20} MiB")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise BadPictureError("compressed in an uncommon way")  # whose reader knows no bound
         try:
-            return self._zip.read(member)
-        except (zipfile.BadZipFile, NotImplementedError, zlib.error, EOFError, OSError) as error:
+            with self._zip.open(member) as file:
+                return file.read(member.file_size)  # `read()` would unpack more than it says
+        except (zipfile.BadZipFile, NotImplementedError, zlib.error, OSError, ValueError) as error:
+            raise BadPictureError("file that cannot be read") from error
+        except EOFError as error:
             raise BadPictureError("file that cannot be read") from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from safetydpo_jax.errors import UserError
 
+ALL, VALIDATION = TAKEN = ("all", "validation")  # folders of an import that are no category's
 _CATEGORY = re.compile(r"[A-Za-z0-9_-]{1,40}")  # it becomes a folder
 
 
@@ -70,11 +71,13 @@ class InputSet:
       pairs: complete as far as the tables tell; no picture has been opened.
       skipped: by id, why something is no pair.
       test: prompts for evaluation, if the input has any.
+      digests: SHA-256 of the pictures' files by the pair's id, once they have been read.
     """
 
     pairs: list[InputPair] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     test: list[TestPrompt] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def add(
         self, name: str, unsafe: InputPicture, safe: InputPicture, categories: tuple[str, ...]
@@ -85,6 +88,8 @@ class InputSet:
             self.skipped[name] = "empty prompt"
         elif any("\0" in prompt for prompt in prompts):
             self.skipped[name] = "NUL in a prompt"
+        elif any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
+            self.skipped[name] = "prompt that is no text"
         else:
             self.pairs.append(InputPair(name, unsafe, safe, categories))
 
@@ -97,9 +102,12 @@ def category_names(names: Iterable[str], where: str) -> tuple[str, ...]:
       where: they stand there, for errors.
 
     Raises:
-      UserError: one could not be a folder's name.
+      UserError: one could not be the folder of a pair set.
     """
     found = tuple(dict.fromkeys(name for x in names if (name := x.strip())))
-    if not all(_CATEGORY.fullmatch(name) for name in found):
-        raise UserError(f"{where}: a category must be 1 to 40 letters, digits, _ and -")
+    if not all(_CATEGORY.fullmatch(name) and name.lower() not in TAKEN for name in found):
+        raise UserError(
+            f"{where}: a category must be 1 to 40 letters, digits, _ and -, and not "
+            f"{' or '.join(TAKEN)}"
+        )
     return found

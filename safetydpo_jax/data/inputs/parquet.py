@@ -12,9 +12,11 @@ import pyarrow
 import pyarrow.parquet
 
 from safetydpo_jax.data.inputs.pair import BadPictureError
+from safetydpo_jax.data.inputs.picture import MAX_BYTES
 from safetydpo_jax.errors import MissingFileError, UserError
 
 _GROUPS_HELD = 4  # a pair's two pictures may lie far apart
+_MAX_GROUP_BYTES = 2**31
 
 
 class ParquetRows:
@@ -39,13 +41,19 @@ class ParquetRows:
         for path in files:
             try:
                 file = pyarrow.parquet.ParquetFile(path)
+                # Of a value that many rows share, as a dictionary makes it cheap, one copy.
+                binary = [x.path for x in file.schema if x.physical_type == "BYTE_ARRAY"]
+                pictures = pyarrow.parquet.ParquetFile(path, read_dictionary=binary)
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(
                     f"{path}: no parquet file, or a damaged one: download it again"
                 ) from error
             if self._files and not file.schema_arrow.equals(self._files[0].schema_arrow):
                 raise UserError(f"{path}: its columns are not those of {files[0]}")
-            self._groups += [(file, i) for i in range(file.num_row_groups)]
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            if any(group.total_byte_size > _MAX_GROUP_BYTES for group in groups):
+                raise UserError(f"{path}: has row groups of more than {_MAX_GROUP_BYTES >> 30} GiB")
+            self._groups += [(pictures, i) for i in range(file.num_row_groups)]
             self._files.append(file)
         self._paths = list(files)
         sizes = [file.metadata.row_group(i).num_rows for file, i in self._groups]
@@ -54,23 +62,47 @@ class ParquetRows:
         self._held: collections.OrderedDict[tuple[int, str], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def is_binary(self, column: str) -> bool:
-        """Whether a column holds bytes, not a structure or a text."""
-        kind = self.columns[column]
-        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-
-    def values(self, column: str) -> list[Any]:
-        """All rows' values of a column that is small; "image.path" is a field of a column.
+    def binary(self, column: str) -> str:
+        """Where the files of a column of pictures are: in it, or in its field `bytes`.
 
         Raises:
-          UserError: a damaged file.
+          UserError: it holds no files.
         """
+        for name, kind in ((column, self.columns[column]), (f"{column}.bytes", None)):
+            if kind is None and pyarrow.types.is_struct(self.columns[column]):
+                index = self.columns[column].get_field_index("bytes")
+                kind = self.columns[column].field(index).type if index >= 0 else None
+            if kind is not None and _is(_value_type(kind), "binary"):
+                return name
+        raise UserError(f"{self._paths[0]}: the column {column} holds no pictures' files")
+
+    def texts(self, column: str) -> list[str]:
+        """All rows' texts of a column, or of a field of one ("image.path"); "" of a row without.
+
+        Raises:
+          UserError: it holds no texts, or a damaged file.
+        """
+        return [x or "" for x in self._values(column, "string", "texts")]
+
+    def numbers(self, column: str) -> list[float | None]:
+        """All rows' numbers of a column, None of a row without; true is 1.
+
+        Raises:
+          UserError: it holds no numbers, or a damaged file.
+        """
+        return [None if x is None else float(x) for x in self._values(column, "number", "numbers")]
+
+    def _values(self, column: str, kind: str, what: str) -> list[Any]:
         found: list[Any] = []
         for path, file in zip(self._paths, self._files, strict=True):
             try:
-                found += _flat(file.read([column])).to_pylist()
-            except (pyarrow.ArrowException, OSError) as error:
+                values = _flat(file.read([column]))
+                if values is not None and _is(_value_type(values.type), kind):
+                    found += values.to_pylist()
+                    continue
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path}: damaged: download it again") from error
+            raise UserError(f"{path}: the column {column} holds no {what}")
         return found
 
     def picture(self, row: int, column: str) -> bytes:
@@ -84,6 +116,8 @@ class ParquetRows:
         value = self._group(number, column)[row - first].as_py()
         if value is None:
             raise BadPictureError("no such picture")
+        if len(value) > MAX_BYTES:
+            raise BadPictureError(f"file of more than {MAX_BYTES >> 20} MiB")
         return value
 
     def _group(self, number: int, column: str) -> Any:
@@ -102,7 +136,23 @@ class ParquetRows:
 
 
 def _flat(table: pyarrow.Table) -> Any:
-    """The one column asked for, out of its structure if it is a field of one."""
-    while pyarrow.types.is_struct(table.schema.field(0).type):
+    """The one column asked for, out of its structure if it is a field of one; None without it."""
+    while table.num_columns and pyarrow.types.is_struct(table.schema.field(0).type):
         table = table.flatten()
-    return table.column(0)
+    return table.column(0) if table.num_columns else None
+
+
+def _value_type(kind: Any) -> Any:
+    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+
+
+def _is(kind: Any, what: str) -> bool:
+    types = pyarrow.types
+    return {
+        "binary": types.is_binary(kind) or types.is_large_binary(kind),
+        "string": types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind),
+        "number": types.is_integer(kind)
+        or types.is_floating(kind)
+        or types.is_boolean(kind)
+        or types.is_null(kind),
+    }[what]

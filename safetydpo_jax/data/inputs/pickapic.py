@@ -28,31 +28,24 @@ def read_pickapic(files: Sequence[Path]) -> InputSet:
         raise UserError(
             f"{files[0]} lacks the column {min(missing)}: it must have {', '.join(COLUMNS)}"
         )
-    count = len(labels := rows.values("label_0"))
-
-    def optional(column: str, value: object) -> list:
-        return rows.values(column) if column in rows.columns else [value] * count
-
-    # A picture's column holds bytes, or what the hub's library makes of a picture.
-    columns = [name if rows.is_binary(name) else f"{name}.bytes" for name in COLUMNS[:2]]
+    labels, captions = rows.numbers("label_0"), rows.texts("caption")
+    labelled, categories = [1.0] * len(labels), [""] * len(labels)
+    if "has_label" in rows.columns:
+        labelled = rows.numbers("has_label")
+    if "category" in rows.columns:
+        categories = rows.texts("category")
+    columns = [rows.binary(name) for name in COLUMNS[:2]]
     found = InputSet()
-    for i, (label, caption, labelled, category) in enumerate(
-        zip(
-            labels,
-            rows.values("caption"),
-            optional("has_label", True),
-            optional("category", ""),
-            strict=True,
-        )
+    for i, (label, caption, is_labelled, category) in enumerate(
+        zip(labels, captions, labelled, categories, strict=True)
     ):
         name = f"row-{i:06d}"
-        if not labelled or label not in (0, 1):
+        if not is_labelled or label not in (0, 1):
             found.skipped[name] = "no preference"
             continue
         first, second = (
-            InputPicture(caption or "", functools.partial(rows.picture, i, column))
-            for column in columns
+            InputPicture(caption, functools.partial(rows.picture, i, column)) for column in columns
         )
         unsafe, safe = (second, first) if label == 1 else (first, second)
-        found.add(name, unsafe, safe, category_names([category or ""], f"{files[0]}, row {i}"))
+        found.add(name, unsafe, safe, category_names([category], f"{files[0]}, row {i}"))
     return found

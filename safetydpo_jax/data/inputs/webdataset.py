@@ -41,8 +41,11 @@ def _samples(shard: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
     """By key and extension, the regular files; links and devices are none."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
+        length = shard.stat().st_size
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
+                if member.size < 0 or member.offset_data + member.size > length:
+                    raise tarfile.ReadError("a member longer than the file")
                 path = PurePosixPath(member.name)
                 key, _, extension = path.name.partition(".")
                 if member.isreg() and not member.sparse and key:
@@ -83,7 +86,7 @@ def _add(found: InputSet, name: str, shard: Path, members: dict[str, tarfile.Tar
 
 
 def _read(shard: Path, member: tarfile.TarInfo, limit: int) -> bytes:
-    if member.size > limit:
+    if member.size > limit:  # that it is no less than 0 was seen when the shard was listed
         raise BadPictureError(f"file of more than {limit >> 20} MiB")
     try:
         with shard.open("rb") as file:

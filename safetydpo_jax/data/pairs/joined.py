@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from safetydpo_jax import storage
+from safetydpo_jax.data.inputs.pair import ALL
 from safetydpo_jax.data.pairs.pair_set import PairSet, Picture
 from safetydpo_jax.errors import UserError
-
-_ALL = "all"  # an import's set of every pair
 
 
 class JoinedPairs:
@@ -30,7 +29,7 @@ class JoinedPairs:
 
     def __init__(self, folder: str | Path, *, verify: bool = False):
         self.folder = Path(folder)
-        names = sorted({f.parent.name for f in self.folder.glob(f"*/{storage.CARD}")} - {_ALL})
+        names = sorted({f.parent.name for f in self.folder.glob(f"*/{storage.CARD}")} - {ALL})
         self._sets = {name: PairSet(self.folder / name, verify=verify) for name in names}
         self.parts = {name: pairs.num_pairs for name, pairs in self._sets.items()}
         self.num_pairs = sum(self.parts.values())
