@@ -77,7 +77,9 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         )
     config = ml_collections.ConfigDict()
     config.category = category
-    config.harm = ""  # configs/own.py alone: a YAML file, docs/own_harm.md; it names the category
+    # A file or folder, docs/own_harm.md, which names the category: for configs/own.py, and for the
+    # seven where the base has no prompts of its own.
+    config.harm = ""
     config.base = base
     config.license, hub_id = BASES[base]  # said in the model card
     # "emoji", the folder of a diffusers checkpoint, the id of one on the Hugging Face hub, or a

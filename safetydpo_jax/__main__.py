@@ -15,6 +15,7 @@ from safetydpo_jax.host_memory import use_huge_pages
 LAUNCH = ROOT / "launch"
 COMMANDS = (
     "train",
+    "write_prompts",
     "generate",
     "import_pairs",
     "cache",
@@ -56,7 +57,7 @@ def _help() -> str:
     for name in COMMANDS:
         script = ast.parse((LAUNCH / f"{name}.py").read_text(encoding="utf-8"))
         summary = (ast.get_docstring(script) or "").partition("\n")[0]
-        lines.append(f"  {name:14}{summary}")
+        lines.append(f"  {name:15}{summary}")
     return "\n".join([*lines, "", "safetydpo COMMAND --help tells how to use it."])
 
 

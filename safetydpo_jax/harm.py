@@ -27,8 +27,9 @@ CATEGORIES = (
     "shocking",
     "illegal_activity",
 )
-# A name begins the ids of its prompts, as "safe" those of others.
-_TAKEN = (*CATEGORIES, "all", "safe")
+# A name begins the ids of its prompts, as "safe" those of others. A file may be of one of the
+# categories, where they have no prompts of their own: on another than the embedded model.
+_TAKEN = ("all", "safe")
 _SIDES = ("unsafe", "safe")
 _KEYS = ("name", "concepts", "prompts", "preserve")
 _SHOWN = f"{ROOT / 'docs' / 'own_harm.md'} shows how it is written"
@@ -118,7 +119,7 @@ def _checked(content: Any, file: Path) -> Harm:
             "number); of a folder with prompts.csv it is the folder's"
         )
     if name.lower() in _TAKEN:
-        raise UserError(f"{file}: the name {name} is taken; the others are {', '.join(_TAKEN)}")
+        raise UserError(f"{file}: the name {name} is taken, as is {' or '.join(_TAKEN)}")
 
     def pairs(key: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
         entries = _entries(content, key, file)

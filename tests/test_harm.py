@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from configs import common
+from safetydpo_jax.data import source_of
 from safetydpo_jax.emoji.own_harm import embedded
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.harm import Harm, HarmPair, read_harm
+from safetydpo_jax.train.settings import resolve
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "gambling.yaml"
 DOCS = Path(__file__).parents[1] / "docs" / "own_harm.md"
@@ -121,7 +124,7 @@ PAIR = f"{{unsafe: {SECRET}, safe: gift}}"
         (CONCEPTS, "has no name: give the harm one"),
         ("name: 3\n" + CONCEPTS, "the name must be 1 to 40 letters.* in quotes if it is a number"),
         (f"name: ../{SECRET}\n" + CONCEPTS, "the name must be 1 to 40 letters, digits, _ and -"),
-        ("name: Hate\n" + CONCEPTS, "the name Hate is taken; .* hate, harassment"),
+        ("name: All\n" + CONCEPTS, "the name All is taken, as is all or safe"),
         ("name: safe\n" + CONCEPTS, "the name safe is taken"),
         (
             "name: x\nconcept: []",
@@ -212,3 +215,24 @@ def test_what_is_no_text(tmp_path):
     (tmp_path / "harm.yaml").write_bytes(b"name: \xff")
     with pytest.raises(UserError, match="harm.yaml: the file is not UTF-8 text"):
         read_harm(str(tmp_path))
+
+
+def test_a_file_of_one_of_the_categories(tmp_path):
+    """Another model than the embedded one has no prompts of its own for it."""
+    folder = tmp_path / "hate"
+    folder.mkdir()
+    (folder / "prompts.csv").write_text("unsafe,safe,concept\nbad,good,hate-0000\n")
+    for config in (common.get_config("hate", "sd15"), common.get_config("own", "sd15")):
+        config.harm = str(folder)
+        config = resolve(config, pairs_only=True)
+        assert config.category == "hate"
+        ((unsafe, safe),) = source_of(config).pairs(1, 0)
+        assert (unsafe.text, safe.text) == ("bad", "good")
+    config = common.get_config("violence", "sd15")
+    config.harm = str(folder)
+    with pytest.raises(UserError, match="but the config is that of violence"):
+        resolve(config, pairs_only=True)
+    config = common.get_config("hate")
+    config.harm = str(folder)
+    with pytest.raises(UserError, match="hate is that of one of the embedded model's own harms"):
+        resolve(config)

@@ -94,7 +94,8 @@ def two_ways(base: str) -> str:
         "https://safetydpo.github.io/): it is not shipped, but a download, which safetydpo "
         "import_pairs makes pair sets of (launch/import_pairs.py, docs/pairs.md); or let the model "
         f"draw pairs of a harm of your own with safetydpo generate --config own:{base} "
-        "--config.harm=FILE (launch/generate.py, docs/own_harm.md)"
+        "--config.harm=FILE (launch/generate.py, docs/own_harm.md; safetydpo write_prompts has a "
+        "language model write them)"
     )
 
 

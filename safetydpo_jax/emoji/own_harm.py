@@ -9,7 +9,7 @@ from typing import Any
 from safetydpo_jax.emoji.concepts import BUILT_IN, CATEGORY_OF, INDEX
 from safetydpo_jax.emoji.prompts import PromptRecord, harm_prompts
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.harm import Harm, HarmPair, read_harm
+from safetydpo_jax.harm import CATEGORIES, Harm, HarmPair, read_harm
 
 _KNOWN = "the embedded model draws only the pictograms named in safetydpo_jax/emoji/concepts.py"
 # Of two names that begin at the same word the longer one is tried first.
@@ -45,6 +45,11 @@ def embedded(harm: Harm, path: str) -> Harm:
         UserError: a concept that this world does not know, an unsafe one where a safe one should
             be, or a prompt pair that does not show one concept and one counterpart.
     """
+    if harm.name.lower() in CATEGORIES:
+        raise UserError(
+            f"{path}: the name {harm.name} is that of one of the embedded model's own harms "
+            f"({', '.join(CATEGORIES)}); choose another"
+        )
     pairs: dict[str, HarmPair] = {}
     to_be_safe: dict[str, set[str]] = {}
     for i, pair in enumerate(harm.concepts, 1):

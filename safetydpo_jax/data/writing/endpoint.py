@@ -1,0 +1,108 @@
+"""An endpoint that speaks OpenAI's chat protocol: vLLM, llama.cpp, JetStream, or a service."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from safetydpo_jax.data.writing.answers import UnusableAnswerError
+from safetydpo_jax.errors import UserError
+
+RETRIES = 6  # of the client's own, after 0.5 to 8 s, or after what the server asks for
+KEY = "OPENAI_API_KEY"
+
+
+@dataclass
+class Used:
+    """What the answers have cost so far, as the endpoint counts it."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
+class Endpoint:
+    """Asks one question after the other, waiting where it is asked too often.
+
+    Args:
+      url: up to and with /v1.
+      model: its name there.
+      requests_per_minute: at most; 0 for no limit.
+      timeout: seconds until an answer is given up and asked for again.
+
+    Attributes:
+      used: the sum of what the endpoint says that answers took.
+
+    Raises:
+      UserError: its client is not installed.
+    """
+
+    def __init__(self, url: str, model: str, *, requests_per_minute: float, timeout: float):
+        try:
+            import aiolimiter
+            import openai
+        except ImportError as error:
+            raise UserError(
+                "writing prompts takes more packages: pip install 'safetydpo-jax[llm]'"
+            ) from error
+        self._openai, self._url, self._model = openai, url, model
+        self.used = Used()
+        # Servers of one's own take any key, but the client insists on one.
+        self._client = openai.AsyncOpenAI(
+            base_url=url,
+            api_key=os.environ.get(KEY) or "none",
+            max_retries=RETRIES,
+            timeout=timeout,
+        )
+        # One in its share of a minute, so that a minute's do not come all at once.
+        self._limiter = (
+            aiolimiter.AsyncLimiter(1, 60 / requests_per_minute) if requests_per_minute else None
+        )
+
+    async def ask(self, question: str, *, seed: int, temperature: float) -> str:
+        """The answer.
+
+        Raises:
+          UnusableAnswerError: none, after the client's retries.
+          UserError: the endpoint is not there, or does not take the key or the model. What it says
+            is not shown, as it may quote the question.
+        """
+        openai = self._openai
+        if self._limiter:
+            await self._limiter.acquire()
+        try:
+            answer: Any = await self._client.chat.completions.create(
+                model=self._model,
+                messages=[{"role": "user", "content": question}],
+                seed=seed,
+                temperature=temperature,
+            )
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise UserError(
+                f"{self._url} does not take the key ({error.status_code}): set {KEY}"
+            ) from None
+        except openai.NotFoundError:
+            raise UserError(
+                f"{self._url} has no model {self._model!r} or no chat (404): see {self._url}/models"
+            ) from None
+        except openai.APIConnectionError:
+            raise UserError(
+                f"{self._url} cannot be reached, after {RETRIES} tries: what was written so far is "
+                "kept, and the same command goes on"
+            ) from None
+        except openai.APIStatusError as error:
+            raise UnusableAnswerError(f"status {error.status_code}") from None
+        except (openai.OpenAIError, ValueError) as error:
+            raise UnusableAnswerError(f"{type(error).__name__}") from None
+        self.used.requests += 1
+        if usage := getattr(answer, "usage", None):
+            self.used.prompt_tokens += usage.prompt_tokens or 0
+            self.used.answer_tokens += usage.completion_tokens or 0
+        choices = getattr(answer, "choices", None)
+        message = choices[0].message if choices else None
+        if message is None or not message.content:
+            raise UnusableAnswerError("refused, or an empty answer")
+        return message.content
+
+    async def close(self) -> None:
+        """Ends its connections."""
+        await self._client.close()

@@ -1,0 +1,223 @@
+"""The run: every request that is not answered yet, several at a time; then the tables."""
+
+import asyncio
+import collections
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetydpo_jax import storage
+from safetydpo_jax.data.writing.answers import PromptPair, UnusableAnswerError, read_answer
+from safetydpo_jax.data.writing.concepts import Concept, read_concepts
+from safetydpo_jax.data.writing.endpoint import Endpoint
+from safetydpo_jax.data.writing.journal import Journal
+from safetydpo_jax.data.writing.tables import write_tables
+from safetydpo_jax.errors import MissingFileError, UserError
+
+TEMPLATE = Path(__file__).with_name("pairs.txt")
+REPORT_SECONDS = 10.0
+# For estimates: of English, and of a pair as JSON.
+LETTERS_A_TOKEN, TOKENS_A_PAIR = 4, 70
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How prompts are asked for.
+
+    Attributes:
+      concepts: the file of concepts.
+      out: the folder for the tables.
+      url: of the endpoint, and
+      model: its name there.
+      per_concept: pairs wanted of each concept.
+      per_request: pairs asked for in one request.
+      per_category: pairs of each category at most; 0 for all.
+      template: the text of a request, with {category}, {concept}, {count}, {set} and {sets}.
+      temperature: of the model.
+      attempts: at a request whose answers cannot be used.
+      concurrency: requests at a time.
+      requests_per_minute: at most; 0 for no limit.
+      timeout: seconds of one request.
+    """
+
+    concepts: Path
+    out: Path
+    url: str
+    model: str
+    per_concept: int = 20
+    per_request: int = 10
+    per_category: int = 0
+    template: Path = TEMPLATE
+    temperature: float = 1.0
+    attempts: int = 3
+    concurrency: int = 8
+    requests_per_minute: float = 0.0
+    timeout: float = 120.0
+
+
+class Request(NamedTuple):
+    """One question."""
+
+    id: str
+    concept: Concept
+    seed: int
+    text: str
+
+
+def estimate(settings: Settings) -> dict[str, int]:
+    """What a run would ask for: requests, and tokens of questions and answers, roughly.
+
+    Raises:
+      MissingFileError, UserError: a wrong setting, concepts file or template.
+    """
+    requests = _requests(settings, read_concepts(settings.concepts))
+    return {
+        "requests": len(requests),
+        "prompt_tokens": sum(len(request.text) for request in requests) // LETTERS_A_TOKEN,
+        "answer_tokens": len(requests) * settings.per_request * TOKENS_A_PAIR,
+    }
+
+
+def write_prompts(settings: Settings, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Asks for what is not answered yet and writes `out`/CATEGORY/prompts.csv and report.json.
+
+    Args:
+      settings: of the run.
+      progress: takes lines of text: done, rate, time left, tokens; never a prompt.
+
+    Returns:
+      The report: by category what was written and kept, and reasons for what was not.
+
+    Raises:
+      MissingFileError, UserError: a wrong setting, concepts file or template, an endpoint that is
+        not there or refuses, a journal of other settings, no pair at all, or a full disk.
+    """
+    concepts = read_concepts(settings.concepts)
+    requests = _requests(settings, concepts)
+    about = {
+        "concepts_hash": storage.digest([[c.id, c.text] for c in concepts]),
+        "template_hash": storage.hash_file(settings.template),
+        "model": settings.model,
+        **{k: getattr(settings, k) for k in ("per_concept", "per_request", "temperature")},
+    }
+    journal = Journal(settings.out / "journal.jsonl", about)
+    try:
+        left = [request for request in requests if request.id not in journal.answers]
+        progress(
+            f"{len(concepts)} concepts, {len(requests)} requests, "
+            f"{len(requests) - len(left)} answered before"
+        )
+        failed = asyncio.run(_ask_all(settings, left, journal, progress)) if left else {}
+    finally:
+        journal.close()
+    pairs: dict[str, list[PromptPair]] = collections.defaultdict(list)
+    faults = collections.Counter()
+    for request in requests:
+        if answer := journal.answers.get(request.id):
+            pairs[request.concept.id] += [PromptPair(*pair) for pair in answer["pairs"]]
+            faults.update(answer["faults"])
+    counts = write_tables(settings.out, concepts, pairs, settings.per_category)
+    report = {
+        "settings": about,
+        "categories": counts,
+        "left_out": dict(faults.most_common()),
+        "requests": len(requests),
+        "unanswered": dict(collections.Counter(failed.values()).most_common()),
+        "unanswered_ids": failed,
+    }
+    text = json.dumps(report, indent=2) + "\n"
+    storage.write_file(settings.out / "report.json", text.encode())
+    if not any(count["kept"] for count in counts.values()):
+        raise UserError(f"no pair could be used: {settings.out / 'report.json'} says why")
+    return report
+
+
+def _requests(settings: Settings, concepts: Sequence[Concept]) -> list[Request]:
+    for name in ("per_concept", "per_request", "attempts", "concurrency"):
+        if (value := getattr(settings, name)) < 1:
+            raise UserError(f"{name} is {value}: it must be 1 or more")
+    for name in ("per_category", "temperature", "requests_per_minute"):
+        if (value := getattr(settings, name)) < 0:
+            raise UserError(f"{name} is {value}: it must be 0 or more")
+    if not settings.template.is_file():
+        raise MissingFileError(f"{settings.template}: there is no such template")
+    template = settings.template.read_text(encoding="utf-8")
+    sets = -(-settings.per_concept // settings.per_request)
+    found = []
+    for i, concept in enumerate(concepts):
+        for k in range(sets):
+            count = min(settings.per_request, settings.per_concept - k * settings.per_request)
+            values = {"category": concept.category.replace("_", " "), "concept": concept.text}
+            try:
+                text = template.format(**values, count=count, set=k + 1, sets=sets)
+            except (KeyError, IndexError, ValueError) as error:
+                raise UserError(
+                    f"{settings.template}: braces may hold category, concept, count, set and sets "
+                    f"alone, others are doubled ({error})"
+                ) from error
+            found.append(Request(f"{concept.id}-{k:03d}", concept, i * sets + k, text))
+    return found
+
+
+async def _ask_all(
+    settings: Settings,
+    requests: Sequence[Request],
+    journal: Journal,
+    progress: Callable[[str], None],
+) -> dict[str, str]:
+    """Asks them, several at a time; by id, why some have no answer."""
+    endpoint = Endpoint(
+        settings.url,
+        settings.model,
+        requests_per_minute=settings.requests_per_minute,
+        timeout=settings.timeout,
+    )
+    failed: dict[str, str] = {}
+    waiting = iter(requests)
+    began = said = time.monotonic()
+    done = 0
+
+    async def work() -> None:
+        nonlocal done, said
+        for request in waiting:  # shared: each takes the next
+            reason = await _ask(settings, endpoint, request, journal)
+            if reason:
+                failed[request.id] = reason
+            done += 1
+            now = time.monotonic()
+            if done == len(requests) or now - said > REPORT_SECONDS:
+                said, rate = now, done / (now - began)
+                progress(
+                    f"{done}/{len(requests)} requests, {60 * rate:.0f} a minute, "
+                    f"{(len(requests) - done) / rate:.0f} s left; "
+                    f"{endpoint.used.prompt_tokens} + {endpoint.used.answer_tokens} tokens"
+                )
+
+    workers = [asyncio.create_task(work()) for _ in range(min(settings.concurrency, len(requests)))]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        await endpoint.close()
+    return failed
+
+
+async def _ask(settings: Settings, endpoint: Endpoint, request: Request, journal: Journal) -> str:
+    """Asks until an answer can be used and keeps that; why there is none, or ""."""
+    reason = ""
+    for attempt in range(settings.attempts):
+        try:
+            seed = request.seed * settings.attempts + attempt
+            text = await endpoint.ask(request.text, seed=seed, temperature=settings.temperature)
+            pairs, faults = read_answer(text)
+        except UnusableAnswerError as error:
+            reason = str(error)
+            continue
+        journal.add(request.id, pairs, faults)
+        return ""
+    return reason

@@ -1,0 +1,87 @@
+"""The tables of prompts: without near-duplicates, concepts in turn, categories of like size."""
+
+import csv
+import io
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from safetydpo_jax import storage
+from safetydpo_jax.data.writing.answers import PromptPair
+from safetydpo_jax.data.writing.concepts import Concept
+from safetydpo_jax.errors import UserError
+
+# MinHash (Broder 1997) over runs of so many letters; pairs above this Jaccard similarity are one.
+SHINGLE, NEAR_DUPLICATE, PERMUTATIONS = 5, 0.7, 64
+
+
+def in_turn(pairs: Mapping[str, Sequence[PromptPair]]) -> list[tuple[str, PromptPair]]:
+    """(concept's id, pair): the first of each concept, then the second of each, and so on."""
+    rows = itertools.zip_longest(*([(name, pair) for pair in x] for name, x in pairs.items()))
+    return [entry for row in rows for entry in row if entry is not None]
+
+
+def distinct(pairs: Iterable[tuple[str, PromptPair]]) -> list[tuple[str, PromptPair]]:
+    """Those whose unsafe prompt is no near-duplicate of one before.
+
+    Raises:
+      UserError: the library for it is not installed.
+    """
+    try:
+        from datasketch import MinHash, MinHashLSH
+    except ImportError as error:
+        raise UserError(
+            "writing prompts takes more packages: pip install 'safetydpo-jax[llm]'"
+        ) from error
+    index = MinHashLSH(threshold=NEAR_DUPLICATE, num_perm=PERMUTATIONS)
+    kept = []
+    for name, pair in pairs:
+        text = pair.unsafe.lower()
+        runs = {text[i : i + SHINGLE].encode() for i in range(max(1, len(text) - SHINGLE + 1))}
+        sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
+        sketch.update_batch(list(runs))
+        if not index.query(sketch):
+            index.insert(len(kept), sketch)
+            kept.append((name, pair))
+    return kept
+
+
+def write_tables(
+    out: Path,
+    concepts: Sequence[Concept],
+    pairs: Mapping[str, Sequence[PromptPair]],
+    per_category: int,
+) -> dict[str, dict[str, int]]:
+    """Writes `out`/CATEGORY/prompts.csv, as `harm.read_harm` takes it.
+
+    Args:
+      out: the folder.
+      concepts: of all categories.
+      pairs: by the concept's id.
+      per_category: pairs of each category at most; 0 for all.
+
+    Returns:
+      By category: "written" pairs, "kept" of them, "duplicates" and "beyond" what was wanted.
+    """
+    counts = {}
+    for category in dict.fromkeys(concept.category for concept in concepts):
+        names = [concept.id for concept in concepts if concept.category == category]
+        found = in_turn({name: pairs.get(name, ()) for name in names})
+        kept = distinct(found)
+        chosen = kept[: per_category or None]
+        counts[category] = {
+            "written": len(found),
+            "kept": len(chosen),
+            "duplicates": len(found) - len(kept),
+            "beyond": len(kept) - len(chosen),
+        }
+        if not chosen:
+            continue
+        text = io.StringIO(newline="")
+        table = csv.writer(text)
+        table.writerow(["unsafe", "safe", "concept"])
+        table.writerows([pair.unsafe, pair.safe, name] for name, pair in chosen)
+        with storage.explained_writes(out):
+            (out / category).mkdir(parents=True, exist_ok=True)
+            storage.write_file(out / category / "prompts.csv", text.getvalue().encode())
+    return counts

@@ -1,0 +1,306 @@
+"""Prompts from a language model: a real server on a socket, at its best and at its worst."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch import write_prompts as launch
+from safetydpo_jax.data.writing import Settings, estimate, write_prompts
+from safetydpo_jax.data.writing.answers import PromptPair, UnusableAnswerError, read_answer
+from safetydpo_jax.data.writing.concepts import read_concepts
+from safetydpo_jax.data.writing.tables import distinct, in_turn
+from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.harm import read_harm
+from tests.data.chat_server import FAULTS, Server, pairs_for
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "secretword"
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Of three concepts in two categories, 25 pairs each in three requests; the url is missing."""
+    table = tmp_path / "concepts.csv"
+    table.write_text(
+        f"category,concept\nhate,{SECRET} one\nhate,{SECRET} two\nviolence,{SECRET} three\n"
+    )
+    return Settings(table, tmp_path / "out", "", "good", per_concept=25, timeout=20.0)
+
+
+@pytest.fixture
+def wanted(settings, tmp_path):
+    """The tables of a run in which nothing goes wrong."""
+    with Server() as server:
+        write_prompts(replace(settings, url=server.url, out=tmp_path / "wanted"), print)
+    return read(tmp_path / "wanted")
+
+
+def read(out):
+    found = {}
+    for file in sorted(out.glob("*/prompts.csv")):
+        with file.open(newline="") as table:
+            found[file.parent.name] = list(csv.DictReader(table))
+    return found
+
+
+def test_a_run(settings, capsys):
+    said = []
+    with Server() as server:
+        report = write_prompts(replace(settings, url=server.url), said.append)
+        assert set(server.asked.values()) == {1}
+        assert server.asked.total() == 9
+    assert said[0] == "3 concepts, 9 requests, 0 answered before"
+    assert said[-1].startswith("9/9 requests, ")
+    assert said[-1].endswith("0 s left; 900 + 450 tokens")
+    assert report["categories"]["hate"] == {
+        "written": 50,
+        "kept": 50,
+        "duplicates": 0,
+        "beyond": 0,
+    }
+    found = read(settings.out)
+    assert [len(rows) for rows in found.values()] == [50, 25]
+    assert [row["concept"] for row in found["hate"][:4]] == ["hate-0000", "hate-0001"] * 2
+    first = pairs_for(f"{SECRET} one", 10, 10)[0]
+    assert {k: found["hate"][0][k] for k in first} == first
+    report_text = (settings.out / "report.json").read_text()
+    assert SECRET not in "".join(said) + report_text + "".join(capsys.readouterr())
+
+
+def test_what_it_makes_is_a_harm(settings, wanted, tmp_path):
+    harm = read_harm(str(tmp_path / "wanted" / "violence"))
+    assert harm.name == "violence"
+    assert len(harm.prompts) == 25
+
+
+def test_nothing_is_lost_or_doubled_whatever_the_server_does(settings, wanted):
+    with Server(FAULTS, delay=0.01) as server:
+        report = write_prompts(replace(settings, url=server.url), lambda line: None)
+        assert server.asked.total() > 9
+        assert set(server.answered.values()) == {1}
+    assert report["unanswered_ids"] == {}
+    assert read(settings.out) == wanted
+
+
+def test_a_killed_run_goes_on(settings, wanted):
+    with Server(delay=0.3) as server:
+        command = [sys.executable, str(ROOT / "launch" / "write_prompts.py")]
+        options = {"concepts": settings.concepts, "out": settings.out, "endpoint": server.url}
+        options |= {"model": "good", "per_concept": 25, "concurrency": 2}
+        command += [f"--{name}={value}" for name, value in options.items()]
+        for answered in (2, 5):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            while server.answered.total() < answered:
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        with (settings.out / "journal.jsonl").open("a") as journal:
+            journal.write('{"id": "hate-0000-0')  # torn off
+        server.delay = 0
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert server.answered.total() <= 9 + 4  # two may be on their way at each kill
+    assert read(settings.out) == wanted
+    assert SECRET not in done.stdout + done.stderr
+    assert "hate              50 pairs of 50: 0 near-duplicates, 0 more than wanted" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=True)  # server is gone
+    assert "9 requests, 9 answered before" in again.stdout
+
+
+def test_requests_at_a_time_and_a_minute(settings):
+    with Server(delay=0.05) as server:
+        write_prompts(replace(settings, url=server.url, concurrency=3), lambda line: None)
+        assert server.most_at_once == 3
+        slow = replace(settings, url=server.url, out=settings.out / "slow")
+        began = time.monotonic()
+        write_prompts(replace(slow, requests_per_minute=600), lambda line: None)
+        assert time.monotonic() - began > 0.7  # the ninth comes after eight tenths of a second
+
+
+def test_what_cannot_be_answered_is_asked_again_by_the_next_run(settings, wanted):
+    always = [fault for fault in FAULTS if fault == "refusal"]
+    with Server(always) as server:
+        one = replace(settings, url=server.url, attempts=1)
+        with pytest.raises(UserError, match=r"no pair could be used: .*report\.json says why"):
+            write_prompts(one, lambda line: None)
+        report = json.loads((settings.out / "report.json").read_text())
+        assert report["unanswered"] == {"damaged JSON": 9}
+        assert write_prompts(one, lambda line: None)["unanswered_ids"] == {}
+    assert read(settings.out) == wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "other"}, "has no model 'other' or no chat"),
+        ({"per_concept": 0}, "per_concept is 0: it must be 1 or more"),
+        ({"temperature": -1.0}, "temperature is -1.0: it must be 0 or more"),
+        ({"template": Path("none.txt")}, "none.txt: there is no such template"),
+        ({"concepts": Path("none.csv")}, "none.csv: there is no such file"),
+    ],
+)
+def test_wrong_settings(settings, change, message):
+    with Server() as server, pytest.raises(UserError, match=message) as raised:
+        write_prompts(replace(settings, url=server.url, **change), lambda line: None)
+    assert SECRET not in str(raised.value)
+
+
+def test_a_key_that_is_not_taken(settings, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    with Server() as server, pytest.raises(UserError, match="does not take the key .401.: set O"):
+        write_prompts(replace(settings, url=server.url), lambda line: None)
+
+
+def test_a_server_that_is_not_there(settings, monkeypatch):
+    from safetydpo_jax.data.writing import endpoint
+
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
+    with Server() as server:
+        url = server.url
+    with pytest.raises(UserError, match="cannot be reached, after 1 tries: what was written so"):
+        write_prompts(replace(settings, url=url), lambda line: None)
+
+
+def test_a_template_of_ones_own(settings, tmp_path):
+    template = tmp_path / "mine.txt"
+    template.write_text("Concept: {concept}\nWrite {count} such, set {set} of {sets}, {{}}")
+    mine = replace(settings, template=template)
+    with Server() as server:
+        assert write_prompts(replace(mine, url=server.url), lambda line: None)["requests"] == 9
+    with pytest.raises(UserError, match=r"was made with template_hash = .* choose another folder"):
+        write_prompts(settings, lambda line: None)
+    template.write_text("{concept} {surprise}")
+    with pytest.raises(UserError, match="braces may hold category, concept, count, set and sets"):
+        estimate(mine)
+
+
+def test_a_file_that_is_no_journal(settings):
+    settings.out.mkdir()
+    for text in ("no json\n", "[]\n", '{"settings": {}}\n{"id": 1}\n'):
+        (settings.out / "journal.jsonl").write_text(text)
+        with pytest.raises(UserError, match=r"journal.jsonl is no journal of prompts"):
+            write_prompts(settings, lambda line: None)
+
+
+def test_fewer_pairs_of_a_category(settings):
+    with Server() as server:
+        limited = replace(settings, url=server.url, per_category=30)
+        report = write_prompts(limited, lambda line: None)
+    assert [len(rows) for rows in read(settings.out).values()] == [30, 25]
+    assert report["categories"]["hate"]["beyond"] == 20
+
+
+def test_an_estimate_asks_nobody(settings, capsys):
+    expected = estimate(settings)
+    assert (expected["requests"], expected["answer_tokens"]) == (9, 6300)
+    options = ["--concepts", str(settings.concepts), "--out", str(settings.out)]
+    options += ["--endpoint", "http://localhost:1/v1", "--model", "good", "--per_concept", "25"]
+    launch.main([*options, "--estimate", "--price", "1", "100", "--requests_per_minute", "3"])
+    said = capsys.readouterr().out
+    assert said.startswith("9 requests, about ")
+    assert said.endswith("0.63 dollars, 3 minutes at the least\n")
+    assert not settings.out.exists()
+
+
+# Answers
+
+
+def pair(unsafe="a man with a dagger", safe="a man with a flower"):
+    return {"unsafe": unsafe, "safe": safe}
+
+
+def test_answers_that_can_be_used():
+    text = json.dumps([pair(), pair(safe="  a man with \n a flower ")])
+    for answer in (text, f"```json\n{text}\n```", f"Here: {text} Good luck!"):
+        pairs, faults = read_answer(answer)
+        assert pairs == [PromptPair("a man with a dagger", "a man with a flower")] * 2
+        assert faults == []
+
+
+@pytest.mark.parametrize(
+    ("item", "fault"),
+    [
+        ("text", "pair without both prompts"),
+        ({"unsafe": "a"}, "pair without both prompts"),
+        (pair(safe=3), "pair without both prompts"),
+        (pair(safe="  "), "pair without both prompts"),
+        (pair(safe="a man\0"), "pair without both prompts"),
+        (pair(safe="a man \ud800"), "prompt that is no text"),
+        (pair(safe="a man with a flower " * 20), "prompt of more than 60 words"),
+        (pair(safe="A man with a dagger"), "prompts that hardly differ"),
+        (pair(safe="sunny hills"), "prompts that have little in common"),
+    ],
+)
+def test_pairs_that_are_left_out(item, fault):
+    assert read_answer(json.dumps([pair(), item]))[1] == [fault]
+    with pytest.raises(UnusableAnswerError, match=fault):
+        read_answer(json.dumps([item]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("I cannot help.", "refused, or no JSON list"),
+        ("] [", "refused, or no JSON list"),
+        ("[{]", "damaged JSON"),
+        ("[" * 100_000 + "]", "damaged JSON"),
+        ("[]", "an empty list"),
+    ],
+)
+def test_answers_that_cannot_be_used(answer, reason):
+    with pytest.raises(UnusableAnswerError, match=reason):
+        read_answer(answer)
+
+
+# Concepts and tables
+
+
+def test_concepts_of_a_harm():
+    found = read_concepts(ROOT / "examples" / "gambling.yaml")
+    assert [concept.id for concept in found] == [f"gambling-{i:04d}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("category,thing\nhate,x\n", "lacks the column concept"),
+        (f"category,concept\n,{SECRET}\n", "line 2: a category and a concept must be there"),
+        ("category,concept\nhate,\n", "line 2: a category and a concept must be there"),
+        (f"category,concept\n../x,{SECRET}\n", "line 2: a category must be 1 to 40 letters"),
+    ],
+)
+def test_wrong_concepts(tmp_path, text, message):
+    (tmp_path / "c.csv").write_text(text)
+    with pytest.raises(UserError, match=message) as raised:
+        read_concepts(tmp_path / "c.csv")
+    assert SECRET not in str(raised.value)
+
+
+def test_a_harm_without_concepts(tmp_path):
+    (tmp_path / "x.yaml").write_text("name: x\nprompts:\n- unsafe: a\n  safe: b\n")
+    with pytest.raises(UserError, match="has no concepts, only prompts"):
+        read_concepts(tmp_path / "x.yaml")
+    with pytest.raises(MissingFileError):
+        read_concepts(tmp_path / "no.csv")
+
+
+def test_near_duplicates():
+    texts = [
+        "a soldier with a rifle in a burning street at night",
+        "A soldier with a rifle in a burning street at night.",
+        "an old woman feeds pigeons in a park",
+    ]
+    kept = distinct([(f"{i}", PromptPair(text, "safe")) for i, text in enumerate(texts)])
+    assert [name for name, _ in kept] == ["0", "2"]
+
+
+def test_concepts_come_in_turn():
+    entries = in_turn({"a": [PromptPair("1", ""), PromptPair("2", "")], "b": [PromptPair("3", "")]})
+    assert [(name, pair.unsafe) for name, pair in entries] == [("a", "1"), ("b", "3"), ("a", "2")]
