@@ -30,7 +30,7 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
             file.seek(0)
             raise UserError(
                 f"{workdir} is in use by another run (process {file.read().strip()}): wait for it, "
-                "stop it, or choose another --workdir"
+                "stop it, or choose another folder"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

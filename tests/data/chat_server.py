@@ -81,7 +81,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif first and fault == "disconnect":
             self.close_connection = True
             self.connection.close()
-        elif first and fault in ("429", "500"):
+        elif first and isinstance(fault, dict):
+            self.answer(200, fault)
+        elif first and fault in ("400", "429", "500"):
             self.answer(int(fault), {"error": {"message": text}}, {"retry-after-ms": "5"})
         elif first and fault == "nothing":
             self.send(200, b"{not json")

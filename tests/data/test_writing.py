@@ -22,6 +22,7 @@ from tests.data.chat_server import FAULTS, Server, pairs_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "secretword"
+URL = "http://localhost:1/v1"  # where nobody answers
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_what_cannot_be_answered_is_asked_again_by_the_next_run(settings, wanted
         with pytest.raises(UserError, match=r"no pair could be used: .*report\.json says why"):
             write_prompts(one, lambda line: None)
         report = json.loads((settings.out / "report.json").read_text())
-        assert report["unanswered"] == {"damaged JSON": 9}
+        assert report["unanswered"] == {"no JSON list of pairs, or a damaged one": 9}
         assert write_prompts(one, lambda line: None)["unanswered_ids"] == {}
     assert read(settings.out) == wanted
 
@@ -141,14 +142,19 @@ def test_what_cannot_be_answered_is_asked_again_by_the_next_run(settings, wanted
     [
         ({"model": "other"}, "has no model 'other' or no chat"),
         ({"per_concept": 0}, "per_concept is 0: it must be 1 or more"),
-        ({"temperature": -1.0}, "temperature is -1.0: it must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature is nan: it must be 0 or more"),
+        ({"requests_per_minute": float("inf")}, "requests_per_minute is inf"),
+        ({"timeout": -1.0}, "timeout is -1.0: it must be more than 0 seconds"),
+        ({"url": "localhost:8000"}, "the endpoint is 'localhost:8000': write it as http://"),
+        ({"url": "http://host:xx/v1"}, "the endpoint is .*: write it as"),
+        ({"url": "http://host:99999999/v1"}, "the endpoint is .*: write it as"),
         ({"template": Path("none.txt")}, "none.txt: there is no such template"),
         ({"concepts": Path("none.csv")}, "none.csv: there is no such file"),
     ],
 )
 def test_wrong_settings(settings, change, message):
     with Server() as server, pytest.raises(UserError, match=message) as raised:
-        write_prompts(replace(settings, url=server.url, **change), lambda line: None)
+        write_prompts(replace(settings, **{"url": server.url} | change), lambda line: None)
     assert SECRET not in str(raised.value)
 
 
@@ -164,7 +170,7 @@ def test_a_server_that_is_not_there(settings, monkeypatch):
     monkeypatch.setattr(endpoint, "RETRIES", 1)
     with Server() as server:
         url = server.url
-    with pytest.raises(UserError, match="cannot be reached, after 1 tries: what was written so"):
+    with pytest.raises(UserError, match="cannot be reached, after 2 tries: what was written so"):
         write_prompts(replace(settings, url=url), lambda line: None)
 
 
@@ -175,9 +181,13 @@ def test_a_template_of_ones_own(settings, tmp_path):
     with Server() as server:
         assert write_prompts(replace(mine, url=server.url), lambda line: None)["requests"] == 9
     with pytest.raises(UserError, match=r"was made with template_hash = .* choose another folder"):
-        write_prompts(settings, lambda line: None)
-    template.write_text("{concept} {surprise}")
-    with pytest.raises(UserError, match="braces may hold category, concept, count, set and sets"):
+        write_prompts(replace(settings, url=URL), lambda line: None)
+    for text in ("{concept} {count} {x}", "{count}", "{concept.x} {count}", "{concept} {count} {"):
+        template.write_text(text)
+        with pytest.raises(UserError, match="a template has .concept. and .count. in braces"):
+            estimate(mine)
+    template.write_bytes(b"{concept} {count} \xff")
+    with pytest.raises(UserError, match="the template is not UTF-8"):
         estimate(mine)
 
 
@@ -186,7 +196,7 @@ def test_a_file_that_is_no_journal(settings):
     for text in ("no json\n", "[]\n", '{"settings": {}}\n{"id": 1}\n'):
         (settings.out / "journal.jsonl").write_text(text)
         with pytest.raises(UserError, match=r"journal.jsonl is no journal of prompts"):
-            write_prompts(settings, lambda line: None)
+            write_prompts(replace(settings, url=URL), lambda line: None)
 
 
 def test_fewer_pairs_of_a_category(settings):
@@ -199,14 +209,63 @@ def test_fewer_pairs_of_a_category(settings):
 
 def test_an_estimate_asks_nobody(settings, capsys):
     expected = estimate(settings)
-    assert (expected["requests"], expected["answer_tokens"]) == (9, 6300)
+    assert (expected["requests"], expected["answer_tokens"]) == (9, 5250)
     options = ["--concepts", str(settings.concepts), "--out", str(settings.out)]
     options += ["--endpoint", "http://localhost:1/v1", "--model", "good", "--per_concept", "25"]
     launch.main([*options, "--estimate", "--price", "1", "100", "--requests_per_minute", "3"])
     said = capsys.readouterr().out
     assert said.startswith("9 requests, about ")
-    assert said.endswith("0.63 dollars, 3 minutes at the least\n")
+    assert said.endswith("0.53 dollars, 3 minutes at the least\n")
     assert not settings.out.exists()
+
+
+def test_slow_answers_are_given_up(settings, monkeypatch):
+    from safetydpo_jax.data.writing import endpoint
+
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    with Server(delay=0.5) as server:
+        slow = replace(settings, url=server.url, timeout=0.1)
+        with pytest.raises(UserError, match="no pair could be used"):
+            write_prompts(slow, lambda line: None)
+        assert set(server.asked.values()) == {1}
+    report = json.loads((settings.out / "report.json").read_text())
+    assert report["unanswered"] == {"no answer in time": 9}
+
+
+def test_a_server_that_takes_no_request(settings):
+    with Server(["400"]) as server, pytest.raises(UserError, match="refuses the requests .400."):
+        write_prompts(replace(settings, url=server.url), lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"choices": "abc"},
+        {"choices": [None]},
+        {"choices": {"a": 1}},
+        {"choices": [{"message": "x"}]},
+        {"choices": [{"message": {"content": [1]}}], "usage": None},
+        {"choices": [{"message": {"content": "x"}}], "usage": 5},
+    ],
+)
+def test_malformed_answers(settings, body):
+    with Server([body]) as server:
+        report = write_prompts(replace(settings, url=server.url), lambda line: None)
+    assert report["unanswered_ids"] == {}
+
+
+def test_a_full_disk(settings):
+    script = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500));"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    with Server() as server:
+        options = {"concepts": settings.concepts, "out": settings.out, "endpoint": server.url}
+        given = [f"--{name}={value}" for name, value in (options | {"model": "good"}).items()]
+        command = [sys.executable, "-c", script, str(ROOT / "launch" / "write_prompts.py"), *given]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "could not write" in done.stderr
 
 
 # Answers
@@ -218,8 +277,9 @@ def pair(unsafe="a man with a dagger", safe="a man with a flower"):
 
 def test_answers_that_can_be_used():
     text = json.dumps([pair(), pair(safe="  a man with \n a flower ")])
-    for answer in (text, f"```json\n{text}\n```", f"Here: {text} Good luck!"):
-        pairs, faults = read_answer(answer)
+    around = ("{}", "```json\n{}\n```", "Here are [2]: {} Good luck [1]!", "<think>[x]</think>{}")
+    for answer in (words.format(text) for words in around):
+        pairs, faults = read_answer(answer, 9)
         assert pairs == [PromptPair("a man with a dagger", "a man with a flower")] * 2
         assert faults == []
 
@@ -227,7 +287,6 @@ def test_answers_that_can_be_used():
 @pytest.mark.parametrize(
     ("item", "fault"),
     [
-        ("text", "pair without both prompts"),
         ({"unsafe": "a"}, "pair without both prompts"),
         (pair(safe=3), "pair without both prompts"),
         (pair(safe="  "), "pair without both prompts"),
@@ -239,24 +298,37 @@ def test_answers_that_can_be_used():
     ],
 )
 def test_pairs_that_are_left_out(item, fault):
-    assert read_answer(json.dumps([pair(), item]))[1] == [fault]
+    assert read_answer(json.dumps([pair(), item]), 9)[1] == [fault]
     with pytest.raises(UnusableAnswerError, match=fault):
-        read_answer(json.dumps([item]))
+        read_answer(json.dumps([item]), 9)
 
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
         ("I cannot help.", "refused, or no JSON list"),
-        ("] [", "refused, or no JSON list"),
-        ("[{]", "damaged JSON"),
-        ("[" * 100_000 + "]", "damaged JSON"),
-        ("[]", "an empty list"),
+        ("]", "refused, or no JSON list"),
+        ("[{]", "no JSON list of pairs, or a damaged one"),
+        ("[" * 100_000 + "]", "no JSON list of pairs, or a damaged one"),
+        ("[]", "no JSON list of pairs"),
+        ('["text"]', "no JSON list of pairs"),
     ],
 )
 def test_answers_that_cannot_be_used(answer, reason):
     with pytest.raises(UnusableAnswerError, match=reason):
-        read_answer(answer)
+        read_answer(answer, 9)
+
+
+def test_more_than_was_asked_for():
+    assert len(read_answer(json.dumps([pair()] * 5), 3)[0]) == 3
+
+
+def test_long_prompts_are_compared_in_full():
+    text = (
+        "a wide view of a harbour at dawn with boats and gulls and people mending their nets " * 2
+    )
+    long = pair(f"{text} by a wreck and a dozen of the drowned", f"{text} by an inn with a garden")
+    assert len(read_answer(json.dumps([long]), 1)[0]) == 1
 
 
 # Concepts and tables
@@ -264,7 +336,7 @@ def test_answers_that_cannot_be_used(answer, reason):
 
 def test_concepts_of_a_harm():
     found = read_concepts(ROOT / "examples" / "gambling.yaml")
-    assert [concept.id for concept in found] == [f"gambling-{i:04d}" for i in range(4)]
+    assert [concept.id for concept in found] == [f"gambling-{i:04d}" for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +357,7 @@ def test_wrong_concepts(tmp_path, text, message):
 
 def test_a_harm_without_concepts(tmp_path):
     (tmp_path / "x.yaml").write_text("name: x\nprompts:\n- unsafe: a\n  safe: b\n")
-    with pytest.raises(UserError, match="has no concepts, only prompts"):
+    with pytest.raises(UserError, match="has no concepts to train on"):
         read_concepts(tmp_path / "x.yaml")
     with pytest.raises(MissingFileError):
         read_concepts(tmp_path / "no.csv")

@@ -1,17 +1,28 @@
 """Prompt pairs in a language model's answer."""
 
 import difflib
+import itertools
 import json
+import re
 from typing import Any, NamedTuple
 
 MAX_WORDS = 60
+MAX_BRACKETS = 50  # of an answer, at which its list may begin
 # Ratio of what two prompts share, as difflib counts it: less, and they are two scenes; more, and
 # nothing that matters can have changed.
 MIN_SIMILARITY, MAX_SIMILARITY = 0.3, 0.98
 
 
 class UnusableAnswerError(Exception):
-    """An answer without a pair; its text is a reason in a few words, which reports count."""
+    """An answer without a pair; its text is a reason in a few words, which reports count.
+
+    Attributes:
+      again: whether the same question may be answered better.
+    """
+
+    def __init__(self, reason: str, *, again: bool = True):
+        super().__init__(reason)
+        self.again = again
 
 
 class PromptPair(NamedTuple):
@@ -21,26 +32,21 @@ class PromptPair(NamedTuple):
     safe: str
 
 
-def read_answer(text: str) -> tuple[list[PromptPair], list[str]]:
+def read_answer(text: str, count: int) -> tuple[list[PromptPair], list[str]]:
     """The pairs of an answer, and of those that were left out, why.
 
     Args:
       text: a JSON list of objects with the keys unsafe and safe, with or without words and code
         marks around it.
+      count: how many were asked for; more are cut off.
 
     Raises:
       UnusableAnswerError: there is no such list, or no pair in it can be used.
     """
-    start, end = text.find("["), text.rfind("]")
-    if start < 0 or end < start:
-        raise UnusableAnswerError("refused, or no JSON list")
-    try:
-        items: Any = json.loads(text[start : end + 1])
-    except (ValueError, RecursionError) as error:
-        raise UnusableAnswerError("damaged JSON") from error
+    items = _list_in(text)
     pairs: list[PromptPair] = []
     faults: list[str] = []
-    for item in items:
+    for item in items[:count]:
         pair, fault = _pair(item)
         if pair:
             pairs.append(pair)
@@ -49,6 +55,21 @@ def read_answer(text: str) -> tuple[list[PromptPair], list[str]]:
     if not pairs:
         raise UnusableAnswerError(faults[0] if faults else "an empty list")
     return pairs, faults
+
+
+def _list_in(text: str) -> list[Any]:
+    """The first JSON list of objects in a text, which may have other brackets, too."""
+    starts = [match.start() for match in itertools.islice(re.finditer(r"\[", text), MAX_BRACKETS)]
+    if not starts:
+        raise UnusableAnswerError("refused, or no JSON list")
+    for start in starts:
+        try:
+            found, _ = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        if any(isinstance(item, dict) for item in found):
+            return found
+    raise UnusableAnswerError("no JSON list of pairs, or a damaged one")
 
 
 def _pair(item: Any) -> tuple[PromptPair | None, str]:
@@ -65,7 +86,9 @@ def _pair(item: Any) -> tuple[PromptPair | None, str]:
         return None, "pair without both prompts"
     if max(len(unsafe.split()), len(safe.split())) > MAX_WORDS:
         return None, f"prompt of more than {MAX_WORDS} words"
-    similarity = difflib.SequenceMatcher(None, unsafe.lower(), safe.lower()).ratio()
+    similarity = difflib.SequenceMatcher(
+        None, unsafe.casefold(), safe.casefold(), autojunk=False
+    ).ratio()
     if similarity > MAX_SIMILARITY:
         return None, "prompts that hardly differ"
     if similarity < MIN_SIMILARITY:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetydpo_jax.csv_file import read_rows
 from safetydpo_jax.data.inputs.pair import category_names
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.harm import read_harm
 
 
@@ -32,10 +32,13 @@ def read_concepts(path: Path) -> list[Concept]:
       UserError: it is no such table or harm, or a category that could not be a folder.
     """
     if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise MissingFileError(f"{path}: there is no such file")
         harm = read_harm(str(path))
-        rows = [(harm.name, pair.unsafe) for pair in harm.concepts]
+        # What is held out is measured, never trained on.
+        rows = [(harm.name, pair.unsafe) for pair in harm.concepts if not pair.held_out]
         if not rows:
-            raise UserError(f"{path} has no concepts, only prompts, which are there already")
+            raise UserError(f"{path} has no concepts to train on, only prompts, which are there")
     else:
         rows = []
         for where, row in read_rows(path, ("category", "concept")):

@@ -1,5 +1,6 @@
 """An endpoint that speaks OpenAI's chat protocol: vLLM, llama.cpp, JetStream, or a service."""
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,14 @@ from safetydpo_jax.errors import UserError
 
 RETRIES = 6  # of the client's own, after 0.5 to 8 s, or after what the server asks for
 KEY = "OPENAI_API_KEY"
+_REFUSED = (400, 402, 422)  # as any other question will be
 
 
 @dataclass
 class Used:
     """What the answers have cost so far, as the endpoint counts it."""
 
-    requests: int = 0
+    answers: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
 
@@ -26,7 +28,7 @@ class Endpoint:
     Args:
       url: up to and with /v1.
       model: its name there.
-      requests_per_minute: at most; 0 for no limit.
+      requests_per_minute: at most, the client's retries not counted; 0 for no limit.
       timeout: seconds until an answer is given up and asked for again.
 
     Attributes:
@@ -44,6 +46,7 @@ class Endpoint:
             raise UserError(
                 "writing prompts takes more packages: pip install 'safetydpo-jax[llm]'"
             ) from error
+        logging.getLogger("openai").setLevel(logging.WARNING)  # below, it may show the questions
         self._openai, self._url, self._model = openai, url, model
         self.used = Used()
         # Servers of one's own take any key, but the client insists on one.
@@ -84,24 +87,33 @@ class Endpoint:
             raise UserError(
                 f"{self._url} has no model {self._model!r} or no chat (404): see {self._url}/models"
             ) from None
+        except openai.APITimeoutError:
+            raise UnusableAnswerError("no answer in time", again=False) from None
         except openai.APIConnectionError:
             raise UserError(
-                f"{self._url} cannot be reached, after {RETRIES} tries: what was written so far is "
-                "kept, and the same command goes on"
+                f"{self._url} cannot be reached, after {RETRIES + 1} tries: what was written so "
+                "far is kept, and the same command goes on"
             ) from None
         except openai.APIStatusError as error:
-            raise UnusableAnswerError(f"status {error.status_code}") from None
+            if error.status_code in _REFUSED and not self.used.answers:
+                raise UserError(
+                    f"{self._url} refuses the requests ({error.status_code}): see what it wants of "
+                    "--model and --temperature, or whether its quota is used up"
+                ) from None
+            raise UnusableAnswerError(f"status {error.status_code}", again=False) from None
         except (openai.OpenAIError, ValueError) as error:
             raise UnusableAnswerError(f"{type(error).__name__}") from None
-        self.used.requests += 1
-        if usage := getattr(answer, "usage", None):
-            self.used.prompt_tokens += usage.prompt_tokens or 0
-            self.used.answer_tokens += usage.completion_tokens or 0
-        choices = getattr(answer, "choices", None)
-        message = choices[0].message if choices else None
-        if message is None or not message.content:
+        try:
+            content = answer.choices[0].message.content
+            if answer.usage:
+                self.used.prompt_tokens += int(answer.usage.prompt_tokens or 0)
+                self.used.answer_tokens += int(answer.usage.completion_tokens or 0)
+        except (AttributeError, TypeError, ValueError, LookupError):
+            raise UnusableAnswerError("malformed answer") from None  # the client checks nothing
+        if not isinstance(content, str) or not content:
             raise UnusableAnswerError("refused, or an empty answer")
-        return message.content
+        self.used.answers += 1
+        return content
 
     async def close(self) -> None:
         """Ends its connections."""

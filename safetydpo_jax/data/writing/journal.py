@@ -40,15 +40,14 @@ class Journal:
         with storage.explained_writes(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             storage.write_file(path, text.encode())
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)  # a line is there or it is not
         self._path = path
 
     def add(self, name: str, pairs: list[Any], faults: list[str]) -> None:
         """Keeps the answer to a request."""
         line = {"id": name, "pairs": pairs, "faults": faults}
         with storage.explained_writes(self._path):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps(line).encode() + b"\n")
             os.fsync(self._file.fileno())
         self.answers[name] = line
 

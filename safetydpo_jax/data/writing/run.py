@@ -3,7 +3,10 @@
 import asyncio
 import collections
 import json
+import math
+import string
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +42,7 @@ class Settings:
       temperature: of the model.
       attempts: at a request whose answers cannot be used.
       concurrency: requests at a time.
-      requests_per_minute: at most; 0 for no limit.
+      requests_per_minute: at most, the client's retries not counted; 0 for no limit.
       timeout: seconds of one request.
     """
 
@@ -63,6 +66,7 @@ class Request(NamedTuple):
 
     id: str
     concept: Concept
+    count: int
     seed: int
     text: str
 
@@ -77,7 +81,7 @@ def estimate(settings: Settings) -> dict[str, int]:
     return {
         "requests": len(requests),
         "prompt_tokens": sum(len(request.text) for request in requests) // LETTERS_A_TOKEN,
-        "answer_tokens": len(requests) * settings.per_request * TOKENS_A_PAIR,
+        "answer_tokens": sum(request.count for request in requests) * TOKENS_A_PAIR,
     }
 
 
@@ -95,6 +99,7 @@ def write_prompts(settings: Settings, progress: Callable[[str], None]) -> dict[s
       MissingFileError, UserError: a wrong setting, concepts file or template, an endpoint that is
         not there or refuses, a journal of other settings, no pair at all, or a full disk.
     """
+    _check_url(settings.url)
     concepts = read_concepts(settings.concepts)
     requests = _requests(settings, concepts)
     about = {
@@ -129,7 +134,8 @@ def write_prompts(settings: Settings, progress: Callable[[str], None]) -> dict[s
         "unanswered_ids": failed,
     }
     text = json.dumps(report, indent=2) + "\n"
-    storage.write_file(settings.out / "report.json", text.encode())
+    with storage.explained_writes(settings.out):
+        storage.write_file(settings.out / "report.json", text.encode())
     if not any(count["kept"] for count in counts.values()):
         raise UserError(f"no pair could be used: {settings.out / 'report.json'} says why")
     return report
@@ -140,26 +146,51 @@ def _requests(settings: Settings, concepts: Sequence[Concept]) -> list[Request]:
         if (value := getattr(settings, name)) < 1:
             raise UserError(f"{name} is {value}: it must be 1 or more")
     for name in ("per_category", "temperature", "requests_per_minute"):
-        if (value := getattr(settings, name)) < 0:
+        if not 0 <= (value := getattr(settings, name)) < math.inf:
             raise UserError(f"{name} is {value}: it must be 0 or more")
-    if not settings.template.is_file():
-        raise MissingFileError(f"{settings.template}: there is no such template")
-    template = settings.template.read_text(encoding="utf-8")
+    if not 0 < settings.timeout < math.inf:
+        raise UserError(f"timeout is {settings.timeout}: it must be more than 0 seconds")
+    template = _template(settings.template)
     sets = -(-settings.per_concept // settings.per_request)
     found = []
     for i, concept in enumerate(concepts):
         for k in range(sets):
             count = min(settings.per_request, settings.per_concept - k * settings.per_request)
-            values = {"category": concept.category.replace("_", " "), "concept": concept.text}
-            try:
-                text = template.format(**values, count=count, set=k + 1, sets=sets)
-            except (KeyError, IndexError, ValueError) as error:
-                raise UserError(
-                    f"{settings.template}: braces may hold category, concept, count, set and sets "
-                    f"alone, others are doubled ({error})"
-                ) from error
-            found.append(Request(f"{concept.id}-{k:03d}", concept, i * sets + k, text))
+            category = concept.category.replace("_", " ")
+            text = template.format(
+                category=category, concept=concept.text, count=count, set=k + 1, sets=sets
+            )
+            found.append(Request(f"{concept.id}-{k:03d}", concept, count, i * sets + k, text))
     return found
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return
+    except ValueError:  # of the port
+        pass
+    raise UserError(f"the endpoint is {url!r}: write it as http://localhost:8000/v1")
+
+
+def _template(path: Path) -> str:
+    if not path.is_file():
+        raise MissingFileError(f"{path}: there is no such template")
+    try:
+        text = path.read_text(encoding="utf-8")
+        names = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the template is not UTF-8 text") from error
+    except ValueError:
+        names = {""}
+    known = {"category", "concept", "count", "set", "sets"}
+    if not {"concept", "count"} <= names <= known:
+        raise UserError(
+            f"{path}: a template has {{concept}} and {{count}} in braces and may have "
+            "{category}, {set} and {sets}; other braces are doubled"
+        )
+    return text
 
 
 async def _ask_all(
@@ -214,10 +245,12 @@ async def _ask(settings: Settings, endpoint: Endpoint, request: Request, journal
         try:
             seed = request.seed * settings.attempts + attempt
             text = await endpoint.ask(request.text, seed=seed, temperature=settings.temperature)
-            pairs, faults = read_answer(text)
+            pairs, faults = read_answer(text, request.count)
         except UnusableAnswerError as error:
             reason = str(error)
-            continue
+            if error.again:
+                continue
+            break
         journal.add(request.id, pairs, faults)
         return ""
     return reason

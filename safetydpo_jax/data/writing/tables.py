@@ -5,14 +5,16 @@ import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.writing.answers import PromptPair
 from safetydpo_jax.data.writing.concepts import Concept
 from safetydpo_jax.errors import UserError
 
-# MinHash (Broder 1997) over runs of so many letters; pairs above this Jaccard similarity are one.
-SHINGLE, NEAR_DUPLICATE, PERMUTATIONS = 5, 0.7, 64
+# MinHash (Broder 1997) over runs of so many letters; what is about this similar (Jaccard) is one.
+# The index finds candidates from a lower bound on, which are then compared.
+SHINGLE, NEAR_DUPLICATE, CANDIDATE, PERMUTATIONS = 5, 0.7, 0.5, 128
 
 
 def in_turn(pairs: Mapping[str, Sequence[PromptPair]]) -> list[tuple[str, PromptPair]]:
@@ -33,15 +35,18 @@ def distinct(pairs: Iterable[tuple[str, PromptPair]]) -> list[tuple[str, PromptP
         raise UserError(
             "writing prompts takes more packages: pip install 'safetydpo-jax[llm]'"
         ) from error
-    index = MinHashLSH(threshold=NEAR_DUPLICATE, num_perm=PERMUTATIONS)
-    kept = []
+    index = MinHashLSH(threshold=CANDIDATE, num_perm=PERMUTATIONS)
+    kept: list[tuple[str, PromptPair]] = []
+    sketches: dict[Any, Any] = {}
     for name, pair in pairs:
-        text = pair.unsafe.lower()
+        text = pair.unsafe.casefold()
         runs = {text[i : i + SHINGLE].encode() for i in range(max(1, len(text) - SHINGLE + 1))}
         sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
         sketch.update_batch(list(runs))
-        if not index.query(sketch):
+        near = (sketches[i] for i in index.query(sketch))
+        if all(sketch.jaccard(other) < NEAR_DUPLICATE for other in near):
             index.insert(len(kept), sketch)
+            sketches[len(kept)] = sketch
             kept.append((name, pair))
     return kept
 
