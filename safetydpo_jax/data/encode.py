@@ -6,7 +6,7 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +100,12 @@ def encode_part(
                 + (f", part {part[0]} of {part[1]}: {len(mine)} of them" if part[1] > 1 else "")
                 + (f", {len(mine) - len(missing)} there already" if missing != [*mine] else "")
             )
-            began = time.monotonic()
-            for done, i in enumerate(missing, 1):
+            for i in _told(missing, per_shard, progress):
                 if _key_of(folder) == key:  # a twin of this part has ended it
                     return Cache(folder)
                 records = range(i * per_shard, min((i + 1) * per_shard, count))
                 encoded = _encoded(pairs, records, pipeline, side, config.cache.flip)
                 _write_shard(partial / shards[i], encoded, DTYPES[config.cache.dtype])
-                rate = (time.monotonic() - began) / done
-                progress(
-                    f"cache: {done}/{len(missing)} shards, {per_shard / rate:.1f} pictures/s, "
-                    f"{(len(missing) - done) * rate:.0f} s left"
-                )
             if all((partial / shard).exists() for shard in shards):
                 null = pipeline.encode_negative([""], size=(side, side))
                 card = {
@@ -132,6 +126,18 @@ def encode_part(
         if _key_of(folder) != key:  # or a twin of this part took the shards away to end it
             raise
     return Cache(folder)
+
+
+def _told(missing: Sequence[int], per_shard: int, progress: Callable[[str], None]) -> Iterator[int]:
+    """The shards, with a line after each."""
+    began = time.monotonic()
+    for done, i in enumerate(missing, 1):
+        yield i
+        each = (time.monotonic() - began) / done
+        progress(
+            f"cache: {done}/{len(missing)} shards, {per_shard / each:.1f} pictures/s, "
+            f"{(len(missing) - done) * each:.0f} s left"
+        )
 
 
 def _check(config: Any, pipeline: Any, part: tuple[int, int]) -> None:

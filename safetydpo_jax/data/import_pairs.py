@@ -10,6 +10,7 @@ Pair sets are written one by one, whole or not at all, so that a killed import g
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safetydpo_jax import storage
@@ -64,9 +65,14 @@ def import_pairs(
     category_names([category], "the category")
     kind, found = read_input(folder, kind)
     progress(f"{folder}: {kind}, {len(found.pairs)} pairs, {len(found.skipped)} skipped")
-    by_set = _sets(found.pairs, category, sets)
+    if category:
+        found.pairs = [
+            pair if pair.categories else replace(pair, categories=(category,))
+            for pair in found.pairs
+        ]
+    by_set = _sets(found.pairs, sets)
     if found.pairs and (missing := set(sets) - by_set.keys()):
-        has = ", ".join(_sets(found.pairs, category, ()))
+        has = ", ".join(_sets(found.pairs, ()))
         raise UserError(f"there are no pairs of {', '.join(sorted(missing))}: there are {has}")
     ids = {pair.id for pairs in by_set.values() for pair in pairs}
     found.pairs = [pair for pair in found.pairs if pair.id in ids]
@@ -111,18 +117,13 @@ def is_held_out(pair: InputPair, share: float) -> bool:
     return int.from_bytes(hashed[:8], "big") < share * 2**64
 
 
-def _sets(
-    pairs: Sequence[InputPair], category: str, wanted: Collection[str]
-) -> dict[str, list[InputPair]]:
+def _sets(pairs: Sequence[InputPair], wanted: Collection[str]) -> dict[str, list[InputPair]]:
     """The pairs of each set to write, in the order of the categories."""
     found: dict[str, list[InputPair]] = {name: [] for name in CATEGORIES}
-    unnamed = False
     for pair in pairs:
-        names = pair.categories or ((category,) if category else ())
-        unnamed |= not names
-        for name in names:
+        for name in pair.categories:
             found.setdefault(name, []).append(pair)
-    if unnamed or ALL in wanted:
+    if ALL in wanted or not all(pair.categories for pair in pairs):
         found[ALL] = list(pairs)
     return {name: x for name, x in found.items() if x and (not wanted or name in wanted)}
 
@@ -142,7 +143,6 @@ def _write_set(
         storage.check_same(folder, before, settings, remedy)
         progress(f"{folder}: {len(pairs)} pairs, there already")
         return
-
     if not pairs:
         return
 

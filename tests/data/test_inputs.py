@@ -444,8 +444,8 @@ def test_pick_a_pic_with_more_columns(tmp_path):
     [
         ({"caption": 3}, "the column caption holds no texts"),
         ({"category": ["hate"]}, "the column category holds no texts"),
-        ({"jpg_0": "u.jpg"}, "the column jpg_0 holds no pictures' files"),
-        ({"jpg_1": {"path": "u.jpg"}}, "the column jpg_1 holds no pictures' files"),
+        ({"jpg_0": "u.jpg"}, "the column jpg_0 holds no files"),
+        ({"jpg_1": {"path": "u.jpg"}}, "the column jpg_1 holds no files"),
         ({"label_0": "1"}, "the column label_0 holds no numbers"),
         (
             {"category": "validation"},

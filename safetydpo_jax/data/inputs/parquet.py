@@ -17,6 +17,16 @@ from safetydpo_jax.errors import MissingFileError, UserError
 
 _GROUPS_HELD = 4  # a pair's two pictures may lie far apart
 _MAX_GROUP_BYTES = 2**31
+_KINDS = {
+    "files": (pyarrow.types.is_binary, pyarrow.types.is_large_binary),
+    "texts": (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_null),
+    "numbers": (
+        pyarrow.types.is_integer,
+        pyarrow.types.is_floating,
+        pyarrow.types.is_boolean,
+        pyarrow.types.is_null,
+    ),
+}
 
 
 class ParquetRows:
@@ -68,13 +78,12 @@ class ParquetRows:
         Raises:
           UserError: it holds no files.
         """
-        for name, kind in ((column, self.columns[column]), (f"{column}.bytes", None)):
-            if kind is None and pyarrow.types.is_struct(self.columns[column]):
-                index = self.columns[column].get_field_index("bytes")
-                kind = self.columns[column].field(index).type if index >= 0 else None
-            if kind is not None and _is(_value_type(kind), "binary"):
-                return name
-        raise UserError(f"{self._paths[0]}: the column {column} holds no pictures' files")
+        kind, name = self.columns[column], column
+        if pyarrow.types.is_struct(kind) and (index := kind.get_field_index("bytes")) >= 0:
+            kind, name = kind.field(index).type, f"{column}.bytes"
+        if not _is(kind, "files"):
+            raise UserError(f"{self._paths[0]}: the column {column} holds no files")
+        return name
 
     def texts(self, column: str) -> list[str]:
         """All rows' texts of a column, or of a field of one ("image.path"); "" of a row without.
@@ -82,7 +91,7 @@ class ParquetRows:
         Raises:
           UserError: it holds no texts, or a damaged file.
         """
-        return [x or "" for x in self._values(column, "string", "texts")]
+        return [x or "" for x in self._values(column, "texts")]
 
     def numbers(self, column: str) -> list[float | None]:
         """All rows' numbers of a column, None of a row without; true is 1.
@@ -90,14 +99,14 @@ class ParquetRows:
         Raises:
           UserError: it holds no numbers, or a damaged file.
         """
-        return [None if x is None else float(x) for x in self._values(column, "number", "numbers")]
+        return [None if x is None else float(x) for x in self._values(column, "numbers")]
 
-    def _values(self, column: str, kind: str, what: str) -> list[Any]:
+    def _values(self, column: str, what: str) -> list[Any]:
         found: list[Any] = []
         for path, file in zip(self._paths, self._files, strict=True):
             try:
                 values = _flat(file.read([column]))
-                if values is not None and _is(_value_type(values.type), kind):
+                if values is not None and _is(values.type, what):
                     found += values.to_pylist()
                     continue
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -142,17 +151,7 @@ def _flat(table: pyarrow.Table) -> Any:
     return table.column(0) if table.num_columns else None
 
 
-def _value_type(kind: Any) -> Any:
-    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-
-
-def _is(kind: Any, what: str) -> bool:
-    types = pyarrow.types
-    return {
-        "binary": types.is_binary(kind) or types.is_large_binary(kind),
-        "string": types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind),
-        "number": types.is_integer(kind)
-        or types.is_floating(kind)
-        or types.is_boolean(kind)
-        or types.is_null(kind),
-    }[what]
+def _is(kind: pyarrow.DataType, what: str) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(is_one(kind) for is_one in _KINDS[what])
