@@ -4,7 +4,14 @@ from safetydpo_jax.data.cache import Cache
 from safetydpo_jax.data.draw import make_pairs
 from safetydpo_jax.data.encode import encode_part, make_cache
 from safetydpo_jax.data.loader import STRATEGIES, batches, pair_batch
-from safetydpo_jax.data.pairs import PairSet, Picture, PictureFile, open_pairs, write_pairs
+from safetydpo_jax.data.pairs import (
+    PairSet,
+    Picture,
+    PictureFile,
+    mixing_weights,
+    open_pairs,
+    write_pairs,
+)
 from safetydpo_jax.data.sources import PairSource, source_of
 
 __all__ = [
@@ -13,6 +20,7 @@ __all__ = [
     "make_pairs",
     "PairSet",
     "open_pairs",
+    "mixing_weights",
     "Picture",
     "PictureFile",
     "write_pairs",

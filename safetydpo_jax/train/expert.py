@@ -74,6 +74,7 @@ class Expert:
         """Draws its pairs, unless they are there."""
         folder = data.make_pairs(self.config, self._pipeline, self.workdir, self.progress)
         self._pairs = data.open_pairs(folder)
+        data.mixing_weights(self._pairs.parts, self.config.mix)  # hours before they are needed
 
     def make_cache(self) -> None:
         """Encodes them, unless that is done."""
