@@ -2,10 +2,11 @@
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.storage import write_file
 
 
 def read_rows(
@@ -57,3 +58,12 @@ def read_rows(
         raise UserError(f"{path}, line {line}: not valid CSV ({error})") from None
     if not count:
         raise UserError(f"{path}: the table has no rows below its first line")
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Writes a table that `read_rows` reads; the file appears whole or not at all."""
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(columns)
+    table.writerows(rows)
+    write_file(path, text.getvalue().encode())

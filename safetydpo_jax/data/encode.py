@@ -5,7 +5,6 @@ import fcntl
 import itertools
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from safetydpo_jax.data.pairs import JoinedPairs, PairSet, Picture, open_pairs
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.models.pipeline import TOKENIZERS
+from safetydpo_jax.pace import Pace
 
 ENCODE_BATCH = 128  # pictures in memory; the pipeline has batches of its own
 MAX_SHARDS = 256  # a reader keeps them all open
@@ -130,13 +130,12 @@ def encode_part(
 
 def _told(missing: Sequence[int], per_shard: int, progress: Callable[[str], None]) -> Iterator[int]:
     """The shards, with a line after each."""
-    began = time.monotonic()
+    pace = Pace(len(missing))
     for done, i in enumerate(missing, 1):
         yield i
-        each = (time.monotonic() - began) / done
         progress(
-            f"cache: {done}/{len(missing)} shards, {per_shard / each:.1f} pictures/s, "
-            f"{(len(missing) - done) * each:.0f} s left"
+            f"cache: {done}/{len(missing)} shards, {per_shard * pace.rate(done):.1f} pictures/s, "
+            f"{pace.left(done):.0f} s left"
         )
 
 

@@ -17,7 +17,7 @@ from safetydpo_jax import storage
 from safetydpo_jax.data.import_report import write_picture, write_prompts, write_report
 from safetydpo_jax.data.inputs import InputPair, read_input
 from safetydpo_jax.data.inputs.check import usable
-from safetydpo_jax.data.inputs.pair import ALL, VALIDATION, category_names
+from safetydpo_jax.data.inputs.pair import ALL, VALIDATION, category_names, folded
 from safetydpo_jax.data.inputs.picture import as_kept
 from safetydpo_jax.data.pairs import PairSet, PictureFile, write_pairs
 from safetydpo_jax.errors import UserError
@@ -112,7 +112,7 @@ def is_held_out(pair: InputPair, share: float) -> bool:
     So the same prompts are never on both sides, in whatever order and categories they come, and a
     larger share holds out the smaller one's pairs too.
     """
-    texts = (picture.prompt.strip().lower() for picture in (pair.unsafe, pair.safe))
+    texts = (folded(picture.prompt) for picture in (pair.unsafe, pair.safe))
     hashed = hashlib.sha256("\0".join(texts).encode()).digest()
     return int.from_bytes(hashed[:8], "big") < share * 2**64
 

@@ -1,7 +1,6 @@
 """What an import found: a report, prompts to evaluate with, and a picture to look at."""
 
 import collections
-import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from safetydpo_jax import storage
+from safetydpo_jax.csv_file import write_rows
 from safetydpo_jax.data.inputs import InputPair, InputSet
 from safetydpo_jax.data.inputs.pair import InputPicture, TestPrompt
 from safetydpo_jax.data.inputs.picture import as_kept
@@ -52,11 +52,8 @@ def write_prompts(out: Path, prompts: Sequence[TestPrompt]) -> None:
         return
     clean = [prompt for prompt in prompts if not prompt.in_train]
     for name, chosen in (("test.csv", prompts), ("test_clean.csv", clean)):
-        text = io.StringIO(newline="")
-        table = csv.writer(text)
-        table.writerow(["prompt", "image", "category"])
-        table.writerows([prompt.text, f"{prompt.id}.png", prompt.category] for prompt in chosen)
-        storage.write_file(out / name, text.getvalue().encode())
+        rows = ([prompt.text, f"{prompt.id}.png", prompt.category] for prompt in chosen)
+        write_rows(out / name, ("prompt", "image", "category"), rows)
 
 
 def write_picture(

@@ -9,7 +9,6 @@ known before. One file a draw, in a folder named by all that the errors depend o
 Rows are in the order of their row_id. More draws go on from fewer.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ml_collections import ConfigDict
 from safetydpo_jax import sharding, storage
 from safetydpo_jax.data import STRATEGIES, Cache, pair_batch
 from safetydpo_jax.models.conditioning import Conditioning
+from safetydpo_jax.pace import Pace
 from safetydpo_jax.tensor_file import opened, write_tensors
 from safetydpo_jax.train.losses import squared_error
 from safetydpo_jax.train.step import (
@@ -33,8 +33,6 @@ from safetydpo_jax.train.step import (
     noise_seed,
     noisy_pairs,
 )
-
-REPORT_SECONDS = 10.0
 
 
 def reference_table(
@@ -83,26 +81,23 @@ def reference_table(
         progress(f"reference: {len(rows)} rows, {len(missing)} of {draws} draws to be computed")
         errors = make_errors(pipeline, config, mesh)
         null = jax.device_put(cache.null, sharding.replicated(mesh))
-        began = said = time.monotonic()
+        pace = Pace(len(missing))
         for done, draw in enumerate(missing):
-            found = np.full((2 * cache.num_pairs, 2), np.nan, np.float32)
+            found = np.empty((len(rows), 2), np.float32)
             for start in range(0, len(rows), config.batch_size):
                 # A short last batch is filled up, so that its shape needs no compilation.
-                index = np.arange(start, start + config.batch_size)
-                chosen = rows[np.minimum(index, len(rows) - 1)]
-                batch = pair_batch(cache, chosen, np.full_like(chosen, draw))
+                index = np.minimum(np.arange(start, start + config.batch_size), len(rows) - 1)
+                batch = pair_batch(cache, rows[index], np.full_like(index, draw))
                 batch = jax.device_put(batch, sharding.batch_sharding(mesh))
                 with jax.default_matmul_precision(config.matmul_precision):
-                    found[chosen] = errors(pipeline.unet_params, batch, null)
-                if (now := time.monotonic()) - said > REPORT_SECONDS:
-                    said, part = now, done + min(1, (start + config.batch_size) / len(rows))
-                    left = (now - began) / part * (len(missing) - part)
-                    rate = part * len(rows) / (now - began)
+                    found[index] = errors(pipeline.unet_params, batch, null)
+                part = done + min(1, (start + config.batch_size) / len(rows))
+                if part < len(missing) and pace.due(part):
                     progress(
-                        f"reference: {part:.2f}/{len(missing)} draws, {rate:.1f} rows/s, "
-                        f"{left:.0f} s left"
+                        f"reference: {part:.2f}/{len(missing)} draws, "
+                        f"{pace.rate(part) * len(rows):.1f} rows/s, {pace.left(part):.0f} s left"
                     )
-            write_tensors(files[draw], {"errors": (len(rows), 2)}, [("errors", found[rows])])
+            write_tensors(files[draw], {"errors": found.shape}, [("errors", found)])
         progress(f"reference: {folder}, {draws} draws of {len(rows)} rows")
     table = np.full((2 * cache.num_pairs, draws, 2), np.nan, np.float32)
     for i, file in enumerate(files):

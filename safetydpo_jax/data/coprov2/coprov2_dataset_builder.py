@@ -7,7 +7,7 @@ whoever reads TFDS datasets.
 import collections
 import io
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
 
 VALIDATION_SHARE = 0.05
+Example = dict[str, Any]
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -84,7 +85,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         if name == "prompts":
             clean = [prompt for prompt in found.test if not prompt.in_train]
             prompts = {"test": found.test, "test_clean": clean}
-            return {split: _prompts(x) for split, x in _filled(prompts, tables).items()}
+            return self._splits(prompts, _prompt_example, tables)
         found = usable(found, print)
         self._skipped.update(collections.Counter(found.skipped.values()))
         held_out = [is_held_out(pair, VALIDATION_SHARE) for pair in found.pairs]
@@ -92,35 +93,33 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             "train": list(itertools.compress(found.pairs, (not x for x in held_out))),
             "validation": list(itertools.compress(found.pairs, held_out)),
         }
-        return {split: _pairs(x) for split, x in _filled(pairs, tables).items()}
+        return self._splits(pairs, _pair_example, tables)
 
-    def _generate_examples(self) -> Iterator:
-        raise NotImplementedError("each split has its own generator")
+    def _splits(
+        self, splits: Mapping[str, list], example: Callable[[Any], Example], tables: Path
+    ) -> dict[str, Iterator[tuple[str, Example]]]:
+        """Of those that are not empty, which TFDS cannot write."""
+        if not any(splits.values()):
+            raise UserError(f"{tables} holds nothing for {' or '.join(splits)}")
+        return {name: self._generate_examples(x, example) for name, x in splits.items() if x}
 
-
-def _filled(splits: dict[str, list], tables: Path) -> dict[str, list]:
-    """Those that are not empty, which TFDS cannot write."""
-    found = {name: examples for name, examples in splits.items() if examples}
-    if not found:
-        raise UserError(f"{tables} holds nothing for {' or '.join(splits)}")
-    return found
-
-
-def _prompts(prompts: Iterable[TestPrompt]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for prompt in prompts:
-        yield prompt.id, {"id": prompt.id, "prompt": prompt.text, "category": prompt.category}
+    def _generate_examples(
+        self, items: list, example: Callable[[Any], Example]
+    ) -> Iterator[tuple[str, Example]]:
+        for item in items:
+            yield item.id, example(item)
 
 
-def _pairs(pairs: Iterable[InputPair]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for pair in pairs:
-        yield (
-            pair.id,
-            {
-                "id": pair.id,
-                "prompt_unsafe": pair.unsafe.prompt,
-                "prompt_safe": pair.safe.prompt,
-                "image_unsafe": io.BytesIO(as_kept(pair.unsafe.read())),
-                "image_safe": io.BytesIO(as_kept(pair.safe.read())),
-                "categories": pair.categories,
-            },
-        )
+def _prompt_example(prompt: TestPrompt) -> Example:
+    return {"id": prompt.id, "prompt": prompt.text, "category": prompt.category}
+
+
+def _pair_example(pair: InputPair) -> Example:
+    return {
+        "id": pair.id,
+        "prompt_unsafe": pair.unsafe.prompt,
+        "prompt_safe": pair.safe.prompt,
+        "image_unsafe": io.BytesIO(as_kept(pair.unsafe.read())),
+        "image_safe": io.BytesIO(as_kept(pair.safe.read())),
+        "categories": pair.categories,
+    }

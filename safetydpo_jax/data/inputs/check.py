@@ -2,14 +2,12 @@
 
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from safetydpo_jax.data.inputs.pair import BadPictureError, InputPair, InputSet
 from safetydpo_jax.data.inputs.picture import check_picture
-
-REPORT_SECONDS = 10.0
+from safetydpo_jax.pace import Pace
 
 
 def usable(found: InputSet, progress: Callable[[str], None]) -> InputSet:
@@ -20,8 +18,8 @@ def usable(found: InputSet, progress: Callable[[str], None]) -> InputSet:
       progress: takes a line now and then: done, rate, time left.
     """
     kept = InputSet(skipped=dict(found.skipped), test=found.test)
-    count, began = len(found.pairs), time.monotonic()
-    said = began
+    count = len(found.pairs)
+    pace = Pace(count)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, (pair, (digest, fault)) in enumerate(
             zip(found.pairs, pool.map(_looked_at, found.pairs), strict=True), 1
@@ -31,10 +29,8 @@ def usable(found: InputSet, progress: Callable[[str], None]) -> InputSet:
             else:
                 kept.pairs.append(pair)
                 kept.digests[pair.id] = digest
-            if done == count or time.monotonic() - said > REPORT_SECONDS:
-                said = time.monotonic()
-                rate = done / max(said - began, 1e-9)
-                left = (count - done) / rate
+            if pace.due(done):
+                rate, left = pace.rate(done), pace.left(done)
                 progress(f"{done}/{count} pairs decoded, {rate:.0f}/s, {left:.0f} s left")
     return kept
 

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from safetydpo_jax.csv_file import read_rows
 from safetydpo_jax.data.inputs.files import open_pictures
-from safetydpo_jax.data.inputs.pair import InputPicture, InputSet, TestPrompt
+from safetydpo_jax.data.inputs.pair import InputPicture, InputSet, TestPrompt, folded
 from safetydpo_jax.data.inputs.parquet import ParquetRows
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.harm import CATEGORIES
@@ -60,12 +60,12 @@ def read_coprov2(folder: Path, tables: Path | None = None) -> InputSet:
     _pair_up(pictures, _categories(listed), found)
     if test:
         known = {
-            _folded(picture.prompt)
+            folded(picture.prompt)
             for name, picture in pictures.items()
             if (match := _NAME.fullmatch(_last(name))) and match[1].lower() == "u"
         }
         found.test = [
-            TestPrompt(f"coprov2-test-{i:05d}", prompt, category, _folded(prompt) in known)
+            TestPrompt(f"coprov2-test-{i:05d}", prompt, category, folded(prompt) in known)
             for i, (prompt, _, category) in enumerate(_rows(test))
         ]
     return found
@@ -170,8 +170,3 @@ def _pair_up(
 
 def _last(name: str) -> str:
     return PurePosixPath(name).name
-
-
-def _folded(prompt: str) -> str:
-    """As prompts are compared: SafetyDPO's test prompts differ from its training's by less."""
-    return prompt.strip().lower()

@@ -7,9 +7,12 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
-from safetydpo_jax.data.inputs.pair import BadPictureError
+from safetydpo_jax.data.inputs.pair import BadPictureError, check_size
 from safetydpo_jax.data.inputs.picture import MAX_BYTES
 from safetydpo_jax.errors import MissingFileError, UserError
+
+# What zipfile says of a damaged archive, or of one that is written in a newer way than it knows.
+_UNREADABLE = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError)
 
 
 def open_pictures(path: Path) -> Callable[[str], bytes]:
@@ -64,8 +67,7 @@ class _Folder:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
                 raise BadPictureError("no regular file")
-            if status.st_size > MAX_BYTES:
-                raise BadPictureError(f"file of more than {MAX_BYTES >> 20} MiB")
+            check_size(status.st_size, MAX_BYTES)
             return path.read_bytes()
         except OSError as error:
             raise BadPictureError("file that cannot be read") from error
@@ -78,7 +80,7 @@ class _Zip:
         try:
             self._zip = zipfile.ZipFile(path)
             members = [m for m in self._zip.infolist() if not m.is_dir()]
-        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+        except _UNREADABLE as error:
             raise UserError(
                 f"{path}: no zip file, or a damaged one ({error}): download it again"
             ) from error
@@ -89,14 +91,11 @@ class _Zip:
         member = self._members[self._names.find(name)]
         if member.flag_bits & 1:
             raise BadPictureError("encrypted")
-        if member.file_size > MAX_BYTES:
-            raise BadPictureError(f"file of more than {MAX_BYTES >> 20} MiB")
+        check_size(member.file_size, MAX_BYTES)
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise BadPictureError("compressed in an uncommon way")  # whose reader knows no bound
         try:
             with self._zip.open(member) as file:
                 return file.read(member.file_size)  # `read()` would unpack more than it says
-        except (zipfile.BadZipFile, NotImplementedError, zlib.error, OSError, ValueError) as error:
-            raise BadPictureError("file that cannot be read") from error
-        except EOFError as error:
+        except (*_UNREADABLE, zlib.error, EOFError) as error:
             raise BadPictureError("file that cannot be read") from error

@@ -94,6 +94,17 @@ class InputSet:
             self.pairs.append(InputPair(name, unsafe, safe, categories))
 
 
+def folded(prompt: str) -> str:
+    """As prompts are compared: those of CoProV2's tests differ from its training's by less."""
+    return prompt.strip().lower()
+
+
+def check_size(size: int, limit: int) -> None:
+    """Raises a `BadPictureError` if a file has more bytes than the limit, in whole MiB."""
+    if size > limit:
+        raise BadPictureError(f"file of more than {limit >> 20} MiB")
+
+
 def category_names(names: Iterable[str], where: str) -> tuple[str, ...]:
     """A pair's categories without repeats and empty names.
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from safetydpo_jax.data.inputs.pair import BadPictureError
+from safetydpo_jax.data.inputs.pair import BadPictureError, check_size
 from safetydpo_jax.data.inputs.picture import MAX_BYTES
 from safetydpo_jax.errors import MissingFileError, UserError
 
@@ -125,8 +125,7 @@ class ParquetRows:
         value = self._group(number, column)[row - first].as_py()
         if value is None:
             raise BadPictureError("no such picture")
-        if len(value) > MAX_BYTES:
-            raise BadPictureError(f"file of more than {MAX_BYTES >> 20} MiB")
+        check_size(len(value), MAX_BYTES)
         return value
 
     def _group(self, number: int, column: str) -> Any:

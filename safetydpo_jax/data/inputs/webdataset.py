@@ -13,7 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetydpo_jax.data.inputs.pair import BadPictureError, InputPicture, InputSet, category_names
+from safetydpo_jax.data.inputs.pair import (
+    BadPictureError,
+    InputPicture,
+    InputSet,
+    category_names,
+    check_size,
+)
 from safetydpo_jax.data.inputs.picture import MAX_BYTES
 from safetydpo_jax.errors import MissingFileError, UserError
 
@@ -86,8 +92,7 @@ def _add(found: InputSet, name: str, shard: Path, members: dict[str, tarfile.Tar
 
 
 def _read(shard: Path, member: tarfile.TarInfo, limit: int) -> bytes:
-    if member.size > limit:  # that it is no less than 0 was seen when the shard was listed
-        raise BadPictureError(f"file of more than {limit >> 20} MiB")
+    check_size(member.size, limit)  # that it is no less than 0 was seen when it was listed
     try:
         with shard.open("rb") as file:
             file.seek(member.offset_data)

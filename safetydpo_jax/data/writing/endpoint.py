@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safetydpo_jax.data.writing.answers import UnusableAnswerError
+from safetydpo_jax.data.writing.packages import needed
 from safetydpo_jax.errors import UserError
 
 RETRIES = 6  # of the client's own, after 0.5 to 8 s, or after what the server asks for
@@ -39,13 +40,7 @@ class Endpoint:
     """
 
     def __init__(self, url: str, model: str, *, requests_per_minute: float, timeout: float):
-        try:
-            import aiolimiter
-            import openai
-        except ImportError as error:
-            raise UserError(
-                "writing prompts takes more packages: pip install 'safetydpo-jax[llm]'"
-            ) from error
+        aiolimiter, openai = needed("aiolimiter"), needed("openai")
         logging.getLogger("openai").setLevel(logging.WARNING)  # below, it may show the questions
         self._openai, self._url, self._model = openai, url, model
         self.used = Used()

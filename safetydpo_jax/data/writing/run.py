@@ -5,7 +5,6 @@ import collections
 import json
 import math
 import string
-import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from safetydpo_jax.data.writing.endpoint import Endpoint
 from safetydpo_jax.data.writing.journal import Journal
 from safetydpo_jax.data.writing.tables import write_tables
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.pace import Pace
 
 TEMPLATE = Path(__file__).with_name("pairs.txt")
-REPORT_SECONDS = 10.0
 # For estimates: of English, and of a pair as JSON.
 LETTERS_A_TOKEN, TOKENS_A_PAIR = 4, 70
 
@@ -208,22 +207,19 @@ async def _ask_all(
     )
     failed: dict[str, str] = {}
     waiting = iter(requests)
-    began = said = time.monotonic()
-    done = 0
+    pace, done = Pace(len(requests)), 0
 
     async def work() -> None:
-        nonlocal done, said
+        nonlocal done
         for request in waiting:  # shared: each takes the next
             reason = await _ask(settings, endpoint, request, journal)
             if reason:
                 failed[request.id] = reason
             done += 1
-            now = time.monotonic()
-            if done == len(requests) or now - said > REPORT_SECONDS:
-                said, rate = now, done / (now - began)
+            if pace.due(done):
                 progress(
-                    f"{done}/{len(requests)} requests, {60 * rate:.0f} a minute, "
-                    f"{(len(requests) - done) / rate:.0f} s left; "
+                    f"{done}/{len(requests)} requests, {60 * pace.rate(done):.0f} a minute, "
+                    f"{pace.left(done):.0f} s left; "
                     f"{endpoint.used.prompt_tokens} + {endpoint.used.answer_tokens} tokens"
                 )
 

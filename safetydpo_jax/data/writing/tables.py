@@ -1,16 +1,15 @@
 """The tables of prompts: without near-duplicates, concepts in turn, categories of like size."""
 
-import csv
-import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetydpo_jax import storage
+from safetydpo_jax.csv_file import write_rows
 from safetydpo_jax.data.writing.answers import PromptPair
 from safetydpo_jax.data.writing.concepts import Concept
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.data.writing.packages import needed
 
 # MinHash (Broder 1997) over runs of so many letters; what is about this similar (Jaccard) is one.
 # The index finds candidates from a lower bound on, which are then compared.
@@ -29,19 +28,14 @@ def distinct(pairs: Iterable[tuple[str, PromptPair]]) -> list[tuple[str, PromptP
     Raises:
       UserError: the library for it is not installed.
     """
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError as error:
-        raise UserError(
-            "writing prompts takes more packages: pip install 'safetydpo-jax[llm]'"
-        ) from error
-    index = MinHashLSH(threshold=CANDIDATE, num_perm=PERMUTATIONS)
+    datasketch = needed("datasketch")
+    index = datasketch.MinHashLSH(threshold=CANDIDATE, num_perm=PERMUTATIONS)
     kept: list[tuple[str, PromptPair]] = []
     sketches: dict[Any, Any] = {}
     for name, pair in pairs:
         text = pair.unsafe.casefold()
         runs = {text[i : i + SHINGLE].encode() for i in range(max(1, len(text) - SHINGLE + 1))}
-        sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
+        sketch = datasketch.MinHash(num_perm=PERMUTATIONS, seed=1)
         sketch.update_batch(list(runs))
         near = (sketches[i] for i in index.query(sketch))
         if all(sketch.jaccard(other) < NEAR_DUPLICATE for other in near):
@@ -82,11 +76,8 @@ def write_tables(
         }
         if not chosen:
             continue
-        text = io.StringIO(newline="")
-        table = csv.writer(text)
-        table.writerow(["unsafe", "safe", "concept"])
-        table.writerows([pair.unsafe, pair.safe, name] for name, pair in chosen)
+        rows = ([pair.unsafe, pair.safe, name] for name, pair in chosen)
         with storage.explained_writes(out):
             (out / category).mkdir(parents=True, exist_ok=True)
-            storage.write_file(out / category / "prompts.csv", text.getvalue().encode())
+            write_rows(out / category / "prompts.csv", ("unsafe", "safe", "concept"), rows)
     return counts

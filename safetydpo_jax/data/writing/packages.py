@@ -1,0 +1,20 @@
+"""The packages that only the writing of prompts takes, the extra `llm`."""
+
+import importlib
+from typing import Any
+
+from safetydpo_jax.errors import UserError
+
+
+def needed(name: str) -> Any:
+    """The package.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            "writing prompts takes more packages: pip install 'safetydpo-jax[llm]'"
+        ) from error
