@@ -25,7 +25,8 @@ def main() -> None:
     """Reads the command line and computes."""
     part, argv = pop_option(sys.argv, "--part")
     config, workdir = read_command_line(argv, __doc__)
-    from safetydpo_jax.train.cache import part_of, run  # here: a wrong command is told at once
+    from safetydpo_jax.train.cache import run  # here: a wrong command is told at once
+    from safetydpo_jax.train.workdir import part_of
 
     run(config, workdir, part_of(part))
 

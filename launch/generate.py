@@ -1,12 +1,17 @@
-r"""Draws the pairs of a harm with the model to be aligned, and stops: no training.
+r"""Draws pairs with the model to be aligned, and stops: no training.
 
+    python launch/generate.py --config configs/coprov2.py --workdir runs/coprov2
     python launch/generate.py --config configs/own.py --config.harm=examples/gambling.yaml
     python launch/generate.py --config configs/own.py:sd15 --config.harm=FILE \
         --config.model=FOLDER --workdir runs/gambling
+    python launch/generate.py ... --part 0/4  # on the first of four hosts that share the workdir
+    python launch/generate.py ... --part auto  # a part for each process of a pod or of Slurm's job
     safetydpo generate --config own --config.harm=FILE  # from the installed package
 
-With a Stable Diffusion base it draws what the file asks for, harm included, and judges nothing. The
-same command goes on after a kill. It ends with WORKDIR/pairs, for --config.pairs.path.
+coprov2 makes pair sets of all categories, from a list of concepts on, and their caches
+(docs/pairs/factory.md); own those of one harm of yours. With a Stable Diffusion base they draw what
+is asked for, harm included. The same command goes on after a kill and ends with the same pairs, by
+one process or by several.
 """
 
 import sys
@@ -14,17 +19,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from safetydpo_jax.command_line import read_command_line
+from safetydpo_jax.command_line import pop_option, read_command_line
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.host_memory import use_huge_pages
 
 
 def main() -> None:
     """Reads the command line and draws."""
-    config, workdir = read_command_line(sys.argv, __doc__)
-    from safetydpo_jax.train.generate import run  # here, so that a wrong command is told at once
+    part, argv = pop_option(sys.argv, "--part")
+    config, workdir = read_command_line(argv, __doc__)
+    from safetydpo_jax.train import factory, generate  # here: a wrong command is told at once
+    from safetydpo_jax.train.workdir import part_of
 
-    run(config, workdir)
+    (factory if "writer" in config else generate).run(config, workdir, part_of(part))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@ r"""Has a language model write prompt pairs about a list of unsafe concepts.
 
     python launch/write_prompts.py --concepts concepts.csv --out prompts \
         --endpoint http://localhost:8000/v1 --model NAME
+    python launch/write_prompts.py --concepts concepts.csv --out prompts --model FOLDER
     python launch/write_prompts.py ... --estimate --price 0.5 1.5  # dollars a million tokens
     safetydpo write_prompts ...  # from the installed package
 
 The endpoint speaks OpenAI's chat protocol: vLLM, llama.cpp, JetStream, or a service, with its key
-in OPENAI_API_KEY. concepts.csv has the columns category,concept; a harm's YAML file will do, too.
-It writes one table of pairs a category, which launch/generate.py draws. What is answered is kept:
+in OPENAI_API_KEY; without one the model is one of transformers, in PyTorch. concepts.csv has the
+columns category,concept; a harm's YAML file will do, too. It writes one table of pairs a category,
+which launch/generate.py draws; that, with configs/coprov2.py, does both. What is answered is kept:
 the same command goes on after a kill. Needs `pip install 'safetydpo-jax[llm]'`; docs/pairs/
 writing.md says more. Prompts are never shown.
 """
@@ -27,16 +29,27 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
       UserError: an input that is wrong, or an endpoint that does not answer.
     """
-    from safetydpo_jax.data.writing import Settings, estimate, write_prompts
+    from safetydpo_jax.data.writing import Settings, estimate, said, write_prompts
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--concepts", required=True, type=Path, help="CSV or YAML")
     parser.add_argument("--out", required=True, type=Path, help="the folder for the tables")
-    parser.add_argument("--endpoint", dest="url", required=True, help="its address, up to /v1")
-    parser.add_argument("--model", required=True, help="its name at the endpoint")
+    parser.add_argument("--endpoint", dest="url", default="", help="its address, up to /v1")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="its name at the endpoint; without one, a model of transformers: folder or hub id",
+    )
     parser.add_argument("--template", type=Path, default=Settings.template, help="of a request")
+    parser.add_argument(
+        "--judge_template",
+        type=Path,
+        default=Settings.judge_template,
+        help="of a request for verdicts on what was written",
+    )
+    parser.add_argument("--no_judge", dest="judge", action="store_false", help="ask for none")
     for name, help_text in (
         ("per_concept", "pairs of each concept"),
         ("per_request", "pairs in one request"),
@@ -59,14 +72,14 @@ def main(argv: list[str] | None = None) -> None:
     only_estimate, price = options.pop("estimate"), options.pop("price")
     settings = Settings(**options)
     expected = estimate(settings)
-    said = "{requests} requests, about {prompt_tokens} + {answer_tokens} tokens".format(**expected)
+    told = said(expected)
     if price:
         tokens = (expected["prompt_tokens"], expected["answer_tokens"])
-        said += f", {sum(n * x for n, x in zip(tokens, price, strict=True)) / 1e6:.2f} dollars"
+        told += f", {sum(n * x for n, x in zip(tokens, price, strict=True)) / 1e6:.2f} dollars"
     if settings.requests_per_minute:
         minutes = expected["requests"] / settings.requests_per_minute
-        said += f", {minutes:.0f} minutes at the least"
-    print(said, flush=True)
+        told += f", {minutes:.0f} minutes at the least"
+    print(told, flush=True)
     if only_estimate:
         return
     from safetydpo_jax.train.workdir import lock_workdir

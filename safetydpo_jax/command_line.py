@@ -17,6 +17,11 @@ ROOT = _SHARE if _SHARE.is_dir() else _SHARE.parents[1]
 _PROMPTS = "config.health.prompts"  # a key whose value is not shown
 
 
+def shipped(path: str) -> Path:
+    """A file or folder as the user gives it, or else beside the configs."""
+    return next((p for p in (Path(path), ROOT / path) if p.exists()), Path(path))
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model, --model_config and --dtype: a checkpoint, for scripts without a config."""
     parser.add_argument(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetydpo_jax.command_line import ROOT
+from safetydpo_jax.command_line import ROOT, shipped
 from safetydpo_jax.csv_file import read_rows
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.yaml_file import read_yaml
@@ -89,7 +89,7 @@ def read_harm(path: str) -> Harm:
         MissingFileError: there is no such file.
         UserError: it is no such file, or what it says cannot be.
     """
-    file = next((p for p in (Path(path), ROOT / path) if p.exists()), Path(path))
+    file = shipped(path)
     if file.is_dir():
         found = [f for f in (file / "harm.yaml", file / "prompts.csv") if f.is_file()]
         if len(found) != 1:

@@ -5,7 +5,7 @@ adapters, the optimiser and, unless a rule says otherwise, the base model are on
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis split over "data"."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def spread(fn: Callable[..., Any], mesh: Mesh | None, *split: bool) -> Callable[..., Any]:
+    """`fn` compiled; over a mesh, every device runs it on its own share of the rows.
+
+    A device runs the program that it would run alone: nothing is exchanged.
+
+    Args:
+      fn: of arrays, or trees of them, to arrays whose first axis is that of the rows.
+      mesh: None is one device.
+      split: for each argument whether it has a row axis, which is split, or is given to all.
+    """
+    if mesh is None:
+        return jax.jit(fn)
+    specs = tuple(PartitionSpec("data") if rows else PartitionSpec() for rows in split)
+    return jax.jit(
+        jax.shard_map(
+            fn, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False
+        )
+    )
 
 
 def param_shardings(mesh: Mesh, params: Any, rules: Rules = ()) -> Any:

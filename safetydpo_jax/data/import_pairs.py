@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetydpo_jax import storage
-from safetydpo_jax.data.import_report import write_picture, write_prompts, write_report
+from safetydpo_jax.data.import_report import write_prompts, write_report
 from safetydpo_jax.data.inputs import InputPair, read_input
 from safetydpo_jax.data.inputs.check import usable
 from safetydpo_jax.data.inputs.pair import ALL, VALIDATION, category_names, folded
 from safetydpo_jax.data.inputs.picture import as_kept
 from safetydpo_jax.data.pairs import PairSet, PictureFile, write_pairs
+from safetydpo_jax.data.pairs.picture import write_picture
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
 
@@ -100,10 +101,11 @@ def import_pairs(
             chosen = [pair for pair in pairs if (pair.id in held_out) == held]
             about = {"category": name, "source": kind}
             _write_set(where, chosen, found.digests, about, progress)
+    written = {name: PairSet(out / name) for name in by_set if (out / name).is_dir()}
     with storage.explained_writes(out):
         write_prompts(out, found.test)
-        write_picture(out, by_set, reveal=reveal)
-    return {name: PairSet(out / name).num_pairs for name in by_set if (out / name).is_dir()}
+        write_picture(out / "pairs.png", written, title="Pairs as imported", reveal=reveal)
+    return {name: pairs.num_pairs for name, pairs in written.items()}
 
 
 def is_held_out(pair: InputPair, share: float) -> bool:

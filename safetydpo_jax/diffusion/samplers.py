@@ -17,8 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from safetydpo_jax import sharding
 from safetydpo_jax.diffusion.schedule import DEFAULT_SPACING, NoiseSchedule
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.conditioning import Conditioning
@@ -166,6 +168,7 @@ def make_sampler(
     num_steps: int = 25,
     guidance_scale: float = 7.5,
     guidance_rescale: float = 0.0,
+    mesh: Mesh | None = None,
 ) -> Sampler:
     """A sampler: noise in, clean latents out; compiled at the first call of a shape.
 
@@ -176,6 +179,7 @@ def make_sampler(
       num_steps: number of model evaluations.
       guidance_scale: classifier-free guidance; at 1 or less the negative branch is not computed.
       guidance_rescale: 0 to 1, Lin et al. 2023 (arXiv 2305.08891), section 3.4.
+      mesh: of devices that each draw a share of the rows.
 
     Returns:
       A function `(params, adapters, latents (b,h,w,c), conditioning, negative)` -> latents
@@ -189,7 +193,7 @@ def make_sampler(
         raise UserError(f"the sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
     table = SAMPLERS[sampler](schedule, num_steps)
     guided = guidance_scale > 1
-    run = _scan(unet, guided, guided and guidance_rescale != 0)
+    run = _scan(unet, guided, guided and guidance_rescale != 0, mesh)
 
     def sample(
         params: Mapping,
@@ -207,7 +211,7 @@ def make_sampler(
 
 
 @functools.lru_cache(maxsize=16)
-def _scan(unet: Any, guided: bool, rescaled: bool) -> Callable[..., Array]:
+def _scan(unet: Any, guided: bool, rescaled: bool, mesh: Mesh | None) -> Callable[..., Array]:
     """The compiled loop; samplers of as many steps are one program with other numbers."""
 
     def predict(variables, latents, timestep, conditioning, negative, guidance):
@@ -226,7 +230,6 @@ def _scan(unet: Any, guided: bool, rescaled: bool) -> Callable[..., Array]:
         ratio = positive.std(axes, keepdims=True) / answer.std(axes, keepdims=True)
         return answer * (rescale * ratio + 1 - rescale)
 
-    @jax.jit
     def run(variables, latents, conditioning, negative, rows, guidance):
         def step(carry, row):
             output = predict(
@@ -237,7 +240,7 @@ def _scan(unet: Any, guided: bool, rescaled: bool) -> Callable[..., Array]:
         (latents, _), _ = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), rows)
         return latents
 
-    return run
+    return sharding.spread(run, mesh, False, True, True, True, False, False)
 
 
 def initial_latents(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...]) -> Array:
@@ -297,8 +300,9 @@ def iterate_pictures(
         num_steps=num_steps,
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
+        mesh=pipeline.mesh,
     )
-    size, seeds = min(batch_size, len(prompts)), _checked(seeds)
+    size, seeds = min(batch_size, len(prompts)) * pipeline.num_devices, _checked(seeds)
     negative = pipeline.encode_negative([negative_prompt] * size)
     for start in range(0, len(prompts), size):
         wanted = min(size, len(prompts) - start)
@@ -334,9 +338,10 @@ def draw_pictures(
       prompts: n texts.
       seeds: n integers; a picture depends on its prompt and its seed, not on its batch.
       progress: called with (pictures done, n) after every batch.
-      **options: of `iterate_pictures`: adapters (a "lora" collection), batch_size, sampler,
-        num_steps, guidance_scale, guidance_rescale, negative_prompt, matmul_precision ("float32",
-        or "bfloat16" operands with float32 sums, faster; None is JAX's default).
+      **options: of `iterate_pictures`: adapters (a "lora" collection), batch_size (on each of the
+        pipeline's devices), sampler, num_steps, guidance_scale, guidance_rescale, negative_prompt,
+        matmul_precision ("float32", or "bfloat16" operands with float32 sums, faster; None is
+        JAX's default).
 
     Returns:
       uint8 (n, H, W, 3).

@@ -3,10 +3,10 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from safetydpo_jax.emoji.concepts import BUILT_IN, CATEGORY_OF, INDEX
+from safetydpo_jax.emoji.concepts import BUILT_IN, CATEGORY_OF, HARMS, INDEX
 from safetydpo_jax.emoji.prompts import PromptRecord, harm_prompts
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES, Harm, HarmPair, read_harm
@@ -81,6 +81,28 @@ def embedded(harm: Harm, path: str) -> Harm:
                 "a built-in category; choose another"
             )
     return dataclasses.replace(harm, concepts=tuple(pairs.values()))
+
+
+def listed(concepts: Iterable[tuple[str, str, str]]) -> list[Harm]:
+    """This world's own harms with the unsafe concepts of a list and no others.
+
+    Args:
+        concepts: (where it stands in the list, for errors; category; unsafe concept).
+
+    Raises:
+        UserError: a category or concept that this world does not have, or that is held out.
+    """
+    found: dict[str, list[HarmPair]] = {}
+    for where, category, name in concepts:
+        if category not in HARMS:
+            raise UserError(f"{where}: the category must be one of {', '.join(CATEGORIES)}")
+        pairs = [pair for pair in HARMS[category].concepts if pair.unsafe == name]
+        if not pairs:
+            raise UserError(f"{where}: there is no such concept in {category}: {_KNOWN}")
+        if pairs[0].held_out:
+            raise UserError(f"{where}: this concept is held out, to measure with")
+        found.setdefault(category, []).extend(pairs)
+    return [Harm(category, tuple(pairs)) for category, pairs in found.items()]
 
 
 def training_prompts(harm: Harm, count: int, seed: int) -> list[tuple[PromptRecord, PromptRecord]]:

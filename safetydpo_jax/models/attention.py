@@ -60,7 +60,7 @@ def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False)
 def _flash(q: Queries, k: Keys, v: Keys) -> Queries:
     """The TPU kernel. The compiler cannot split it, so over a mesh it is told how."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.are_all_axes_manual:  # in a shard_map each device has rows of its own
         return _flash_local(q, k, v)
     split = PartitionSpec("data") if q.shape[0] % mesh.shape["data"] == 0 else PartitionSpec()
     return jax.shard_map(

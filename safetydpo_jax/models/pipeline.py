@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from safetydpo_jax import sharding
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.autoencoder import to_pixels
@@ -33,6 +35,8 @@ class Pipeline:
       configs: the parsed config files by folder ("unet", ..., "scheduler"), and "model_index".
       path: the folder or file it was loaded from, or None.
       sources: the files that each network, tokenizer and the "scheduler" were read from.
+      mesh: of the devices that batches are spread over, a batch's size on each, or None; see
+        `spread`.
     """
 
     networks: dict[str, Any]
@@ -42,6 +46,20 @@ class Pipeline:
     configs: dict[str, dict[str, Any]]
     path: pathlib.Path | None = None
     sources: Mapping[str, Sequence[pathlib.Path]] = dataclasses.field(default_factory=dict)
+    mesh: Mesh | None = None
+
+    def spread(self, devices: Sequence[Any]) -> "Pipeline":
+        """The same with its parameters on each of these devices, which share its batches."""
+        if len(devices) == 1:
+            return self
+        mesh = sharding.make_mesh(devices=devices)
+        params = jax.device_put(self.params, sharding.replicated(mesh))
+        return dataclasses.replace(self, params=params, mesh=mesh)
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices share a batch."""
+        return self.mesh.size if self.mesh else 1
 
     @property
     def unet(self) -> Any:
@@ -99,7 +117,7 @@ class Pipeline:
             states = [output.hidden_states[-2] for output in outputs]
             return Conditioning(jnp.concatenate(states, -1), outputs[-1].pooler_output, sizes)
 
-        return jax.jit(encode)
+        return sharding.spread(encode, self.mesh, False, True)
 
     @functools.cached_property
     def _encode_pixels(self) -> Callable[..., Any]:
@@ -109,7 +127,7 @@ class Pipeline:
             scale = self.vae.config.scaling_factor
             return mean * scale, logvar + 2.0 * np.log(scale)
 
-        return jax.jit(encode)
+        return sharding.spread(encode, self.mesh, False, True)
 
     @functools.cached_property
     def _decode_latents(self) -> Callable[..., Any]:
@@ -118,7 +136,7 @@ class Pipeline:
             pixels: Any = self.vae.apply({"params": params}, latents, method="decode")
             return jnp.round(jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
-        return jax.jit(decode)
+        return sharding.spread(decode, self.mesh, False, True)
 
     def encode_prompts(
         self,
@@ -133,13 +151,14 @@ class Pipeline:
           prompts: the texts.
           size: height and width in pixels that SDXL is told a picture has, uncropped; by default
             those that the UNet was trained on.
-          batch_size: how many are encoded at a time.
+          batch_size: how many a device encodes at a time.
         """
         ids = [tokenize(tokenizer, prompts) for tokenizer in self.tokenizers]
         height, width = size or (self.resolution, self.resolution)
         row = np.array([height, width, 0, 0, height, width], np.float32)
         inputs = ids, np.tile(row, (len(prompts), 1))
-        return _in_batches(lambda x: self._encode_text(self.text_params, x), inputs, batch_size)
+        encode = functools.partial(self._encode_text, self.text_params)
+        return self._in_batches(encode, inputs, batch_size)
 
     @property
     def zeros_for_empty(self) -> bool:
@@ -165,7 +184,8 @@ class Pipeline:
     ) -> tuple[Float[np.ndarray, "n h2 w2 c"], Float[np.ndarray, "n h2 w2 c"]]:
         """Mean and log-variance of the pictures' latents, scaled by `scaling_factor`."""
         batch_size = batch_size or _at_once(pictures.shape[1] * pictures.shape[2])
-        return _in_batches(lambda x: self._encode_pixels(self.vae_params, x), pictures, batch_size)
+        encode = functools.partial(self._encode_pixels, self.vae_params)
+        return self._in_batches(encode, pictures, batch_size)
 
     def decode_latents(
         self, latents: Float[np.ndarray | Array, "n h w c"], *, batch_size: int | None = None
@@ -174,7 +194,23 @@ class Pipeline:
         pixels = latents.shape[1] * latents.shape[2] * self.vae.config.downscale**2
         batch_size = batch_size or _at_once(pixels)
         decode = functools.partial(self._decode_latents, self.vae_params)
-        return _in_batches(decode, np.asarray(latents), batch_size)
+        return self._in_batches(decode, np.asarray(latents), batch_size)
+
+    def _in_batches(self, fn: Callable[..., Any], inputs: Any, batch_size: int) -> Any:
+        """Applies `fn` to slices of one size, so that one shape is compiled; joins the results.
+
+        A device's share is as large as one device's alone would be: the results are the same.
+        """
+        count = len(jax.tree.leaves(inputs)[0])
+        if not count:
+            raise UserError("nothing to encode or decode: the list is empty")
+        size = min(batch_size, count) * self.num_devices
+        results = []
+        for start in range(0, count, size):
+            index = np.minimum(np.arange(start, start + size), count - 1)
+            part = fn(jax.tree.map(lambda x, index=index: x[index], inputs))
+            results.append(jax.tree.map(np.asarray, part))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
@@ -188,17 +224,3 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
 def _at_once(pixels: int) -> int:
     """Pictures in one pass of the autoencoder: at 1024 px one takes gigabytes, in float32."""
     return max(1, min(32, _PIXELS_AT_ONCE // pixels))
-
-
-def _in_batches(fn: Callable[..., Any], inputs: Any, batch_size: int) -> Any:
-    """Applies `fn` to slices of one size, so that one shape is compiled; joins the results."""
-    count = len(jax.tree.leaves(inputs)[0])
-    if not count:
-        raise UserError("nothing to encode or decode: the list is empty")
-    size = min(batch_size, count)
-    results = []
-    for start in range(0, count, size):
-        index = np.minimum(np.arange(start, start + size), count - 1)
-        part = fn(jax.tree.map(lambda x, index=index: x[index], inputs))
-        results.append(jax.tree.map(np.asarray, part))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)

@@ -1,14 +1,11 @@
 """A cache and no more: the phases of a run that one process, or each of several, can do before."""
 
 import pathlib
-import re
 from collections.abc import Callable
 
-import jax
 from ml_collections import ConfigDict
 
 from safetydpo_jax import data
-from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.pipeline import TOKENIZERS
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train.settings import resolve
@@ -63,29 +60,3 @@ def run(
         )
     progress(phases.table())
     return cache
-
-
-def part_of(text: str) -> tuple[int, int]:
-    """What `--part` says: "I/N", "auto", or "", which is all.
-
-    "auto" asks JAX which process this is of how many (TPU pods, Slurm, Open MPI, Kubernetes).
-
-    Raises:
-      UserError: it is none of these, or JAX does not know.
-    """
-    if not text:
-        return 0, 1
-    if text == "auto":
-        try:
-            jax.distributed.initialize()
-            found = jax.process_index(), jax.process_count()
-            jax.distributed.shutdown()  # which waits for all: parts are to end on their own
-            return found
-        except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"--part auto: JAX does not know which process of a job this is ({error}): give "
-                "--part I/N"
-            ) from error
-    if not (match := re.fullmatch(r"(\d+)/(\d+)", text)):
-        raise UserError(f"--part is {text!r}: write it as 0/4, the first of four, or auto")
-    return int(match[1]), int(match[2])

@@ -3,11 +3,14 @@
 import pathlib
 from collections.abc import Callable
 
+import jax
 from ml_collections import ConfigDict
 
 from safetydpo_jax import data
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.data.draw import draw_all
+from safetydpo_jax.data.pending import PendingPairs
 from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train.factory import check_nothing_given
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.workdir import Phases, lock_workdir
 
@@ -15,31 +18,31 @@ from safetydpo_jax.train.workdir import Phases, lock_workdir
 def run(
     config: ConfigDict,
     workdir: str | pathlib.Path,
+    part: tuple[int, int] = (0, 1),
     progress: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> pathlib.Path:
     """Draws and judges the pairs of a config, or goes on where an earlier call ended.
 
     Args:
       config: as `configs/common.py` makes it.
-      workdir: the run's folder; made if needed, used by one run at a time.
+      workdir: the run's folder; made if needed.
+      part: (i, n): this process is the i-th of n that share the folder.
       progress: takes lines of text.
 
     Returns:
       The pair set's folder, `workdir`/pairs.
 
     Raises:
-      UserError: a wrong config or harm, no prompts for this base, or what `data.make_pairs` raises.
+      UserError: a wrong config or harm, no prompts for this base, or as `PendingPairs` and
+        `draw_all`.
     """
     phases = Phases(progress, total=3)
 
     phases.begin("config and workdir")
     config = resolve(config, pairs_only=True)
-    if config.pairs.path:
-        raise UserError(
-            f"config.pairs.path is {config.pairs.path}: with pairs there is nothing to make"
-        )
+    check_nothing_given(config)
     source = data.source_of(config)
-    with lock_workdir(pathlib.Path(workdir)):
+    with lock_workdir(pathlib.Path(workdir), part):
         progress(f"{config.category}, {workdir}, {source.name}")
 
         phases.begin("base model")
@@ -49,11 +52,13 @@ def run(
             vae=config.vae,
             configs=config.model_config,
             progress=progress,
-        )
-        progress(f"{config.model}, {pipeline.resolution} px")
+        ).spread(jax.local_devices())
+        progress(f"{config.model}, {pipeline.resolution} px, {pipeline.num_devices} devices")
 
         phases.begin("pairs")
-        folder = data.make_pairs(config, pipeline, workdir, progress, source)
+        drawn = PendingPairs(config, pipeline, pathlib.Path(workdir) / "pairs", source)
+        draw_all([drawn], pipeline, progress, part)
+        folder = drawn.finish(progress)
         phases.end()
     pairs = data.PairSet(folder)
     progress(

@@ -54,6 +54,11 @@ def resolve(config: ConfigDict, *, pairs_only: bool = False) -> ConfigDict:
         )
     if "recipe" not in config:
         raise UserError("this config trains no expert: give one such as --config configs/hate.py")
+    if "writer" in config:
+        raise UserError(
+            "this config makes pairs of several categories: give it to launch/generate.py, which "
+            "says at its end how to train with them"
+        )
     config = config.copy_and_resolve_references()
     if config.recipe not in config.recipes:
         raise UserError(

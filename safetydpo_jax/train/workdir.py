@@ -1,26 +1,36 @@
-"""What surrounds a run: its folder's lock, signals, and the phases with their times."""
+"""What surrounds a run: its folder's lock, its part, signals, and the phases with their times."""
 
 import contextlib
 import fcntl
 import os
 import pathlib
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 from safetydpo_jax.errors import UserError
 
+_WHICH = "import jax; jax.distributed.initialize(); print(jax.process_index(), jax.process_count())"
+
 
 @contextlib.contextmanager
-def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
+def lock_workdir(workdir: pathlib.Path, part: tuple[int, int] = (0, 1)) -> Iterator[None]:
     """Makes the folder and holds it for this process; the kernel frees it when the process ends.
+
+    Args:
+      workdir: the folder.
+      part: (i, n), of a job whose n parts share the folder.
 
     Raises:
       UserError: another run holds it, or it cannot be made.
     """
+    name = ".lock" if part == (0, 1) else f".lock.{part[0]}of{part[1]}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
+        file = open(workdir / name, "a+")  # noqa: SIM115 (closed below, with the lock)
     except OSError as error:
         raise UserError(f"{workdir} cannot be used: {error.strerror}") from None
     with file:
@@ -36,6 +46,35 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """What `--part` says: "I/N", "auto", or "", which is all.
+
+    "auto" asks JAX which process this is of how many (TPU pods, Slurm, Open MPI, Kubernetes).
+
+    Raises:
+      UserError: it is none of these, or JAX does not know.
+    """
+    if not text:
+        return 0, 1
+    if text == "auto":
+        # In a process of its own: what is computed later, in parts that end when they are done,
+        # would otherwise wait for the others or fail when they are gone.
+        asked = subprocess.run(
+            [sys.executable, "-c", _WHICH], capture_output=True, text=True, check=False
+        )
+        if asked.returncode:
+            reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(
+                f"--part auto: JAX does not know which process of a job this is ({reason}): give "
+                "--part I/N"
+            )
+        index, count = asked.stdout.split()[-2:]
+        return int(index), int(count)
+    if not (match := re.fullmatch(r"(\d+)/(\d+)", text)):
+        raise UserError(f"--part is {text!r}: write it as 0/4, the first of four, or auto")
+    return int(match[1]), int(match[2])
 
 
 class Stop:

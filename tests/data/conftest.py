@@ -39,6 +39,7 @@ class TinyPipeline:
     text_params: dict = dataclasses.field(default_factory=lambda: {"weight": np.ones(1, "f4")})
     latent_shape = (4, 4, 3)
     resolution = 16
+    mesh, num_devices = None, 1
     vae = types.SimpleNamespace(config=types.SimpleNamespace(downscale=4))
     schedule = NoiseSchedule.from_config(
         {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}

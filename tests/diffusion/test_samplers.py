@@ -222,6 +222,7 @@ class FakePipeline:
     unet_params = PARAMS
     schedule = NoiseSchedule()
     latent_shape = SHAPE
+    mesh, num_devices = None, 1
 
     def __init__(self):
         self.sizes = []

@@ -15,7 +15,8 @@ from safetydpo_jax.data import encode as encoding
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train import cache
-from safetydpo_jax.train.cache import part_of, run
+from safetydpo_jax.train.cache import run
+from safetydpo_jax.train.workdir import part_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

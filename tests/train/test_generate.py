@@ -23,7 +23,7 @@ def config(model_folder, tmp_path):
 
 def test_pairs_are_drawn_once_and_said(config, tmp_path):
     lines = []
-    folder = generate.run(config, tmp_path / "run", lines.append)
+    folder = generate.run(config, tmp_path / "run", progress=lines.append)
     said = "\n".join(lines)
     assert folder == tmp_path / "run" / "pairs"
     assert f"{folder}: 3 pairs, 0 preservation pictures" in said
@@ -37,17 +37,17 @@ def test_pairs_are_drawn_once_and_said(config, tmp_path):
     assert sorted(p.name for p in folder.parent.iterdir()) == [".lock", "pairs"]
 
     again = []
-    assert generate.run(config, tmp_path / "run", again.append) == folder
+    assert generate.run(config, tmp_path / "run", progress=again.append) == folder
     assert f"pairs: 3 found in {folder}" in again
 
 
 def test_another_file_is_another_set(config, tmp_path):
-    generate.run(config, tmp_path / "run", lambda line: None)
+    generate.run(config, tmp_path / "run", progress=lambda line: None)
     other = tmp_path / "other.yaml"
     other.write_text("name: harm\nconcepts: [{unsafe: quarrel, safe: talk}]")
     config.harm = str(other)
     with pytest.raises(UserError, match="pairs was made with prompts_hash"):
-        generate.run(config, tmp_path / "run", lambda line: None)
+        generate.run(config, tmp_path / "run", progress=lambda line: None)
 
 
 def test_training_draws_nothing_unasked(config, tmp_path, monkeypatch):
@@ -62,10 +62,10 @@ def test_a_category_has_no_prompts_for_other_models(tmp_path):
     with pytest.raises(
         UserError, match=r"no prompts of hate .*for sd15.*CoProV2.*--config own:sd15"
     ):
-        generate.run(config, tmp_path / "run", lambda line: None)
+        generate.run(config, tmp_path / "run", progress=lambda line: None)
 
 
 def test_pairs_that_are_there(config, tmp_path):
     config.pairs.path = "somewhere"
     with pytest.raises(UserError, match="config.pairs.path is somewhere: .* nothing to make"):
-        generate.run(config, tmp_path / "run", lambda line: None)
+        generate.run(config, tmp_path / "run", progress=lambda line: None)

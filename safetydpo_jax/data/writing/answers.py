@@ -43,7 +43,7 @@ def read_answer(text: str, count: int) -> tuple[list[PromptPair], list[str]]:
     Raises:
       UnusableAnswerError: there is no such list, or no pair in it can be used.
     """
-    items = _list_in(text)
+    items = list_in(text)
     pairs: list[PromptPair] = []
     faults: list[str] = []
     for item in items[:count]:
@@ -57,8 +57,12 @@ def read_answer(text: str, count: int) -> tuple[list[PromptPair], list[str]]:
     return pairs, faults
 
 
-def _list_in(text: str) -> list[Any]:
-    """The first JSON list of objects in a text, which may have other brackets, too."""
+def list_in(text: str) -> list[Any]:
+    """The first JSON list of objects in a text, which may have other brackets, too.
+
+    Raises:
+      UnusableAnswerError: there is none.
+    """
     starts = [match.start() for match in itertools.islice(re.finditer(r"\[", text), MAX_BRACKETS)]
     if not starts:
         raise UnusableAnswerError("refused, or no JSON list")

@@ -6,8 +6,8 @@ from typing import Any
 from safetydpo_jax.errors import UserError
 
 
-def needed(name: str) -> Any:
-    """The package.
+def needed(name: str, extra: str = "llm") -> Any:
+    """The package, which comes with this extra.
 
     Raises:
       UserError: it is not installed.
@@ -16,5 +16,5 @@ def needed(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            "writing prompts takes more packages: pip install 'safetydpo-jax[llm]'"
+            f"writing prompts takes more packages: pip install 'safetydpo-jax[{extra}]'"
         ) from error

@@ -1,0 +1,132 @@
+"""The sources of pairs of a factory: the embedded world's grammar, or what a model has written."""
+
+import dataclasses
+import fcntl
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetydpo_jax import storage
+from safetydpo_jax.command_line import shipped
+from safetydpo_jax.data.sources import PairSource, emoji_source, plain_source
+from safetydpo_jax.data.writing.concepts import Concept, read_concepts
+from safetydpo_jax.data.writing.run import REPORT, write_prompts
+from safetydpo_jax.data.writing.settings import Settings, about, estimate, said
+from safetydpo_jax.emoji.own_harm import embedded, listed
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.harm import read_harm
+
+GRAMMAR = "grammar"  # the writer that is no model
+
+
+class Writer:
+    """Has prompts written about the concepts of a config, or has them ready.
+
+    Attributes:
+      categories: of the concepts, in the order of their list.
+      name: says who writes, in a few words.
+
+    Args:
+      config: `base`; `writer`, as configs/coprov2.py has it.
+      out: the folder for what a model writes.
+
+    Raises:
+      MissingFileError, UserError: a wrong setting, or list of concepts.
+    """
+
+    def __init__(self, config: Any, out: Path):
+        writer = config.writer
+        if not writer.concepts or not writer.model:
+            raise UserError(
+                "give the list of unsafe concepts as --config.writer.concepts=FILE, a table with "
+                "the columns category,concept, and who is to write about them as "
+                "--config.writer.model=NAME, with --config.writer.endpoint=URL or of transformers: "
+                "docs/pairs/factory.md"
+            )
+        self._base, self._out = config.base, out
+        path = shipped(writer.concepts)
+        concepts = read_concepts(path)
+        self.categories = list(dict.fromkeys(concept.category for concept in concepts))
+        self.name = writer.model
+        self._harms, self._settings = {}, None
+        if writer.model == GRAMMAR:
+            if self._base != "emoji":
+                raise UserError(
+                    f"config.writer.model is {GRAMMAR}, which writes about pictograms alone: give "
+                    f"{self._base} a language model"
+                )
+            self._harms = {harm.name: harm for harm in listed(map(_row, concepts))}
+            return
+        given: dict[str, Any] = writer.to_dict()
+        for key in ("concepts", "endpoint", "model"):
+            del given[key]
+        for key in ("template", "judge_template"):  # "" is the one that is shipped
+            file = given.pop(key)
+            given |= {key: Path(file)} if file else {}
+        self._settings = Settings(path, out, writer.endpoint, writer.model, **given)
+        self.name = f"{writer.model}, {said(estimate(self._settings))}"
+
+    def write(
+        self, per_category: int, progress: Callable[[str], None]
+    ) -> dict[str, tuple[str, PairSource]]:
+        """By category, the harm's file ("" if it is a built-in one) and the source.
+
+        Args:
+          per_category: pairs wanted of each category.
+          progress: takes lines of text.
+
+        What was written once is not asked for again, nor is what had no answer: pictures may have
+        been drawn of it. One of several processes writes, the others wait for it.
+
+        Raises:
+          UserError: as `write_prompts`.
+        """
+        if not self._settings:
+            progress(f"prompts: of pictograms, {len(self._harms)} categories")
+            return {name: ("", emoji_source(harm)) for name, harm in self._harms.items()}
+        with storage.explained_writes(self._out):
+            self._out.mkdir(parents=True, exist_ok=True)
+            lock = (self._out / ".lock").open("w")
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            settings = dataclasses.replace(self._settings, per_category=per_category)
+            report = self._written() or write_prompts(settings, progress)
+        counts = {name: count["kept"] for name, count in report["categories"].items()}
+        progress(f"prompts: {', '.join(f'{count} of {name}' for name, count in counts.items())}")
+        if unanswered := len(report["unanswered_ids"]):
+            progress(f"prompts: {unanswered} requests have no answer; {self._out / REPORT}")
+        found = {}
+        for name in (name for name, count in counts.items() if count):
+            path = str(self._out / name)
+            harm = read_harm(path)
+            own = emoji_source(embedded(harm, path)) if self._base == "emoji" else None
+            found[name] = path, own or plain_source(harm)
+        return found
+
+    def about(self) -> dict[str, Any]:
+        """Who wrote, how, and what was left out; JSON."""
+        if not self._settings:
+            concepts = {name: len(harm.concepts) for name, harm in self._harms.items()}
+            return {"model": GRAMMAR, "concepts": concepts}
+        report = self._written() or {}
+        return {k: report[k] for k in ("settings", "categories", "left_out") if k in report}
+
+    def _written(self) -> dict[str, Any] | None:
+        """The report of an earlier call."""
+        assert self._settings
+        path = self._out / REPORT
+        if not path.is_file():
+            return None
+        try:
+            report = json.loads(path.read_bytes())
+            before = report["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error!r}): remove it") from error
+        remedy = "or choose another --workdir"
+        storage.check_same(self._out, before, json.loads(json.dumps(about(self._settings))), remedy)
+        return report
+
+
+def _row(concept: Concept) -> tuple[str, str, str]:
+    return f"the list of concepts, {concept.id}", concept.category, concept.text

@@ -1,0 +1,172 @@
+"""The factory: from a list of unsafe concepts to a pair set and its cache for every category.
+
+WORKDIR/prompts/hate/prompts.csv ...   what a language model wrote, if one did
+WORKDIR/pairs/hate ...                 pair sets, README.md about them, pairs.png
+WORKDIR/hate/cache ...                 what training reads, where configs/all_experts.py looks
+"""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+from ml_collections import ConfigDict
+
+from safetydpo_jax import __version__, data, storage
+from safetydpo_jax.data.draw import draw_all
+from safetydpo_jax.data.pair_card import README, write_pair_card
+from safetydpo_jax.data.pairs.picture import write_picture
+from safetydpo_jax.data.pending import PendingPairs
+from safetydpo_jax.data.writing.sources import Writer
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.harm import CATEGORIES
+from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train.settings import resolve
+from safetydpo_jax.train.workdir import Phases, lock_workdir
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    part: tuple[int, int] = (0, 1),
+    progress: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> pathlib.Path:
+    """Writes prompts, draws and encodes the pairs, or goes on where an earlier call ended.
+
+    Args:
+      config: as `configs/coprov2.py` makes it.
+      workdir: the folder, which all parts share.
+      part: (i, n): this process is the i-th of n; they end with what one would have made.
+      progress: takes lines of text; never a prompt.
+
+    Returns:
+      The folder of the pair sets, `workdir`/pairs.
+
+    Raises:
+      UserError: a wrong config or list of concepts, or what the stages raise.
+    """
+    phases, workdir = Phases(progress, total=5), pathlib.Path(workdir)
+
+    phases.begin("config and workdir")
+    check_nothing_given(config)
+    writer = Writer(config, workdir / "prompts")
+    shares = _shares(config.pairs.num_pairs, writer.categories)
+    with lock_workdir(workdir, part):
+        progress(f"{', '.join(shares)}, {workdir}, part {part[0]} of {part[1]}")
+        progress(f"{config.pairs.num_pairs} pairs, prompts by {writer.name}")
+
+        phases.begin("prompts")
+        sources = writer.write(max(shares.values()), progress)
+        configs = {
+            name: _config_of(config, name, harm, shares[name])
+            for name, (harm, _) in sources.items()
+        }
+
+        phases.begin("base model")
+        pipeline = load_pipeline(
+            config.model,
+            dtype=config.dtype,
+            vae=config.vae,
+            configs=config.model_config,
+            progress=progress,
+        ).spread(jax.local_devices())
+        progress(f"{config.model}, {pipeline.resolution} px, {pipeline.num_devices} devices")
+
+        phases.begin("pairs")
+        folder = workdir / "pairs"
+        sets = [
+            PendingPairs(configs[name], pipeline, folder / name, source)
+            for name, (_, source) in sources.items()
+        ]
+        draw_all(sets, pipeline, progress, part)
+        for pairs in sets:
+            pairs.finish(progress)
+
+        phases.begin("cache")
+        keys = {}
+        for name, one in configs.items():
+            one.pairs.path = str(folder / name)
+            say = lambda line, name=name: progress(f"{name}: {line}")  # noqa: E731
+            if cache := data.encode_part(one, pipeline, workdir / name, say, part):
+                keys[name] = cache.key
+        phases.end()
+    progress(phases.table())
+    if len(keys) < len(configs):
+        progress("what other parts encode is missing; the last of them ends the job")
+        return folder
+    written = {name: data.PairSet(folder / name) for name in configs}
+    with storage.explained_writes(folder):
+        write_pair_card(
+            folder,
+            written,
+            model=str(config.model),
+            license=config.license,
+            writer=writer.about(),
+            caches=keys,
+            version=__version__,
+        )
+        write_picture(
+            folder / "pairs.png",
+            written,
+            title="Pairs as drawn",
+            reveal=config.report.reveal,
+            revealed_by="config.report.reveal=true",
+        )
+    counts = [(pairs.num_pairs, pairs.num_preserve) for pairs in written.values()]
+    num_pairs, num_others = (sum(column) for column in zip(*counts, strict=True))
+    progress(
+        f"pairs         {folder}: {num_pairs} pairs, {num_others} preservation pictures; "
+        f"{README}, pairs.png\n"
+        f"caches        {workdir}: CATEGORY/cache\n"
+        f"to train      {_to_train(config, workdir, list(configs.items()))}"
+    )
+    return folder
+
+
+def check_nothing_given(config: ConfigDict) -> None:
+    """Raises UserError if the config names pairs made before."""
+    if config.pairs.path:
+        raise UserError(
+            f"config.pairs.path is {config.pairs.path}: with pairs there is nothing to make"
+        )
+
+
+def _shares(count: int, categories: list[str]) -> dict[str, int]:
+    """As many pairs of each category as of any other, but for one."""
+    if count < len(categories):
+        raise UserError(
+            f"config.pairs.num_pairs is {count}: it must be {len(categories)} or more, one for "
+            "each category"
+        )
+    ends = [count * i // len(categories) for i in range(len(categories) + 1)]
+    return {
+        name: end - start for name, start, end in zip(categories, ends[:-1], ends[1:], strict=True)
+    }
+
+
+def _config_of(config: ConfigDict, name: str, harm: str, num_pairs: int) -> ConfigDict:
+    """The config of a category's expert, as far as pairs and cache go."""
+    one = config.copy_and_resolve_references()
+    with one.unlocked():
+        del one.writer
+    one.category, one.harm, one.pairs.num_pairs = name, harm, num_pairs
+    return resolve(one, pairs_only=True)
+
+
+def _to_train(
+    config: ConfigDict, workdir: pathlib.Path, configs: list[tuple[str, ConfigDict]]
+) -> str:
+    """The command that trains what the factory made pairs for."""
+    base = "" if config.base == "emoji" else f":{config.base} --config.model={config.model}"
+    if {name for name, _ in configs} == set(CATEGORIES):
+        pairs = workdir / "pairs"
+        return (
+            f"safetydpo train --config all_experts{base} --config.pairs.path={pairs} "
+            f"--workdir {workdir}"
+        )
+    name, one = configs[0]
+    of = name if name in CATEGORIES else "own"
+    harm = f" --config.harm={one.harm}" if one.harm else ""
+    return (
+        f"safetydpo train --config {of}{base}{harm} --config.pairs.path={workdir / 'pairs' / name} "
+        f"--workdir {workdir / name}"
+    )
