@@ -26,6 +26,17 @@ def pairs_for(concept, first, count):
     ]
 
 
+def verdict(prompt):
+    """What it says of a prompt: of those it wrote itself the truth but for two marks in sixteen."""
+    mark = prompt.split()[-1][0]
+    return {"0": False, "1": True}.get(mark, " in harm " in prompt)
+
+
+def judged(pairs):
+    """The pairs that it finds to be as they should."""
+    return [p for p in pairs if verdict(p["unsafe"]) and not verdict(p["safe"])]
+
+
 class Server(ThreadingHTTPServer):
     """Attributes: `asked`, how often each question came; `answered`, how often it was answered."""
 
@@ -61,10 +72,18 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = question["messages"][0]["content"]
-        concept = re.search(r"Concept: (.*)", text)[1]
-        number = int(re.search(r"set (\d+) of", text)[1])
-        count = int(re.search(r"Write (\d+) such", text)[1])
-        name = (concept, number)
+        if prompts := re.search(r"^\[\n\{.*?^\]$", text, re.DOTALL | re.MULTILINE):
+            name, number = ("judge", hashlib.sha256(text.encode()).hexdigest()), 0
+            said = [
+                {"id": prompt["id"], "unsafe": verdict(prompt["prompt"])}
+                for prompt in json.loads(prompts[0])
+            ]
+        else:
+            concept = re.search(r"Concept: (.*)", text)[1]
+            number = int(re.search(r"set (\d+) of", text)[1])
+            count = int(re.search(r"Write (\d+) such", text)[1])
+            name = (concept, number)
+            said = pairs_for(concept, 10 * number, count)
         with server.lock:
             server.asked[name] += 1
             first = server.asked[name] == 1
@@ -88,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif first and fault == "nothing":
             self.send(200, b"{not json")
         else:
-            content = json.dumps(pairs_for(concept, 10 * number, count))
+            content = json.dumps(said)
             if first and fault:
                 content = {
                     "no json": "Here you are:",

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from launch import write_prompts as launch
-from safetydpo_jax.data.writing import Settings, estimate, write_prompts
+from safetydpo_jax.data.writing import Settings, estimate, judge, write_prompts
 from safetydpo_jax.data.writing.answers import PromptPair, UnusableAnswerError, read_answer
 from safetydpo_jax.data.writing.concepts import read_concepts
 from safetydpo_jax.data.writing.tables import distinct, in_turn
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.harm import read_harm
-from tests.data.chat_server import FAULTS, Server, pairs_for
+from tests.data.chat_server import FAULTS, Server, judged, pairs_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "secretword"
@@ -32,7 +32,8 @@ def settings(tmp_path):
     table.write_text(
         f"category,concept\nhate,{SECRET} one\nhate,{SECRET} two\nviolence,{SECRET} three\n"
     )
-    return Settings(table, tmp_path / "out", "", "good", per_concept=25, timeout=20.0)
+    out = tmp_path / "out"
+    return Settings(table, out, "", "good", per_concept=25, timeout=20.0, judge=False)
 
 
 @pytest.fixture
@@ -90,12 +91,31 @@ def test_nothing_is_lost_or_doubled_whatever_the_server_does(settings, wanted):
     assert read(settings.out) == wanted
 
 
+def by_text(rows):
+    return sorted(rows, key=lambda row: row["unsafe"])
+
+
+def test_the_judge_leaves_pairs_out_whatever_the_server_does(settings, wanted):
+    with Server(FAULTS, delay=0.01) as server:
+        asked = replace(settings, url=server.url, judge=True)
+        report = write_prompts(asked, lambda line: None)
+        assert set(server.answered.values()) == {1}
+        assert len(server.answered) == 2 * 9
+    assert report["unanswered_ids"] == {}
+    found = read(settings.out)
+    assert {name: by_text(rows) for name, rows in found.items()} == {
+        name: by_text(judged(rows)) for name, rows in wanted.items()
+    }
+    assert report["left_out"].keys() == {judge.NOT_UNSAFE, judge.NOT_SAFE}
+    assert sum(report["left_out"].values()) == 75 - sum(map(len, found.values())) > 4
+
+
 def test_a_killed_run_goes_on(settings, wanted):
     with Server(delay=0.3) as server:
         command = [sys.executable, str(ROOT / "launch" / "write_prompts.py")]
         options = {"concepts": settings.concepts, "out": settings.out, "endpoint": server.url}
         options |= {"model": "good", "per_concept": 25, "concurrency": 2}
-        command += [f"--{name}={value}" for name, value in options.items()]
+        command += [f"--{name}={value}" for name, value in options.items()] + ["--no_judge"]
         for answered in (2, 5):
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             while server.answered.total() < answered:
@@ -191,6 +211,18 @@ def test_a_template_of_ones_own(settings, tmp_path):
         estimate(mine)
 
 
+def test_a_judge_template_of_ones_own(settings, tmp_path):
+    mine = replace(settings, judge=True, judge_template=tmp_path / "mine.txt")
+    with pytest.raises(MissingFileError, match="mine.txt: there is no such template"):
+        estimate(mine)
+    for text in ("{count}", "{prompts} {concept}"):
+        mine.judge_template.write_text(text)
+        with pytest.raises(UserError, match="has .prompts. in braces and may have .category. and"):
+            estimate(mine)
+    mine.judge_template.write_text("{prompts}")
+    assert estimate(mine)["requests"] == 18
+
+
 def test_a_file_that_is_no_journal(settings):
     settings.out.mkdir()
     for text in ("no json\n", "[]\n", '{"settings": {}}\n{"id": 1}\n'):
@@ -214,8 +246,8 @@ def test_an_estimate_asks_nobody(settings, capsys):
     options += ["--endpoint", "http://localhost:1/v1", "--model", "good", "--per_concept", "25"]
     launch.main([*options, "--estimate", "--price", "1", "100", "--requests_per_minute", "3"])
     said = capsys.readouterr().out
-    assert said.startswith("9 requests, about ")
-    assert said.endswith("0.53 dollars, 3 minutes at the least\n")
+    assert said.startswith("18 requests, about ")
+    assert said.endswith("0.71 dollars, 6 minutes at the least\n")
     assert not settings.out.exists()
 
 
@@ -317,6 +349,26 @@ def test_pairs_that_are_left_out(item, fault):
 def test_answers_that_cannot_be_used(answer, reason):
     with pytest.raises(UnusableAnswerError, match=reason):
         read_answer(answer, 9)
+
+
+def test_verdicts():
+    pairs = [PromptPair(f"unsafe {i}", f"safe {i}") for i in range(4)]
+    asked = judge.question("{category}: {prompts}", "self_harm", pairs, seed=3)
+    assert asked.startswith("self harm: [\n")
+    prompts = json.loads(asked.removeprefix("self harm: "))
+    assert [entry["id"] for entry in prompts] == list(range(1, 9))
+    assert [entry["prompt"] for entry in prompts] != [text for pair in pairs for text in pair]
+    wrong = {"unsafe 1": False, "safe 2": True}
+    said = [
+        {"id": x["id"], "unsafe": wrong.get(x["prompt"], x["prompt"].startswith("unsafe"))}
+        for x in prompts
+    ]
+    kept, faults = judge.read_verdicts(f"So: {json.dumps(said)}", pairs, seed=3)
+    assert kept == [pairs[0], pairs[3]]
+    assert faults == [judge.NOT_UNSAFE, judge.NOT_SAFE]
+    for bad in (said[:-1], [*said[:-1], {"id": 8, "unsafe": "no"}], [*said[:-1], {"id": True}]):
+        with pytest.raises(UnusableAnswerError, match="not a verdict on each prompt"):
+            judge.read_verdicts(json.dumps(bad), pairs, seed=3)
 
 
 def test_more_than_was_asked_for():

@@ -200,9 +200,9 @@ def test_samplers_of_as_many_steps_are_compiled_once():
     for sampler, guidance_scale in itertools.product(SCHEDULERS, (2.0, 3.0)):
         for noise in (schedule, again):
             jax_sample(noise, sampler, 3, guidance_scale)
-    assert samplers._scan(UNET, True, False)._cache_size() == 1
+    assert samplers._scan(UNET, True, False, None)._cache_size() == 1
     jax_sample(schedule, "ddim", 4, 2.0)
-    assert samplers._scan(UNET, True, False)._cache_size() == 2
+    assert samplers._scan(UNET, True, False, None)._cache_size() == 2
 
 
 def test_noise_belongs_to_the_seed_not_to_the_batch():
