@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from safetydpo_jax.data import PairSet, draw, make_pairs
+from safetydpo_jax.data.pending import Chunk, PendingPairs
 from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.errors import MissingFileError, UserError
 
@@ -95,6 +97,67 @@ def test_killed_run_ends_with_the_same_set(config, pipeline, source, silent, tmp
     cards = [json.loads((f / "card.json").read_text()) for f in (whole, resumed)]
     assert cards[0] == cards[1]
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["pairs"]
+
+
+def content(folder):
+    pairs = PairSet(folder, verify=True)
+    return pairs.card["content_hash"], pairs.card["counts"]
+
+
+def test_parts_end_with_the_same_set(config, pipeline, source, silent, tmp_path):
+    """Two that take turns, a chunk at a time, each as if it was in a process of its own."""
+    whole = content(make_pairs(config, pipeline, tmp_path / "whole", silent, source))
+    folder = tmp_path / "run" / "pairs"
+    drawn = [[], []]
+
+    class Turn(Exception):
+        pass
+
+    def draw_one(index):
+        def draw_and_stop(chosen, *args):
+            original(chosen, *args)
+            drawn[index].append(chosen[0][1].name)
+            raise Turn
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Turn):
+            patch.setattr(draw, "_draw", draw_and_stop)
+            pairs = PendingPairs(config, pipeline, folder, source)
+            draw.draw_all([pairs], pipeline, silent, (index, 2))
+
+    original = draw._draw
+    for index in (0, 1, 0, 0, 0):
+        draw_one(index)
+    # The first has done its own, the chunks 0 and 2, and helps with the rest from the last on.
+    assert drawn == [
+        ["pairs-000000", "pairs-000008", "preserve-000000", "pairs-000012"],
+        ["pairs-000004"],
+    ]
+    late = PendingPairs(config, pipeline, folder, source)  # in the midst of a chunk meanwhile
+    chunk = Chunk("pairs-000004", 1, [], np.array([]))
+    first = PendingPairs(config, pipeline, folder, source)
+    assert first.missing() == []
+    assert content(first.finish(silent)) == whole
+    late.keep(chunk, np.zeros((8, 16, 16, 3), np.uint8))  # nobody wants it any more
+    assert late.missing() == []
+    assert content(late.finish(silent)) == whole
+    assert sorted(file.name for file in folder.parent.iterdir()) == ["pairs"]
+
+
+def test_what_is_drawn_does_not_depend_on_the_batch(config, pipeline, source, silent, tmp_path):
+    found = []
+    for size in (1, 2, 7, 8):
+        config.drawing.batch_size = size
+        folder = make_pairs(config, pipeline, tmp_path / f"{size}", silent, source)
+        found.append([p.pixels for s in PairSet(folder).sizes for p in PairSet(folder).pictures(s)])
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+def test_a_part_that_cannot_be(config, pipeline, source, silent, tmp_path):
+    pairs = PendingPairs(config, pipeline, tmp_path / "pairs", source)
+    for part in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(UserError, match="parts are numbered from 0"):
+            draw.draw_all([pairs], pipeline, silent, part)
 
 
 def test_neither_tensorflow_nor_torch_is_imported(pipeline, tmp_path):

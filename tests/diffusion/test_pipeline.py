@@ -83,3 +83,18 @@ def test_bad_options(model_folder, tmp_path, options, message):
     command = ["--model", str(model_folder), "--prompt", "dog", "--out", str(tmp_path)]
     with pytest.raises(UserError, match=message):
         sample.main([*command, *options])
+
+
+def test_devices_share_the_rows(pipeline):
+    several = pipeline.spread(jax.local_devices()[:4])
+    assert several.num_devices == 4
+    assert pipeline.spread(jax.local_devices()[:1]) is pipeline
+    many, seeds = PROMPTS * 2, [*SEEDS, 1, 2, 3]
+    one = draw_pictures(pipeline, many, seeds, batch_size=1, **OPTIONS)
+    # Two batches of four pictures, of which the last is there three times.
+    other = draw_pictures(several, many, seeds, batch_size=1, **OPTIONS)
+    assert np.abs(one.astype(int) - other).max() <= 1  # rounding
+    for a, b in zip(pipeline.encode_images(one), several.encode_images(one), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    a, b = (x.encode_prompts(many).prompt_embeds for x in (pipeline, several))
+    np.testing.assert_allclose(a, b, atol=1e-5)

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 def start(workdir, *more, **environment):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "launch/generate.py"), *OPTIONS, f"--workdir={workdir}", *more],
-        env=os.environ | environment,
+        env=os.environ | {"XLA_FLAGS": ""} | environment,  # one device, unless it says more
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
