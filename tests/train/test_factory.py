@@ -55,7 +55,7 @@ def test_from_concepts_to_caches(config, tmp_path):
         assert len(drawn) == count
         assert drawn <= kept
     card = (folder / "README.md").read_text()
-    assert "| all | 5 | 0 | 5 |" in card
+    assert "| all | 5 | 0 | 6 |" in card
     assert (folder / "pairs.png").is_file()
     assert SECRET not in said + card
     assert "safetydpo train --config hate:sd15 --config.model=" in said
