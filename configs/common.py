@@ -159,16 +159,17 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
         "matmul_precision": "bfloat16",  # operands, with float32 sums; "float32" is slower
     }
     config.pairs = {
-        "path": "",  # a folder of pairs made before; "" makes them
+        "path": "",  # a folder of pairs made before, here or at gs://; "" makes them
         "num_pairs": 192,
         "preserve_count": 384,
         "seed": 0,
     }
-    # Pictures are resized and cut to squares of `resolution` pixels; 0 is as the model was trained.
     # Of several pair sets in pairs.path, read as one, how often each comes: "hate=2" is twice as
     # often as a set that is not named. () is as many pairs as each has.
     config.mix = ()
-    config.cache = {"dtype": "float32", "flip": False, "resolution": 0}
+    # Pictures are resized and cut to squares of `resolution` pixels; 0 is as the model was trained.
+    # `path` is a cache made before of these pairs, here or at gs://; "" makes it.
+    config.cache = {"dtype": "float32", "flip": False, "resolution": 0, "path": ""}
 
     # With `draws` above 0, a row has so many timesteps and noises, in turn, and the base's errors
     # on them are computed once, before training, for this run and those that share `path` (a

@@ -149,6 +149,33 @@ def write_card(folder: Path, card: dict[str, Any], names: Sequence[str] | None =
     write_file(folder / CARD, text.encode() + b"\n")
 
 
+def parse_card(folder: Any, remedy: str) -> dict[str, Any]:
+    """`folder`/card.json, the files beside it left alone.
+
+    Args:
+      folder: a `Path`, or what acts as one.
+      remedy: what the user should do if it is damaged; ends the error's sentence.
+
+    Raises:
+      MissingFileError: there is no card.
+      UserError: it is not one of ours.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise MissingFileError(f"{folder} has no {CARD}: {remedy}")
+    try:
+        card = json.loads(path.read_bytes())
+        listed_files(card)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a card of this program ({error!r}): {remedy}") from error
+    return card
+
+
+def listed_files(card: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """The files of a card: size and SHA-256 by name."""
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in card["files"].items()}
+
+
 def read_card(folder: Path, remedy: str, *, hashes: bool = False) -> dict[str, Any]:
     """Reads `folder`/card.json and compares the files beside it with it.
 
@@ -161,15 +188,9 @@ def read_card(folder: Path, remedy: str, *, hashes: bool = False) -> dict[str, A
       MissingFileError: no card, or a file it lists is not there.
       UserError: the card is not one of ours, or a file is not the one it lists.
     """
-    path = folder / CARD
-    if not path.is_file():
-        raise MissingFileError(f"{folder} has no {CARD}: {remedy}")
-    try:
-        card = json.loads(path.read_bytes())
-        files = {folder / name: (e["bytes"], e["sha256"]) for name, e in card["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a card of this program ({error!r}): {remedy}") from error
-    for file, (size, sha256) in files.items():
+    card = parse_card(folder, remedy)
+    for name, (size, sha256) in listed_files(card).items():
+        file = folder / name
         if not file.is_file():
             raise MissingFileError(f"{file}, listed in {CARD}, is not there: {remedy}")
         if file.stat().st_size != size or (hashes and hash_file(file) != sha256):

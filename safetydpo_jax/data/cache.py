@@ -12,7 +12,7 @@ and `prompt_embeds` (t, d) of the prompt that the picture was drawn for. SDXL ad
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int, Shaped
 
 from safetydpo_jax import storage
+from safetydpo_jax.data.remote import fetched, open_folder
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.conditioning import Conditioning
 
@@ -44,7 +45,7 @@ class Cache:
     """A finished cache with random access to its records.
 
     Attributes:
-      folder: where it is.
+      folder: where it is, or its copy on this host if it is in a bucket.
       key: hash of the pairs, the model's files and the settings it was computed from.
       num_pairs: number of pairs; unsafe pictures are records 0 .. num_pairs - 1, the safe ones
         the next num_pairs.
@@ -58,8 +59,8 @@ class Cache:
       UserError: it is damaged or of another format.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | PurePath):
+        self.folder = fetched(open_folder(folder), REMEDY)
         card = storage.read_card(self.folder, REMEDY)
         if card.get("format") != FORMAT:
             raise UserError(

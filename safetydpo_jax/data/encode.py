@@ -61,8 +61,8 @@ def encode_part(
 
     Args:
       config: `pairs.path` (pairs to use instead of `workdir`/pairs) and `cache`: dtype ("float32",
-        "float16" or "bfloat16"), flip (mirror images too) and resolution (pixels along a side of
-        what is encoded; 0 is as the model was trained).
+        "float16" or "bfloat16"), flip (mirror images too), resolution (pixels along a side of
+        what is encoded; 0 is as the model was trained) and path (a cache to use instead).
       pipeline: whose autoencoder and text encoder to use, a `models.pretrained.Pipeline`.
       workdir: the run's folder.
       progress: is told, in a sentence, what is done, at what rate, and the time left.
@@ -72,14 +72,16 @@ def encode_part(
       The cache, or None while shards of other parts are missing.
 
     Raises:
-      UserError: the pairs or the cache are damaged, an unknown dtype, a resolution that makes no
-        latents, a part that cannot be, or a full disk.
+      UserError: the pairs or the cache are damaged, a given cache is of others, an unknown dtype,
+        a resolution that makes no latents, a part that cannot be, or a full disk.
     """
     _check(config, pipeline, part)
     side = config.cache.resolution or pipeline.resolution
     pairs = open_pairs(config.pairs.path or Path(workdir) / "pairs")
     folder = Path(workdir) / "cache"
     key = _key(config, pipeline, pairs)
+    if config.cache.path:
+        return _given(config.cache.path, key)
     if before := _key_of(folder):
         if before == key:
             return Cache(folder)
@@ -128,6 +130,17 @@ def encode_part(
     return Cache(folder)
 
 
+def _given(path: str, key: str) -> Cache:
+    """A cache made before."""
+    cache = Cache(path)
+    if cache.key != key:
+        raise UserError(
+            f"{path} is a cache of other pairs, another model or other settings: leave "
+            "config.cache.path empty to have one computed"
+        )
+    return cache
+
+
 def _told(missing: Sequence[int], per_shard: int, progress: Callable[[str], None]) -> Iterator[int]:
     """The shards, with a line after each."""
     pace = Pace(len(missing))
@@ -165,7 +178,7 @@ def _key(config: Any, pipeline: Any, pairs: Pairs) -> str:
             "model": storage.hash_parts(pipeline.sources, parts),
             "zeros_for_empty": pipeline.zeros_for_empty,
             "computed_in": [str(jax.tree.leaves(params)[0].dtype) for params in networks],
-            **config.cache.to_dict(),
+            **{k: v for k, v in config.cache.items() if k != "path"},
         }
     )
 

@@ -36,7 +36,7 @@ def run(
 
     phases.begin("config and pairs")
     config = resolve(config)
-    folder = pathlib.Path(config.pairs.path or pathlib.Path(workdir) / "pairs")
+    folder = config.pairs.path or pathlib.Path(workdir) / "pairs"
     pairs = data.open_pairs(folder)
     progress(f"{config.category}, {folder}: {pairs.num_pairs} pairs, {pairs.num_preserve} others")
 

@@ -90,8 +90,8 @@ def resolve_all(config: ConfigDict) -> list[ConfigDict]:
     """The configs of the experts that a config trains: itself, or one for each of `experts`.
 
     Where `experts.NAME` sets a value, it counts; else what the config sets for all; and where that
-    leaves a value open (None), what `presets.NAME` has. Pairs are those in `pairs.path`/NAME, if
-    that is given for all.
+    leaves a value open (None), what `presets.NAME` has. Pairs are those in `pairs.path`/NAME, and
+    caches in `cache.path`/NAME/cache, if that is given for all.
 
     Raises:
       UserError: no experts; a key that the config does not have, or that all must share; a value of
@@ -109,7 +109,9 @@ def resolve_all(config: ConfigDict) -> list[ConfigDict]:
                 del expert[key]
         expert.category = name
         if config.pairs.path:
-            expert.pairs.path = str(Path(config.pairs.path) / name)
+            expert.pairs.path = f"{config.pairs.path.rstrip('/')}/{name}"
+        if config.cache.path:
+            expert.cache.path = f"{config.cache.path.rstrip('/')}/{name}/cache"
         for key in set(own) & set(_OF_THE_RUN):
             raise UserError(f"config.experts.{name}.{key}: all experts of a run have the same")
         _set(expert, own, f"config.experts.{name}")
@@ -140,7 +142,7 @@ def cohorts_of(configs: list[ConfigDict]) -> list[list[ConfigDict]]:
 
     def common(config: ConfigDict) -> str:
         values = config.copy_and_resolve_references()
-        values.category = values.harm = values.pairs.path = ""
+        values.category = values.harm = values.pairs.path = values.cache.path = ""
         return storage.digest({k: v for k, v in values.to_dict().items() if k != "recipes"})
 
     groups: dict[str, list[ConfigDict]] = {}

@@ -117,7 +117,7 @@ def tiny_config():
                 "batch_size": 8,
                 "matmul_precision": None,
             },
-            "cache": {"dtype": "float32", "flip": False, "resolution": 0},
+            "cache": {"dtype": "float32", "flip": False, "resolution": 0, "path": ""},
         }
     )
 

@@ -61,7 +61,7 @@ def test_from_concepts_to_caches(config, tmp_path):
     assert "safetydpo train --config hate:sd15 --config.model=" in said
     facts = json.loads(card.split("```json")[1].split("```")[0])
     assert facts["writer"]["settings"]["model"] == "good"
-    assert facts["writer"]["categories"]["hate"]["kept"] == 2
+    assert facts["writer"]["categories"]["hate"]["kept"] == 3
 
     again = []  # the server is gone
     assert factory.run(config, workdir, progress=again.append) == folder

@@ -2,12 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.inputs.pair import ALL
 from safetydpo_jax.data.pairs.pair_set import PairSet, Picture
+from safetydpo_jax.data.remote import open_folder
 from safetydpo_jax.errors import UserError
 
 
@@ -27,8 +28,8 @@ class JoinedPairs:
       MissingFileError, UserError: as `PairSet`, of any of them.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool = False):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | PurePath, *, verify: bool = False):
+        self.folder = open_folder(folder)
         names = sorted({f.parent.name for f in self.folder.glob(f"*/{storage.CARD}")} - {ALL})
         self._sets = {name: PairSet(self.folder / name, verify=verify) for name in names}
         self.parts = {name: pairs.num_pairs for name, pairs in self._sets.items()}
@@ -61,15 +62,15 @@ class JoinedPairs:
             yield from pairs.pictures(split, range(start, stop))
 
 
-def open_pairs(folder: str | Path, *, verify: bool = False) -> PairSet | JoinedPairs:
+def open_pairs(folder: str | PurePath, *, verify: bool = False) -> PairSet | JoinedPairs:
     """The pair set in a folder, or those in its folders, joined.
 
     Raises:
       MissingFileError, UserError: there is none, or one is damaged.
     """
-    folder = Path(folder)
-    joined = not (folder / storage.CARD).is_file() and any(folder.glob(f"*/{storage.CARD}"))
-    return (JoinedPairs if joined else PairSet)(folder, verify=verify)
+    found = open_folder(folder)
+    joined = not (found / storage.CARD).is_file() and any(found.glob(f"*/{storage.CARD}"))
+    return (JoinedPairs if joined else PairSet)(found, verify=verify)
 
 
 def mixing_weights(parts: dict[str, int], given: tuple[str, ...]) -> list[float]:

@@ -10,12 +10,13 @@ The prompts are in the dataset only: they may be hateful or violent, so nothing 
 
 import collections
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from PIL import Image
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.pairs.builder import SafetyPairs
+from safetydpo_jax.data.remote import fetched, open_folder
 from safetydpo_jax.errors import UserError
 
 FORMAT = 1
@@ -131,10 +133,10 @@ def write_pairs(
 
 
 class PairSet:
-    """A pair set on disk, checked, with random access.
+    """A pair set, checked, with random access.
 
     Attributes:
-      folder: where it is.
+      folder: where it is; one in a bucket is fetched when the first picture is asked for.
       card: card.json, see `write_pairs`.
       num_pairs: number of pairs.
       num_preserve: number of preservation pictures, may be 0.
@@ -142,16 +144,22 @@ class PairSet:
 
     Args:
       folder: as written by `write_pairs`.
-      verify: compare the files' hashes with the card, not only their sizes.
+      verify: compare the files' hashes with the card, not only their sizes; those of a bucket
+        always are.
 
     Raises:
       MissingFileError: the folder or a file of it is not there.
       UserError: it is damaged, of another format, or holds no pairs.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool = False):
-        self.folder = Path(folder)
-        self.card = storage.read_card(self.folder, REMEDY, hashes=verify)
+    def __init__(self, folder: str | PurePath, *, verify: bool = False):
+        self.folder = open_folder(folder)
+        here = isinstance(self.folder, Path)
+        self.card = (
+            storage.read_card(self.folder, REMEDY, hashes=verify)
+            if here
+            else storage.parse_card(self.folder, REMEDY)
+        )
         if self.card.get("format") != FORMAT:
             raise UserError(
                 f"{self.folder} is a pair set of format {self.card.get('format')}, "
@@ -162,8 +170,11 @@ class PairSet:
         self.parts: dict[str, int] = {}
         if self.num_pairs < 1:
             raise UserError(f"{self.folder} holds no pairs: {REMEDY}")
-        version = self.folder / SafetyPairs.name / str(SafetyPairs.VERSION)
-        self._builder: Any = tfds.builder_from_directory(version)
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        here = fetched(self.folder, REMEDY)
+        return tfds.builder_from_directory(here / SafetyPairs.name / str(SafetyPairs.VERSION))
 
     @property
     def sizes(self) -> dict[str, int]:

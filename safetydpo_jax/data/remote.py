@@ -1,0 +1,137 @@
+"""Pair sets and caches in a bucket: fetched once to this host's disk, and read there.
+
+ArrayRecord is read from local files. What its card lists is fetched when the first record is
+asked for; who wants the card alone, as a run with a cache does of its pairs, fetches no more.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+from etils import epath
+
+from safetydpo_jax import storage
+from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.pace import Pace
+
+CACHE_DIR = "SAFETYDPO_CACHE_DIR"  # the variable that says where to
+_BLOCK = 16 * 2**20
+
+
+def open_folder(folder: str | PurePath) -> Any:
+    """A folder on this host, or one like gs://bucket/folder, as something that acts as a `Path`.
+
+    Raises:
+      MissingFileError: there is nothing at such an address.
+      UserError: it cannot be reached.
+    """
+    if "://" not in str(folder):
+        return Path(folder)
+    with _explained(folder):
+        found = epath.Path(str(folder))
+        if not found.exists():
+            raise MissingFileError(f"{folder}: there is nothing at this address")
+        return found
+
+
+def fetched(folder: Any, remedy: str) -> Path:
+    """The folder itself, or its copy on this host, which is fetched if it is not there or older.
+
+    Args:
+      folder: from `open_folder`, with a card that lists its files.
+      remedy: what the user should do if it is damaged; ends the error's sentence.
+
+    Raises:
+      UserError: it cannot be reached, a file is not the one that the card lists, or the disk is
+        full.
+    """
+    if isinstance(folder, Path):
+        return folder
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safetydpo_jax"
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    copy = Path(os.environ.get(CACHE_DIR) or home) / name
+    with storage.explained_writes(copy):
+        copy.mkdir(parents=True, exist_ok=True)
+        lock = copy.with_suffix(".lock").open("w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        with _explained(folder):
+            card = (folder / storage.CARD).read_bytes()
+        here = copy / storage.CARD
+        if not here.is_file() or here.read_bytes() != card:
+            here.unlink(missing_ok=True)
+            files = storage.listed_files(storage.parse_card(folder, remedy))
+            _fetch(folder, copy, files, remedy)
+            with storage.explained_writes(here):
+                storage.write_file(here, card)
+    return copy
+
+
+def _fetch(folder: Any, copy: Path, files: dict[str, tuple[int, str]], remedy: str) -> None:
+    """Brings the files that are not there yet."""
+    say = lambda line: print(f"{folder}: {line}", flush=True)  # noqa: E731
+    missing = {}
+    for name, (size, sha256) in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{folder}: {storage.CARD} lists a file outside its folder: {remedy}")
+        file = copy / name
+        if not file.is_file() or file.stat().st_size != size or storage.hash_file(file) != sha256:
+            missing[name] = size, sha256
+    total, done = sum(size for size, _ in missing.values()), 0
+    say(f"fetching {len(missing)} files, {total / 1e6:.1f} MB, to {copy}")
+    pace = Pace(total)
+    for name, (_, sha256) in missing.items():
+        found = hashlib.sha256()
+        with storage.explained_writes(copy):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        with storage.new_file(copy / name) as file:
+            for block in _blocks(folder / name):
+                found.update(block)
+                with storage.explained_writes(copy / name):
+                    file.write(block)
+                done += len(block)
+                if pace.due(done):
+                    say(
+                        f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {pace.rate(done) / 1e6:.0f} "
+                        f"MB/s, {pace.left(done):.0f} s left"
+                    )
+            if found.hexdigest() != sha256:
+                raise UserError(
+                    f"{folder / name} is damaged: it is not the file that {storage.CARD} lists; "
+                    f"{remedy}"
+                )
+    for file in copy.rglob("*"):  # of an older set at the same address
+        if file.is_file() and file.relative_to(copy).as_posix() not in files:
+            file.unlink()
+
+
+def _blocks(file: Any) -> Iterator[bytes]:
+    with _explained(file), file.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            yield block
+
+
+@contextlib.contextmanager
+def _explained(address: Any) -> Iterator[None]:
+    """Turns what the libraries of buckets raise, which is no one kind, into a `UserError`."""
+    try:
+        yield
+    except (UserError, MissingFileError, GeneratorExit):
+        raise
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{address}: there is no such file") from error
+    except ImportError as error:
+        raise UserError(
+            f"{address}: reading it takes more packages: pip install 'safetydpo-jax[gcs]' for "
+            f"gs://, s3fs for s3:// ({error})"
+        ) from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{address} cannot be read ({reason}): look at the address, and whether this host may "
+            "read it (gcloud auth application-default login)"
+        ) from error
