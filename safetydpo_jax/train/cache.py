@@ -3,6 +3,7 @@
 import pathlib
 from collections.abc import Callable
 
+import jax
 from ml_collections import ConfigDict
 
 from safetydpo_jax import data
@@ -48,7 +49,7 @@ def run(
         configs=config.model_config,
         parts=("vae", *TOKENIZERS),
         progress=progress,
-    )
+    ).spread(jax.local_devices())
 
     phases.begin("cache")
     cache = data.encode_part(config, pipeline, workdir, progress, part)
