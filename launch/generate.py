@@ -14,12 +14,13 @@ is asked for, harm included. The same command goes on after a kill and ends with
 one process or by several.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from safetydpo_jax.command_line import pop_option, read_command_line
+from safetydpo_jax.command_line import overrides, pop_option, read_command_line
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.host_memory import use_huge_pages
 
@@ -31,7 +32,11 @@ def main() -> None:
     from safetydpo_jax.train import factory, generate  # here: a wrong command is told at once
     from safetydpo_jax.train.workdir import part_of
 
-    (factory if "writer" in config else generate).run(config, workdir, part_of(part))
+    if "writer" not in config:
+        generate.run(config, workdir, part_of(part))
+        return
+    kept = overrides(argv, but=("writer", "pairs", "drawing", "report", "seed"))
+    factory.run(config, workdir, part_of(part), options=shlex.join(kept))
 
 
 if __name__ == "__main__":

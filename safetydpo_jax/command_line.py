@@ -102,6 +102,24 @@ def pop_option(argv: list[str], name: str) -> tuple[str, list[str]]:
     return "", argv
 
 
+def overrides(argv: list[str], but: tuple[str, ...] = ()) -> list[str]:
+    """The config's keys that a command line sets, as words of another.
+
+    >>> overrides(["x", "--config=hate:sd15", "--config.dtype=bfloat16", "--config.seed", "1"])
+    ['--config.dtype=bfloat16', '--config.seed=1']
+
+    Args:
+      argv: the command line.
+      but: sections or keys that are left out.
+    """
+    found = []
+    for i, word in enumerate(argv):
+        key, equals, value = word.partition("=")
+        if key.startswith("--config.") and key.split(".")[1] not in but:
+            found.append(f"{key}={value if equals else ''.join(argv[i + 1 : i + 2])}")
+    return found
+
+
 def _config_first(arguments: list[str]) -> tuple[list[str], Path]:
     """`--config=FILE` before its overrides, FILE a path or one of ours by name; and the file."""
     for i, argument in enumerate(arguments):

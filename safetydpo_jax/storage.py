@@ -1,12 +1,13 @@
 """Folders that are either whole or absent, and the hashes that say what they were made from."""
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -123,6 +124,29 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds a file that stands for what several processes may write; the kernel frees it.
+
+    Args:
+      path: the file; it is made, with its folder, and stays.
+      waiting: called before it waits for another process.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    with explained_writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -140,8 +140,8 @@ def test_prompts_are_not_quoted_in_an_error():
 def test_a_missing_config(given):
     name = given.removesuffix(":sd15")
     names = (
-        "all_experts, all_single, emoji_base, harassment, hate, illegal_activity, own, self_harm, "
-        "sexual, shocking, violence"
+        "all_experts, all_single, coprov2, emoji_base, harassment, hate, illegal_activity, own, "
+        "self_harm, sexual, shocking, violence"
     )
     message = f"{name}: no such config; give a file, or one of {names} in {ROOT / 'configs'}"
     with pytest.raises(MissingFileError) as error:

@@ -75,6 +75,8 @@ def draw_all(
       UserError: a set of which no pair passes, a model that draws NaN, a part that cannot be, or a
         full disk.
     """
+    if not sets:
+        raise UserError("there is no set of pairs to draw")
     index, count = part
     if not 0 <= index < count:
         raise UserError(f"part {index} of {count}: parts are numbered from 0")

@@ -1,7 +1,6 @@
 """Computing the cache: shard by shard, by one process or several, each shard whole or not there."""
 
 import contextlib
-import fcntl
 import itertools
 import os
 import shutil
@@ -203,12 +202,13 @@ def _finish(
 ) -> None:
     """Makes the cache of its shards; several processes may try at once, and any may be killed."""
     old = folder.with_name(f"{folder.name}.old")
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+    with storage.held(folder.with_name(f".{folder.name}.lock")):
         if _key_of(folder) == card["key"]:
             return  # another was first
         storage.write_file(partial / NULL, safetensors.numpy.save(_named(null, np.float32)))
         storage.write_card(partial, card, [*shards, NULL])
+        for file in set(partial.iterdir()) - {partial / x for x in (*shards, NULL, storage.CARD)}:
+            file.unlink(missing_ok=True)  # what a killed part was writing
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import fcntl
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -87,18 +86,13 @@ class PendingPairs:
         self._seeds = noise_seeds(seed, PAIR_SEEDS, count)
         self._other_seeds = noise_seeds(seed, PRESERVE_SEEDS, len(self._others))
         self._settings = _settings(config, pipeline, source, self._pairs, self._others)
-        if self.finished:
-            remedy = (
-                "remove that folder, choose another --workdir, or set config.pairs.path to use "
-                "these pairs as they are"
-            )
-            found = PairSet(folder).card.get("settings", {})
-            storage.check_same(folder, found, self._settings, remedy)
-            self._was_there = True
-            return
-        self._was_there = False
         key = storage.digest({"chunks": 2, **self._settings})[:16]
-        self._chunks = Chunks(folder.with_name(f"{folder.name}.drawing") / key)
+        with self._held():
+            if self.finished:
+                self._check_same()
+                self._clear()  # if it was killed before it did
+            else:
+                self._chunks = Chunks(self._drawing / key)
 
     @property
     def finished(self) -> bool:
@@ -123,7 +117,7 @@ class PendingPairs:
             if good >= self._wanted:
                 break
             if (name := f"pairs-{start:06d}") in names:
-                good += self._chunks.verdicts(name).count("")
+                good += self._verdicts_of(name).count("")
             else:
                 pairs = self._pairs[start : start + self._half]
                 texts = [unsafe.text for unsafe, _ in pairs] + [safe.text for _, safe in pairs]
@@ -169,16 +163,41 @@ class PendingPairs:
         Raises:
           UserError: the disk is full.
         """
-        if self._was_there:
-            progress(f"pairs: {PairSet(self.folder).num_pairs} found in {self.folder}")
-            return self.folder
-        drawing = self._chunks.folder.parent
-        with self._unless_finished(), (drawing / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
-            if not self.finished:
+        with self._held():
+            if self.finished:
+                self._check_same()
+                progress(f"pairs: {PairSet(self.folder).num_pairs} found in {self.folder}")
+            elif self._missing(self._chunks.names()):
+                raise UserError(
+                    f"{self._chunks.folder} lacks pictures that were there: the same command "
+                    "draws them again"
+                )
+            else:
                 self._write(progress)
-                shutil.rmtree(drawing)
+            self._clear()
         return self.folder
+
+    @property
+    def _drawing(self) -> Path:
+        """Where the chunks are, in a folder for these settings."""
+        return self.folder.with_name(f"{self.folder.name}.drawing")
+
+    def _held(self) -> contextlib.AbstractContextManager[None]:
+        """Within, no other process makes or ends the set."""
+        return storage.held(self.folder.with_name(f".{self.folder.name}.lock"))
+
+    def _clear(self) -> None:
+        """Removes chunks that nobody needs any more; one may just be written in vain."""
+        shutil.rmtree(self._drawing, ignore_errors=True)
+
+    def _check_same(self) -> None:
+        """Raises UserError if the set there was drawn with other settings."""
+        remedy = (
+            "remove that folder, choose another --workdir, or set config.pairs.path to use these "
+            "pairs as they are"
+        )
+        found = PairSet(self.folder).card.get("settings", {})
+        storage.check_same(self.folder, found, self._settings, remedy)
 
     @contextlib.contextmanager
     def _unless_finished(self) -> Iterator[None]:
@@ -224,7 +243,13 @@ class PendingPairs:
         while len(verdicts) < len(self._pairs) and verdicts.count("") < self._wanted:
             if (name := f"pairs-{len(verdicts):06d}") not in names:
                 break
-            verdicts += self._chunks.verdicts(name)
+            verdicts += self._verdicts_of(name)
+        return verdicts
+
+    def _verdicts_of(self, name: str) -> list[str]:
+        verdicts = self._chunks.verdicts(name)
+        if len(verdicts) != self._half:
+            raise UserError(f"{self._chunks.folder}, {name} is damaged: remove it to draw it again")
         return verdicts
 
     def _none_passed(self) -> UserError:
@@ -232,7 +257,7 @@ class PendingPairs:
         return UserError(
             f"none of the {len(verdicts)} pairs that {self._model} drew for {self.category} "
             f"passed the judge ({_said(collections.Counter(verdicts))}): the model may not know "
-            "these concepts; look at config.drawing, or give pairs as config.pairs.path"
+            "these concepts; look at config.drawing, or take pairs made otherwise (docs/pairs.md)"
         )
 
 

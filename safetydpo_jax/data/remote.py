@@ -5,7 +5,6 @@ asked for; who wants the card alone, as a run with a cache does of its pairs, fe
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -54,11 +53,7 @@ def fetched(folder: Any, remedy: str) -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safetydpo_jax"
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     copy = Path(os.environ.get(CACHE_DIR) or home) / name
-    with storage.explained_writes(copy):
-        copy.mkdir(parents=True, exist_ok=True)
-        lock = copy.with_suffix(".lock").open("w")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+    with storage.held(copy.with_suffix(".lock")):
         with _explained(folder):
             card = (folder / storage.CARD).read_bytes()
         here = copy / storage.CARD
@@ -67,6 +62,7 @@ def fetched(folder: Any, remedy: str) -> Path:
             files = storage.listed_files(storage.parse_card(folder, remedy))
             _fetch(folder, copy, files, remedy)
             with storage.explained_writes(here):
+                copy.mkdir(exist_ok=True)
                 storage.write_file(here, card)
     return copy
 

@@ -20,6 +20,7 @@ from safetydpo_jax.data.writing.sources import Writer
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train.model_card import base_name
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.workdir import Phases, lock_workdir
 
@@ -29,6 +30,7 @@ def run(
     workdir: str | pathlib.Path,
     part: tuple[int, int] = (0, 1),
     progress: Callable[[str], None] = lambda line: print(line, flush=True),
+    options: str = "",
 ) -> pathlib.Path:
     """Writes prompts, draws and encodes the pairs, or goes on where an earlier call ended.
 
@@ -37,6 +39,7 @@ def run(
       workdir: the folder, which all parts share.
       part: (i, n): this process is the i-th of n; they end with what one would have made.
       progress: takes lines of text; never a prompt.
+      options: those of the command line that training wants, too.
 
     Returns:
       The folder of the pair sets, `workdir`/pairs.
@@ -50,16 +53,16 @@ def run(
     check_nothing_given(config)
     writer = Writer(config, workdir / "prompts")
     shares = _shares(config.pairs.num_pairs, writer.categories)
+    configs = {name: _config_of(config, name, count) for name, count in shares.items()}
     with lock_workdir(workdir, part):
         progress(f"{', '.join(shares)}, {workdir}, part {part[0]} of {part[1]}")
         progress(f"{config.pairs.num_pairs} pairs, prompts by {writer.name}")
 
         phases.begin("prompts")
-        sources = writer.write(max(shares.values()), progress)
-        configs = {
-            name: _config_of(config, name, harm, shares[name])
-            for name, (harm, _) in sources.items()
-        }
+        sources = writer.write(progress)
+        configs = {name: configs[name] for name in sources}
+        for name, (harm, _) in sources.items():
+            configs[name].harm = harm
 
         phases.begin("base model")
         pipeline = load_pipeline(
@@ -83,11 +86,14 @@ def run(
 
         phases.begin("cache")
         keys = {}
-        for name, one in configs.items():
-            one.pairs.path = str(folder / name)
-            say = lambda line, name=name: progress(f"{name}: {line}")  # noqa: E731
-            if cache := data.encode_part(one, pipeline, workdir / name, say, part):
-                keys[name] = cache.key
+        for _ in range(2):  # again, for what other parts have done meanwhile
+            for name, one in configs.items():
+                one.pairs.path = str(folder / name)
+                say = lambda line, name=name: progress(f"{name}: {line}")  # noqa: E731
+                if name not in keys and (
+                    cache := data.encode_part(one, pipeline, workdir / name, say, part)
+                ):
+                    keys[name] = cache.key
         phases.end()
     progress(phases.table())
     if len(keys) < len(configs):
@@ -98,7 +104,7 @@ def run(
         write_pair_card(
             folder,
             written,
-            model=str(config.model),
+            model=base_name(config),
             license=config.license,
             writer=writer.about(),
             caches=keys,
@@ -117,7 +123,7 @@ def run(
         f"pairs         {folder}: {num_pairs} pairs, {num_others} preservation pictures; "
         f"{README}, pairs.png\n"
         f"caches        {workdir}: CATEGORY/cache\n"
-        f"to train      {_to_train(config, workdir, list(configs.items()))}"
+        f"to train      {_to_train(config, workdir, list(configs.items()), options)}"
     )
     return folder
 
@@ -143,20 +149,23 @@ def _shares(count: int, categories: list[str]) -> dict[str, int]:
     }
 
 
-def _config_of(config: ConfigDict, name: str, harm: str, num_pairs: int) -> ConfigDict:
+def _config_of(config: ConfigDict, name: str, num_pairs: int) -> ConfigDict:
     """The config of a category's expert, as far as pairs and cache go."""
     one = config.copy_and_resolve_references()
     with one.unlocked():
         del one.writer
-    one.category, one.harm, one.pairs.num_pairs = name, harm, num_pairs
+    one.category, one.pairs.num_pairs = name, num_pairs
     return resolve(one, pairs_only=True)
 
 
 def _to_train(
-    config: ConfigDict, workdir: pathlib.Path, configs: list[tuple[str, ConfigDict]]
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    configs: list[tuple[str, ConfigDict]],
+    options: str,
 ) -> str:
     """The command that trains what the factory made pairs for."""
-    base = "" if config.base == "emoji" else f":{config.base} --config.model={config.model}"
+    base = ("" if config.base == "emoji" else f":{config.base}") + f" {options}".rstrip()
     if {name for name, _ in configs} == set(CATEGORIES):
         pairs = workdir / "pairs"
         return (

@@ -6,7 +6,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from safetydpo_jax import storage
+from safetydpo_jax.data.cache import DTYPES
+from safetydpo_jax.data.pending import check_options
 from safetydpo_jax.data.sources import two_ways
+from safetydpo_jax.diffusion.samplers import SAMPLERS
 from safetydpo_jax.emoji.own_harm import harm_of
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import read_harm
@@ -196,6 +199,7 @@ def _name_own_harm(config: ConfigDict) -> None:
 
 
 def _check(config: ConfigDict) -> None:
+    check_options(config)
     at_least = {
         "steps": 1,
         "seed": 0,
@@ -236,6 +240,8 @@ def _check(config: ConfigDict) -> None:
         "optimizer.schedule": SCHEDULES,
         "matmul_precision": ("float32", "tensorfloat32", "bfloat16"),
         "dtype": ("float32", "bfloat16"),
+        "cache.dtype": tuple(DTYPES),
+        "drawing.sampler": tuple(SAMPLERS),
     }
     for key, known in one_of.items():
         if (value := _value(config, key)) not in known:

@@ -11,9 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import jax
+
 from safetydpo_jax.errors import UserError
 
-_WHICH = "import jax; jax.distributed.initialize(); print(jax.process_index(), jax.process_count())"
+_WHICH = """
+import jax
+jax.distributed.initialize()
+visible = [jax.config.jax_cuda_visible_devices, jax.config.jax_rocm_visible_devices]
+print(jax.process_index(), jax.process_count(), *visible)
+"""
 
 
 @contextlib.contextmanager
@@ -70,10 +77,14 @@ def part_of(text: str) -> tuple[int, int]:
                 f"--part auto: JAX does not know which process of a job this is ({reason}): give "
                 "--part I/N"
             )
-        index, count = asked.stdout.split()[-2:]
+        index, count, *visible = asked.stdout.split()[-4:]
+        for kind, ids in zip(("cuda", "rocm"), visible, strict=True):
+            jax.config.update(f"jax_{kind}_visible_devices", ids)  # of a process for each GPU
         return int(index), int(count)
     if not (match := re.fullmatch(r"(\d+)/(\d+)", text)):
         raise UserError(f"--part is {text!r}: write it as 0/4, the first of four, or auto")
+    if int(match[1]) >= int(match[2]):
+        raise UserError(f"--part is {text!r}: parts are numbered from 0")
     return int(match[1]), int(match[2])
 
 

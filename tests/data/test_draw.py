@@ -96,7 +96,7 @@ def test_killed_run_ends_with_the_same_set(config, pipeline, source, silent, tmp
     assert drawn == [8, 8, 8]  # two chunks of pairs, and the preservation pictures
     cards = [json.loads((f / "card.json").read_text()) for f in (whole, resumed)]
     assert cards[0] == cards[1]
-    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["pairs"]
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == [".pairs.lock", "pairs"]
 
 
 def content(folder):
@@ -140,7 +140,40 @@ def test_parts_end_with_the_same_set(config, pipeline, source, silent, tmp_path)
     late.keep(chunk, np.zeros((8, 16, 16, 3), np.uint8))  # nobody wants it any more
     assert late.missing() == []
     assert content(late.finish(silent)) == whole
-    assert sorted(file.name for file in folder.parent.iterdir()) == ["pairs"]
+    assert sorted(file.name for file in folder.parent.iterdir()) == [".pairs.lock", "pairs"]
+
+
+def test_rubbish_of_a_kill_is_removed(config, pipeline, source, silent, tmp_path):
+    folder = make_pairs(config, pipeline, tmp_path, silent, source)
+    (tmp_path / "pairs.drawing" / "key").mkdir(parents=True)  # killed before it was removed
+    assert make_pairs(config, pipeline, tmp_path, silent, source) == folder
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".pairs.lock", "model", "pairs"]
+
+
+def test_chunks_that_go_or_are_damaged(config, pipeline, source, silent, tmp_path):
+    pairs = PendingPairs(config, pipeline, tmp_path / "pairs", source)
+    draw.draw_all([pairs], pipeline, silent)
+    chunk = next(tmp_path.rglob("pairs-000004.safetensors"))
+    data = chunk.read_bytes()
+    chunk.unlink()
+    with pytest.raises(UserError, match="lacks pictures that were there"):
+        pairs.finish(silent)
+    for damaged in (data[:100], data.replace(b"every fourth", b'every-fourth", "')):
+        chunk.write_bytes(damaged)
+        again = PendingPairs(config, pipeline, tmp_path / "pairs", source)
+        with pytest.raises(UserError, match="pairs-000004.* is damaged.* remove it to draw it"):
+            again.missing()
+    chunk.unlink()
+    make_pairs(config, pipeline, tmp_path, silent, source)
+
+
+def test_a_set_of_other_settings_meanwhile(config, pipeline, source, silent, tmp_path):
+    pairs = PendingPairs(config, pipeline, tmp_path / "pairs", source)
+    config.drawing.num_steps = 3
+    make_pairs(config, pipeline, tmp_path, silent, source)
+    draw.draw_all([pairs], pipeline, silent)
+    with pytest.raises(UserError, match="made with drawing.num_steps = 3, but now it is 2"):
+        pairs.finish(silent)
 
 
 def test_what_is_drawn_does_not_depend_on_the_batch(config, pipeline, source, silent, tmp_path):

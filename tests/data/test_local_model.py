@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 
 from safetydpo_jax.data.writing import Settings, judge, write_prompts
 from safetydpo_jax.data.writing.answers import PromptPair
+from safetydpo_jax.data.writing.local_model import LocalModel
 from safetydpo_jax.errors import UserError
 
 PAIR = {"unsafe": "a man with a dagger", "safe": "a man with a flower"}
@@ -84,6 +86,8 @@ def folder(tmp_path_factory):
         if file.suffix != ".safetensors":
             (folder / "pickled" / file.name).write_bytes(file.read_bytes())
     torch.save(model.state_dict(), folder / "pickled" / "pytorch_model.bin")
+    shutil.copytree(folder / "good", folder / "damaged")
+    (folder / "damaged" / "model.safetensors").write_bytes(b"x" * 100)
     return folder
 
 
@@ -120,6 +124,7 @@ def test_it_writes_and_judges(settings):
     [
         ("bare", "has no chat template"),
         ("pickled", "cannot be read as a language model of transformers"),
+        ("damaged", "cannot be read as a language model of transformers"),
         ("none", "cannot be read as a language model of transformers"),
     ],
 )
@@ -130,5 +135,20 @@ def test_models_that_cannot_be_used(settings, folder, name, message):
 
 def test_a_question_that_is_too_long(settings):
     settings.template.write_text("{concept} {count} " + "x" * 600)
-    with pytest.raises(UserError, match="takes 512 tokens, a question has 6"):
+    with pytest.raises(UserError, match="no pair could be used"):
         write_prompts(settings, lambda line: None)
+    report = json.loads((settings.out / "report.json").read_text())
+    assert report["unanswered"] == {"question of more tokens than the model takes": 1}
+
+
+def test_no_temperature_is_no_chance(settings, folder):
+    import asyncio
+
+    file = folder / "good" / "generation_config.json"
+    wish = {"do_sample": True, "temperature": 50.0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | wish))
+    model = LocalModel(str(folder / "good"))
+    asked = [model.ask("secretword 1", seed=seed, temperature=0.0) for seed in range(3)]
+    assert {asyncio.run(answer) for answer in asked} == {f"Yes: {json.dumps([PAIR])}"}
+    wild = model.ask("secretword 1", seed=0, temperature=50.0)
+    assert asyncio.run(wild) != f"Yes: {json.dumps([PAIR])}"

@@ -215,7 +215,7 @@ def test_a_judge_template_of_ones_own(settings, tmp_path):
     mine = replace(settings, judge=True, judge_template=tmp_path / "mine.txt")
     with pytest.raises(MissingFileError, match="mine.txt: there is no such template"):
         estimate(mine)
-    for text in ("{count}", "{prompts} {concept}"):
+    for text in ("{count}", "{prompts} {concept}", "{prompts:>9}", "{prompts!r}"):
         mine.judge_template.write_text(text)
         with pytest.raises(UserError, match="has .prompts. in braces and may have .category. and"):
             estimate(mine)

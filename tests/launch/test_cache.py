@@ -76,6 +76,8 @@ def test_the_unets_weights_are_not_read(pairs, tmp_path, monkeypatch):
 def test_parts():
     assert part_of("") == (0, 1)
     assert part_of("2/4") == (2, 4)
+    with pytest.raises(UserError, match="'4/4': parts are numbered from 0"):
+        part_of("4/4")
     for text in ("2", "a/b", "-1/4"):
         with pytest.raises(UserError, match="write it as 0/4"):
             part_of(text)

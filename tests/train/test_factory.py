@@ -41,27 +41,31 @@ def test_from_concepts_to_caches(config, tmp_path):
     lines = []
     with Server() as server:
         config.writer.endpoint = server.url
-        folder = factory.run(config, tmp_path / "run", progress=lines.append)
+        options = "--config.model=MODEL"
+        folder = factory.run(config, tmp_path / "run", progress=lines.append, options=options)
         assert server.asked.total() == 8  # in four requests, each judged
     said = "\n".join(lines)
     assert f"{folder}: 5 pairs, 0 preservation pictures" in said
-    workdir = tmp_path / "run"
+    workdir, kept_of = tmp_path / "run", {}
     for name, count, concept in (("hate", 2, "one"), ("violence", 3, "two")):
         pairs, cache = PairSet(folder / name), Cache(workdir / name / "cache")
         assert (pairs.num_pairs, cache.num_pairs, cache.orientations) == (count, count, 2)
         written = pairs_for(f"{SECRET} {concept}", 10, 10) + pairs_for(f"{SECRET} {concept}", 20, 2)
-        kept = {pair["unsafe"] for pair in judged(written)[:3]}
+        kept = {pair["unsafe"] for pair in judged(written)}
         drawn = {picture.prompt for picture in pairs.pictures("unsafe")}
         assert len(drawn) == count
         assert drawn <= kept
+        kept_of[name] = kept
     card = (folder / "README.md").read_text()
     assert "| all | 5 | 0 | 6 |" in card
     assert (folder / "pairs.png").is_file()
     assert SECRET not in said + card
-    assert "safetydpo train --config hate:sd15 --config.model=" in said
+    assert (
+        f"safetydpo train --config hate:sd15 --config.model=MODEL --config.harm={tmp_path}" in said
+    )
     facts = json.loads(card.split("```json")[1].split("```")[0])
     assert facts["writer"]["settings"]["model"] == "good"
-    assert facts["writer"]["categories"]["hate"]["kept"] == 3
+    assert facts["writer"]["categories"]["hate"]["kept"] == len(kept_of["hate"])
 
     again = []  # the server is gone
     assert factory.run(config, workdir, progress=again.append) == folder
@@ -73,20 +77,65 @@ def test_from_concepts_to_caches(config, tmp_path):
 
 
 def test_what_cannot_be(config, emoji, tmp_path):
-    def message(config, **values):
+    def message(given, **values):
+        config = given.copy_and_resolve_references()
         config.update_from_flattened_dict(values)
         with pytest.raises(UserError) as raised:
             factory.run(config, tmp_path / "run", progress=lambda line: None)
         return str(raised.value)
 
     assert "one for each category" in message(emoji, **{"pairs.num_pairs": 6})
-    assert "nothing to make" in message(emoji, **{"pairs.path": "x", "pairs.num_pairs": 7})
+    assert "nothing to make" in message(emoji, **{"pairs.path": "x"})
+    assert "config.cache.dtype is 'float8'" in message(emoji, **{"cache.dtype": "float8"})
+    assert "config.drawing.sampler is 'x'" in message(emoji, **{"drawing.sampler": "x"})
+    assert "config.pairs.seed is -1" in message(emoji, **{"pairs.seed": -1})
+    assert "config.recipe is 'x'" in message(emoji, recipe="x")
     assert "writes about pictograms alone" in message(config, **{"writer.model": "grammar"})
     assert "and who is to write" in message(config, **{"writer.model": ""})
     assert "there is no such file" in message(
         config, **{"writer.model": "x", "writer.concepts": "x"}
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["pairs", "prompts", "cache", "Safe", "hate"])
+def test_categories_that_cannot_be(emoji, tmp_path, name):
+    table = tmp_path / "concepts.csv"
+    table.write_text(f"category,concept\n{name},{SECRET}\n")
+    emoji.writer.update({"concepts": str(table), "model": "good", "endpoint": "http://localhost:1"})
+    with pytest.raises(UserError, match=f"the name {name} is taken: call the category otherwise"):
+        factory.run(emoji, tmp_path / "run", progress=lambda line: None)
+
+
+def test_a_writer_that_wrote_nothing_is_asked_again(config, tmp_path):
+    with Server(["refusal"]) as server:
+        config.writer.endpoint, config.writer.attempts = server.url, 1
+        for _ in range(2):  # pairs, then verdicts on them
+            with pytest.raises(UserError, match="no pair could be used"):
+                factory.run(config, tmp_path / "run", progress=lambda line: None)
+        factory.run(config, tmp_path / "run", progress=lambda line: None)
+    assert PairSet(tmp_path / "run" / "pairs" / "hate").num_pairs == 2
+
+
+def test_whichever_part_ends_last_says_what_was_made(config, tmp_path, monkeypatch):
+    """The first part does the last of one category's cache, the second of the other's."""
+    from safetydpo_jax.data import encode
+
+    monkeypatch.setattr(encode, "ENCODE_BATCH", 2)  # several shards
+    lines = []
+
+    def between(line):
+        lines.append(line)
+        if line.startswith("violence: cache: encoding") and not made:
+            made.append(0)
+            factory.run(config, tmp_path / "run", (1, 2), made.append)
+
+    with Server() as server:
+        config.writer.endpoint = server.url
+        made = []
+        factory.run(config, tmp_path / "run", (0, 2), between)
+    assert any("to train" in str(line) for line in lines)
+    assert (tmp_path / "run" / "pairs" / "README.md").is_file()
 
 
 def test_it_trains_nothing(emoji, tmp_path):
@@ -124,6 +173,7 @@ def test_the_list_of_the_embedded_world(emoji, tmp_path):
 def test_a_report_that_is_damaged(config, tmp_path):
     config.writer.endpoint = "http://localhost:1/v1"
     (tmp_path / "prompts").mkdir()
-    (tmp_path / "prompts" / "report.json").write_text("[]")
-    with pytest.raises(UserError, match="report.json is damaged"):
-        Writer(config, tmp_path / "prompts").write(3, lambda line: None)
+    for text in ("[]", '{"settings": 5}', '{"settings": {}, "categories": [1]}', "{}", "x"):
+        (tmp_path / "prompts" / "report.json").write_text(text)
+        with pytest.raises(UserError, match="report.json is damaged"):
+            Writer(config, tmp_path / "prompts").write(lambda line: None)

@@ -34,7 +34,7 @@ def test_pairs_are_drawn_once_and_said(config, tmp_path):
     assert "unjudged" in pairs.card["settings"]["source"]
     assert len({picture.id for picture in pairs.pictures("unsafe")}) == 3
     assert {p.prompt for p in pairs.pictures("unsafe")} == {SECRET, "a fight"}
-    assert sorted(p.name for p in folder.parent.iterdir()) == [".lock", "pairs"]
+    assert sorted(p.name for p in folder.parent.iterdir()) == [".lock", ".pairs.lock", "pairs"]
 
     again = []
     assert generate.run(config, tmp_path / "run", progress=again.append) == folder

@@ -27,14 +27,14 @@ class LocalModel:
     def __init__(self, path: str):
         torch, transformers = needed("torch", "torch"), needed("transformers")
         self.used = Used()
-        self._torch, self._path = torch, path
+        self._torch = torch
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype="auto", use_safetensors=True
             )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # as many kinds as there are ways to be no such model
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"{path} cannot be read as a language model of transformers ({reason}): give the "
                 "folder or hub id of one in safetensors, or the address of an endpoint"
@@ -63,10 +63,10 @@ class LocalModel:
         length = inputs["input_ids"].shape[1]
         limit = getattr(self._model.config, "max_position_embeddings", None) or length + MAX_TOKENS
         if limit <= length:
-            raise UserError(
-                f"{self._path} takes {limit} tokens, a question has {length}: give another model"
-            )
-        how = {"do_sample": True, "temperature": temperature} if temperature else {}
+            raise UnusableAnswerError("question of more tokens than the model takes", again=False)
+        how = {"do_sample": True, "temperature": temperature}
+        if not temperature:
+            how = {"do_sample": False}
         self._torch.manual_seed(seed)
         with self._torch.inference_mode():
             output = self._model.generate(
@@ -81,4 +81,7 @@ class LocalModel:
         return answer
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Gives its memory back: the model that draws comes next."""
+        del self._model
+        if self._torch.cuda.is_available():
+            self._torch.cuda.empty_cache()

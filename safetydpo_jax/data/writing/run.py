@@ -95,13 +95,14 @@ async def _ask_all(
         else LocalModel(settings.model)
     )
     failed: dict[str, str] = {}
+    verdicts = judge_template(settings) if settings.judge else ""
     waiting = iter(requests)
     pace, done = Pace(len(requests)), 0
 
     async def work() -> None:
         nonlocal done
         for request in waiting:  # shared: each takes the next
-            reason = await _ask(settings, model, request, journal)
+            reason = await _ask(settings, model, request, verdicts, journal)
             if reason:
                 failed[request.id] = reason
             done += 1
@@ -124,16 +125,20 @@ async def _ask_all(
 
 
 async def _ask(
-    settings: Settings, model: Endpoint | LocalModel, request: Request, journal: Journal
+    settings: Settings,
+    model: Endpoint | LocalModel,
+    request: Request,
+    verdicts: str,
+    journal: Journal,
 ) -> str:
     """Asks until an answer can be used, has it judged and keeps it; why there is none, or ""."""
     try:
         pairs, faults = await _usable(
             settings, model, request, request.text, lambda text: read_answer(text, request.count)
         )
-        if settings.judge:
+        if verdicts:
             category, seed = request.concept.category, request.seed
-            text = judge.question(judge_template(settings), category, pairs, seed)
+            text = judge.question(verdicts, category, pairs, seed)
             written = pairs
             pairs, wrong = await _usable(
                 settings, model, request, text, lambda x: judge.read_verdicts(x, written, seed)

@@ -97,7 +97,7 @@ def about(settings: Settings) -> dict[str, Any]:
     return {
         "concepts_hash": storage.digest([[c.id, c.text] for c in concepts]),
         "template_hash": storage.hash_file(settings.template),
-        "judge_hash": storage.hash_file(settings.judge_template) if settings.judge else "",
+        **({"judge_hash": storage.hash_file(settings.judge_template)} if settings.judge else {}),
         "model": settings.model,
         **{k: getattr(settings, k) for k in ("per_concept", "per_request", "temperature")},
     }
@@ -156,7 +156,9 @@ def _template(path: Path, needed: set[str], known: set[str]) -> str:
         raise MissingFileError(f"{path}: there is no such template")
     try:
         text = path.read_text(encoding="utf-8")
-        names = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
+        # Of a field its name and no more: {count:>5} would be none.
+        names = {name if not (how or turned) else "" for _, name, how, turned in fields}
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the template is not UTF-8 text") from error
     except ValueError:

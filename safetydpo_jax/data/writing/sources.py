@@ -1,7 +1,5 @@
 """The sources of pairs of a factory: the embedded world's grammar, or what a model has written."""
 
-import dataclasses
-import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +11,13 @@ from safetydpo_jax.data.sources import PairSource, emoji_source, plain_source
 from safetydpo_jax.data.writing.concepts import Concept, read_concepts
 from safetydpo_jax.data.writing.run import REPORT, write_prompts
 from safetydpo_jax.data.writing.settings import Settings, about, estimate, said
+from safetydpo_jax.emoji.concepts import HARMS
 from safetydpo_jax.emoji.own_harm import embedded, listed
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import read_harm
 
 GRAMMAR = "grammar"  # the writer that is no model
+_TAKEN = ("all", "safe", "pairs", "prompts", "cache")  # they have a meaning as a name or a folder
 
 
 class Writer:
@@ -48,6 +48,9 @@ class Writer:
         path = shipped(writer.concepts)
         concepts = read_concepts(path)
         self.categories = list(dict.fromkeys(concept.category for concept in concepts))
+        taken = {*_TAKEN, *(HARMS if self._base == "emoji" and writer.model != GRAMMAR else ())}
+        if wrong := [name for name in self.categories if name.lower() in taken]:
+            raise UserError(f"{path}: the name {wrong[0]} is taken: call the category otherwise")
         self.name = writer.model
         self._harms, self._settings = {}, None
         if writer.model == GRAMMAR:
@@ -67,14 +70,8 @@ class Writer:
         self._settings = Settings(path, out, writer.endpoint, writer.model, **given)
         self.name = f"{writer.model}, {said(estimate(self._settings))}"
 
-    def write(
-        self, per_category: int, progress: Callable[[str], None]
-    ) -> dict[str, tuple[str, PairSource]]:
+    def write(self, progress: Callable[[str], None]) -> dict[str, tuple[str, PairSource]]:
         """By category, the harm's file ("" if it is a built-in one) and the source.
-
-        Args:
-          per_category: pairs wanted of each category.
-          progress: takes lines of text.
 
         What was written once is not asked for again, nor is what had no answer: pictures may have
         been drawn of it. One of several processes writes, the others wait for it.
@@ -85,13 +82,9 @@ class Writer:
         if not self._settings:
             progress(f"prompts: of pictograms, {len(self._harms)} categories")
             return {name: ("", emoji_source(harm)) for name, harm in self._harms.items()}
-        with storage.explained_writes(self._out):
-            self._out.mkdir(parents=True, exist_ok=True)
-            lock = (self._out / ".lock").open("w")
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
-            settings = dataclasses.replace(self._settings, per_category=per_category)
-            report = self._written() or write_prompts(settings, progress)
+        waiting = lambda: progress("prompts: another process is writing them")  # noqa: E731
+        with storage.held(self._out / ".lock", waiting):
+            report = self._written() or write_prompts(self._settings, progress)
         counts = {name: count["kept"] for name, count in report["categories"].items()}
         progress(f"prompts: {', '.join(f'{count} of {name}' for name, count in counts.items())}")
         if unanswered := len(report["unanswered_ids"]):
@@ -110,19 +103,26 @@ class Writer:
             concepts = {name: len(harm.concepts) for name, harm in self._harms.items()}
             return {"model": GRAMMAR, "concepts": concepts}
         report = self._written() or {}
-        return {k: report[k] for k in ("settings", "categories", "left_out") if k in report}
+        shown = {k: report[k] for k in ("settings", "categories", "left_out") if k in report}
+        if not self._settings.url:  # of a folder, what is no secret
+            shown["settings"] |= {"model": Path(self._settings.model).name}
+        return shown
 
     def _written(self) -> dict[str, Any] | None:
-        """The report of an earlier call."""
+        """The report of an earlier call that came by prompts."""
         assert self._settings
         path = self._out / REPORT
         if not path.is_file():
             return None
         try:
             report = json.loads(path.read_bytes())
-            before = report["settings"]
-        except (ValueError, KeyError, TypeError) as error:
+            before = dict(report["settings"])
+            kept = sum(count["kept"] for count in report["categories"].values())
+            len(report["unanswered_ids"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error!r}): remove it") from error
+        if not kept:
+            return None
         remedy = "or choose another --workdir"
         storage.check_same(self._out, before, json.loads(json.dumps(about(self._settings))), remedy)
         return report
