@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from safetydpo_jax.command_line import read_command_line, shown_command
+from safetydpo_jax.command_line import overrides, read_command_line, shown_command
 from safetydpo_jax.errors import MissingFileError, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -147,3 +147,22 @@ def test_a_missing_config(given):
     with pytest.raises(MissingFileError) as error:
         read("--config", given)
     assert str(error.value) == message
+
+
+def test_what_a_command_line_sets():
+    argv = [
+        "x",
+        "--config=hate:sd15",
+        "--config.dtype=bfloat16",
+        "--config.loss.beta",
+        "3",
+        "--y=1",
+    ]
+    argv += ["--config.writer.model=NAME", "--config.seed=1"]
+    assert overrides(argv) == [
+        "--config.dtype=bfloat16",
+        "--config.loss.beta=3",
+        "--config.writer.model=NAME",
+        "--config.seed=1",
+    ]
+    assert overrides(argv, but=("writer", "seed")) == overrides(argv)[:2]
