@@ -3,12 +3,11 @@
 import pathlib
 from collections.abc import Callable
 
-import jax
 from ml_collections import ConfigDict
 
 from safetydpo_jax import data
 from safetydpo_jax.models.pipeline import TOKENIZERS
-from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train.base import load_on_all_devices
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.workdir import Phases
 
@@ -42,14 +41,7 @@ def run(
     progress(f"{config.category}, {folder}: {pairs.num_pairs} pairs, {pairs.num_preserve} others")
 
     phases.begin("autoencoder and text encoders")
-    pipeline = load_pipeline(
-        config.model,
-        dtype=config.dtype,
-        vae=config.vae,
-        configs=config.model_config,
-        parts=("vae", *TOKENIZERS),
-        progress=progress,
-    ).spread(jax.local_devices())
+    pipeline = load_on_all_devices(config, progress, parts=("vae", *TOKENIZERS))
 
     phases.begin("cache")
     cache = data.encode_part(config, pipeline, workdir, progress, part)

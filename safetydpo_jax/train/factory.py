@@ -8,7 +8,6 @@ WORKDIR/hate/cache ...                 what training reads, where configs/all_ex
 import pathlib
 from collections.abc import Callable
 
-import jax
 from ml_collections import ConfigDict
 
 from safetydpo_jax import __version__, data, storage
@@ -19,7 +18,7 @@ from safetydpo_jax.data.pending import PendingPairs
 from safetydpo_jax.data.writing.sources import Writer
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
-from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train.base import load_on_all_devices
 from safetydpo_jax.train.model_card import base_name
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.workdir import Phases, lock_workdir
@@ -65,14 +64,7 @@ def run(
             configs[name].harm = harm
 
         phases.begin("base model")
-        pipeline = load_pipeline(
-            config.model,
-            dtype=config.dtype,
-            vae=config.vae,
-            configs=config.model_config,
-            progress=progress,
-        ).spread(jax.local_devices())
-        progress(f"{config.model}, {pipeline.resolution} px, {pipeline.num_devices} devices")
+        pipeline = load_on_all_devices(config, progress)
 
         phases.begin("pairs")
         folder = workdir / "pairs"

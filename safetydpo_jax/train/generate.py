@@ -3,13 +3,12 @@
 import pathlib
 from collections.abc import Callable
 
-import jax
 from ml_collections import ConfigDict
 
 from safetydpo_jax import data
 from safetydpo_jax.data.draw import draw_all
 from safetydpo_jax.data.pending import PendingPairs
-from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train.base import load_on_all_devices
 from safetydpo_jax.train.factory import check_nothing_given
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.workdir import Phases, lock_workdir
@@ -46,14 +45,7 @@ def run(
         progress(f"{config.category}, {workdir}, {source.name}")
 
         phases.begin("base model")
-        pipeline = load_pipeline(
-            config.model,
-            dtype=config.dtype,
-            vae=config.vae,
-            configs=config.model_config,
-            progress=progress,
-        ).spread(jax.local_devices())
-        progress(f"{config.model}, {pipeline.resolution} px, {pipeline.num_devices} devices")
+        pipeline = load_on_all_devices(config, progress)
 
         phases.begin("pairs")
         drawn = PendingPairs(config, pipeline, pathlib.Path(workdir) / "pairs", source)

@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from safetydpo_jax import host_memory, sharding
-from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train.base import load_base
 from safetydpo_jax.train.cohort import Cohort
 from safetydpo_jax.train.expert import Expert
 from safetydpo_jax.train.settings import cohorts_of, resolve_all
@@ -64,13 +64,10 @@ def run(
         progress(f"{what}, recipe {shared.recipe}, {workdir}, {devices}")
 
         phases.begin("base model")
-        pipeline = load_pipeline(
-            shared.model,
-            dtype=shared.dtype,
-            vae=shared.vae,
-            configs=shared.model_config,
+        pipeline = load_base(
+            shared,
+            progress,
             unet_shardings=lambda shapes: sharding.param_shardings(mesh, shapes, shared.mesh.rules),
-            progress=progress,
         )
         if shared.remat:
             pipeline.networks["unet"] = pipeline.unet.clone(remat=True)

@@ -14,7 +14,7 @@ from safetydpo_jax.data import Cache, Picture, write_pairs
 from safetydpo_jax.data import encode as encoding
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.pretrained import load_pipeline
-from safetydpo_jax.train import cache
+from safetydpo_jax.train import base
 from safetydpo_jax.train.cache import run
 from safetydpo_jax.train.workdir import part_of
 
@@ -65,7 +65,7 @@ def test_the_unets_weights_are_not_read(pairs, tmp_path, monkeypatch):
         loaded.append(load_pipeline(*args, **options))
         return loaded[0]
 
-    monkeypatch.setattr(cache, "load_pipeline", noted)
+    monkeypatch.setattr(base, "load_pipeline", noted)
     monkeypatch.setattr(encoding, "ENCODE_BATCH", 16)
     config = common.get_config("hate")
     config.pairs.path = str(pairs)

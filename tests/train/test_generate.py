@@ -5,7 +5,7 @@ import pytest
 from configs import common, own
 from safetydpo_jax.data import PairSet
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.train import generate, loop
+from safetydpo_jax.train import base, generate, loop
 
 SECRET = "a quarrel in words"
 
@@ -51,7 +51,7 @@ def test_another_file_is_another_set(config, tmp_path):
 
 
 def test_training_draws_nothing_unasked(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "load_pipeline", None)
+    monkeypatch.setattr(base, "load_pipeline", None)
     with pytest.raises(UserError, match=r"draws no pairs with sd15 unasked.*launch/generate.py"):
         loop.run(config, tmp_path / "run", lambda line: None)
     assert not (tmp_path / "run").exists()

@@ -17,8 +17,8 @@ from safetydpo_jax import lora
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.evaluate import detect, exam
 from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.train import base, loop
 from safetydpo_jax.train import health as health_module
-from safetydpo_jax.train import loop
 from safetydpo_jax.train.guard import Guard
 from safetydpo_jax.train.health import Health
 from tests.evaluate import fakes
@@ -60,7 +60,7 @@ def run(config, small, tmp_path, monkeypatch):
         params = jax.device_put(small.unet_params, options["unet_shardings"](small.unet_params))
         return dataclasses.replace(small, unet_params=params)
 
-    monkeypatch.setattr(loop, "load_pipeline", load)
+    monkeypatch.setattr(base, "load_pipeline", load)
 
     def run(name="run", react=lambda line: None, **changes):
         lines = []

@@ -11,7 +11,7 @@ import pytest
 from safetydpo_jax import sharding
 from safetydpo_jax.data import batches, make_cache
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.train import loop, reference
+from safetydpo_jax.train import base, loop, reference
 from safetydpo_jax.train.flops import step_flops
 from safetydpo_jax.train.reference import reference_table
 from safetydpo_jax.train.settings import resolve
@@ -158,7 +158,7 @@ def test_mirror_images_need_even_draws(config):
 
 
 def test_a_run_with_a_table(config, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "load_pipeline", lambda *args, **options: small)
+    monkeypatch.setattr(base, "load_pipeline", lambda *args, **options: small)
     config.recipe, config.reference.draws, config.steps = "paper", 2, 4
     said = []
     loop.run(config, tmp_path / "run", said.append)
