@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks
 
 from benchmarks.machine import machine
 from safetydpo_jax.data import Cache, PairSet
-from safetydpo_jax.errors import run_main
+from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.storage import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +71,8 @@ def interrupted(work: Path, options: list[str], kills: int) -> list[float]:
         wait = random.uniform(*KILL_WITHIN) if len(killed) < kills else None
         try:
             for part in parts:
-                part.wait(timeout=wait)
+                if part.wait(timeout=wait):
+                    raise UserError(f"a process failed: see part_0.log and part_1.log in {work}")
             return killed
         except subprocess.TimeoutExpired:
             for part in parts:

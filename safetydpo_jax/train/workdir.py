@@ -18,7 +18,7 @@ from safetydpo_jax.errors import UserError
 _WHICH = """
 import jax
 jax.distributed.initialize()
-visible = [jax.config.jax_cuda_visible_devices, jax.config.jax_rocm_visible_devices]
+visible = [jax.config.values[f"jax_{kind}_visible_devices"] for kind in ("cuda", "rocm")]
 print(jax.process_index(), jax.process_count(), *visible)
 """
 
