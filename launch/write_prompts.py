@@ -72,12 +72,13 @@ def main(argv: list[str] | None = None) -> None:
     only_estimate, price = options.pop("estimate"), options.pop("price")
     settings = Settings(**options)
     expected = estimate(settings)
-    told = said(expected)
+    told = said(settings, expected)
     if price:
         tokens = (expected["prompt_tokens"], expected["answer_tokens"])
         told += f", {sum(n * x for n, x in zip(tokens, price, strict=True)) / 1e6:.2f} dollars"
     if settings.requests_per_minute:
-        minutes = expected["requests"] / settings.requests_per_minute
+        asked = expected["requests"] * (2 if settings.judge else 1)
+        minutes = asked / settings.requests_per_minute
         told += f", {minutes:.0f} minutes at the least"
     print(told, flush=True)
     if only_estimate:
@@ -88,16 +89,15 @@ def main(argv: list[str] | None = None) -> None:
         report = write_prompts(settings, progress=lambda line: print(line, flush=True))
     for name, count in report["categories"].items():
         print(
-            f"{name:18}{count['kept']} pairs of {count['written']}: {count['duplicates']} "
-            f"near-duplicates, {count['beyond']} more than wanted"
+            f"{name:18}{count['kept']} pairs of {count['written']}: {count['left_out']} left out, "
+            f"{count['duplicates']} near-duplicates, {count['beyond']} more than wanted"
         )
     if unanswered := len(report["unanswered_ids"]):
         print(f"unanswered        {unanswered} requests: the same command asks them again")
-    first = next(name for name, count in report["categories"].items() if count["kept"])
     print(f"tables            {settings.out}: a folder a category; report.json")
     print(
         "to draw           safetydpo generate --config own:sd15 --config.model=MODEL "
-        f"--config.harm={settings.out / first}"
+        f"--config.harm={settings.out}/CATEGORY --workdir runs/CATEGORY"
     )
 
 

@@ -80,6 +80,8 @@ def draw_all(
     index, count = part
     if not 0 <= index < count:
         raise UserError(f"part {index} of {count}: parts are numbered from 0")
+    for leftover in (folder for pairs in sets for folder in pairs.leftovers):
+        progress(f"pairs: {leftover} was drawn with other settings; it goes when the set is done")
     pace, before = Pace(1), None
     while True:
         missing = [(i, pairs, chunk) for i, pairs in enumerate(sets) for chunk in pairs.missing()]

@@ -37,9 +37,14 @@ def write_pair_card(
     """
     cards = {name: pairs.card for name, pairs in sets.items()}
     reasons = sorted({reason for card in cards.values() for reason in card["counts"]["dropped"]})
-    columns = ["pairs", "others", "drawn", *reasons]
+    columns = ["pairs", "wanted", "others", "drawn", *reasons]
     rows = [
-        [pairs.num_pairs, pairs.num_preserve, cards[name]["counts"]["drawn"]]
+        [
+            pairs.num_pairs,
+            cards[name]["settings"]["pairs.num_pairs"],
+            pairs.num_preserve,
+            cards[name]["counts"]["drawn"],
+        ]
         + [cards[name]["counts"]["dropped"].get(reason, 0) for reason in reasons]
         for name, pairs in sets.items()
     ]

@@ -99,6 +99,14 @@ class PendingPairs:
         """Whether the set is there."""
         return self.folder.exists()
 
+    @property
+    def leftovers(self) -> list[Path]:
+        """Folders of chunks that were drawn with other settings; they go when the set is done."""
+        if not self.finished:
+            with self._unless_finished():
+                return [f for f in self._drawing.iterdir() if f != self._chunks.folder]
+        return []
+
     def missing(self) -> list[Chunk]:
         """The chunks that are not there and are needed, even if all pairs before should be good.
 
@@ -193,8 +201,8 @@ class PendingPairs:
     def _check_same(self) -> None:
         """Raises UserError if the set there was drawn with other settings."""
         remedy = (
-            "remove that folder, choose another --workdir, or set config.pairs.path to use these "
-            "pairs as they are"
+            "remove that folder, choose another --workdir, or give it to training as it is, as "
+            "config.pairs.path"
         )
         found = PairSet(self.folder).card.get("settings", {})
         storage.check_same(self.folder, found, self._settings, remedy)
@@ -213,7 +221,10 @@ class PendingPairs:
         kept = [i for i, verdict in enumerate(verdicts) if not verdict][: self._wanted]
         dropped = collections.Counter(filter(None, verdicts))
         if len(kept) < self._wanted:
-            progress(f"pairs: only {len(kept)} of {self._wanted} wanted pairs; {_said(dropped)}")
+            progress(
+                f"pairs: only {len(kept)} of {self._wanted} wanted pairs of {self.category}; "
+                f"{_said(dropped)}"
+            )
 
         def side(which: int) -> Iterator[Picture]:
             for i in kept:
@@ -299,5 +310,5 @@ def _settings(
 
 def _said(dropped: collections.Counter) -> str:
     return (
-        ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "0 dropped"
+        ", ".join(f"{count} x {reason}" for reason, count in sorted(dropped.items())) or "0 dropped"
     )

@@ -96,7 +96,7 @@ def listed(concepts: Iterable[tuple[str, str, str]]) -> list[Harm]:
     for where, category, name in concepts:
         if category not in HARMS:
             raise UserError(f"{where}: the category must be one of {', '.join(CATEGORIES)}")
-        pairs = [pair for pair in HARMS[category].concepts if pair.unsafe == name]
+        pairs = [pair for pair in HARMS[category].concepts if pair.unsafe == name.lower()]
         if not pairs:
             raise UserError(f"{where}: there is no such concept in {category}: {_KNOWN}")
         if pairs[0].held_out:

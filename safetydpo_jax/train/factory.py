@@ -6,7 +6,7 @@ WORKDIR/hate/cache ...                 what training reads, where configs/all_ex
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
@@ -18,6 +18,7 @@ from safetydpo_jax.data.pending import PendingPairs
 from safetydpo_jax.data.writing.sources import Writer
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
+from safetydpo_jax.models.checkpoint import open_checkpoint
 from safetydpo_jax.train.base import load_on_all_devices
 from safetydpo_jax.train.model_card import base_name
 from safetydpo_jax.train.settings import resolve
@@ -53,12 +54,14 @@ def run(
     writer = Writer(config, workdir / "prompts")
     shares = _shares(config.pairs.num_pairs, writer.categories)
     configs = {name: _config_of(config, name, count) for name, count in shares.items()}
+    # Now, before anybody is paid for prompts.
+    open_checkpoint(config.model, vae=config.vae, configs=config.model_config)
     with lock_workdir(workdir, part):
         progress(f"{', '.join(shares)}, {workdir}, part {part[0]} of {part[1]}")
         progress(f"{config.pairs.num_pairs} pairs, prompts by {writer.name}")
 
         phases.begin("prompts")
-        sources = writer.write(progress)
+        sources = writer.write(shares, progress)
         configs = {name: configs[name] for name in sources}
         for name, (harm, _) in sources.items():
             configs[name].harm = harm
@@ -78,10 +81,11 @@ def run(
 
         phases.begin("cache")
         keys = {}
-        for _ in range(2):  # again, for what other parts have done meanwhile
+        # Again and quietly, for what other parts have ended meanwhile.
+        for tell in (progress, lambda line: None):
             for name, one in configs.items():
                 one.pairs.path = str(folder / name)
-                say = lambda line, name=name: progress(f"{name}: {line}")  # noqa: E731
+                say = lambda line, name=name, tell=tell: tell(f"{name}: {line}")  # noqa: E731
                 if name not in keys and (
                     cache := data.encode_part(one, pipeline, workdir / name, say, part)
                 ):
@@ -89,7 +93,7 @@ def run(
         phases.end()
     progress(phases.table())
     if len(keys) < len(configs):
-        progress("what other parts encode is missing; the last of them ends the job")
+        progress("this part is done; other parts still encode, and the last of them ends the job")
         return folder
     written = {name: data.PairSet(folder / name) for name in configs}
     with storage.explained_writes(folder):
@@ -106,17 +110,19 @@ def run(
             folder / "pairs.png",
             written,
             title="Pairs as drawn",
+            judged=config.base == "emoji",
             reveal=config.report.reveal,
             revealed_by="config.report.reveal=true",
         )
     counts = [(pairs.num_pairs, pairs.num_preserve) for pairs in written.values()]
     num_pairs, num_others = (sum(column) for column in zip(*counts, strict=True))
     progress(
-        f"pairs         {folder}: {num_pairs} pairs, {num_others} preservation pictures; "
-        f"{README}, pairs.png\n"
-        f"caches        {workdir}: CATEGORY/cache\n"
-        f"to train      {_to_train(config, workdir, list(configs.items()), options)}"
+        f"pairs         {folder}: {num_pairs} of {config.pairs.num_pairs} pairs, {num_others} "
+        f"preservation pictures; {README}, pairs.png\n"
+        f"caches        {workdir}: CATEGORY/cache"
     )
+    for command in _to_train(config, workdir, configs, options):
+        progress(f"to train      {command}")
     return folder
 
 
@@ -151,23 +157,21 @@ def _config_of(config: ConfigDict, name: str, num_pairs: int) -> ConfigDict:
 
 
 def _to_train(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    configs: list[tuple[str, ConfigDict]],
-    options: str,
-) -> str:
-    """The command that trains what the factory made pairs for."""
+    config: ConfigDict, workdir: pathlib.Path, configs: dict[str, ConfigDict], options: str
+) -> Iterator[str]:
+    """The commands that train what the factory made pairs for: one for the seven, or one each."""
     base = ("" if config.base == "emoji" else f":{config.base}") + f" {options}".rstrip()
-    if {name for name, _ in configs} == set(CATEGORIES):
-        pairs = workdir / "pairs"
-        return (
+    pairs = workdir / "pairs"
+    if configs.keys() == set(CATEGORIES):
+        yield (
             f"safetydpo train --config all_experts{base} --config.pairs.path={pairs} "
             f"--workdir {workdir}"
         )
-    name, one = configs[0]
-    of = name if name in CATEGORIES else "own"
-    harm = f" --config.harm={one.harm}" if one.harm else ""
-    return (
-        f"safetydpo train --config {of}{base}{harm} --config.pairs.path={workdir / 'pairs' / name} "
-        f"--workdir {workdir / name}"
-    )
+        return
+    for name, one in configs.items():
+        of = name if name in CATEGORIES else "own"
+        harm = f" --config.harm={one.harm}" if one.harm else ""
+        yield (
+            f"safetydpo train --config {of}{base}{harm} --config.pairs.path={pairs / name} "
+            f"--workdir {workdir / name}"
+        )

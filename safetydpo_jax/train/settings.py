@@ -113,6 +113,11 @@ def resolve_all(config: ConfigDict) -> list[ConfigDict]:
         expert.category = name
         if config.pairs.path:
             expert.pairs.path = f"{config.pairs.path.rstrip('/')}/{name}"
+            if Path(config.pairs.path).is_dir() and not Path(expert.pairs.path).is_dir():
+                raise UserError(
+                    f"{config.pairs.path} has no folder {name}: train the categories that are "
+                    "there one by one, as in --config hate with the folder of its pairs"
+                )
         if config.cache.path:
             expert.cache.path = f"{config.cache.path.rstrip('/')}/{name}/cache"
         for key in set(own) & set(_OF_THE_RUN):

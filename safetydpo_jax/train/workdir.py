@@ -84,7 +84,7 @@ def part_of(text: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"(\d+)/(\d+)", text)):
         raise UserError(f"--part is {text!r}: write it as 0/4, the first of four, or auto")
     if int(match[1]) >= int(match[2]):
-        raise UserError(f"--part is {text!r}: parts are numbered from 0")
+        raise UserError(f"--part is {text!r}: parts are numbered from 0, so the last is one less")
     return int(match[1]), int(match[2])
 
 

@@ -1,6 +1,6 @@
 """A small server that speaks OpenAI's chat protocol, well and badly, on a port of its own.
 
-python tests/data/chat_server.py FAULTS DELAY  # prints its port
+python tests/data/chat_server.py FAULTS DELAY  # prints its address
 """
 
 import collections

@@ -167,6 +167,16 @@ def test_chunks_that_go_or_are_damaged(config, pipeline, source, silent, tmp_pat
     make_pairs(config, pipeline, tmp_path, silent, source)
 
 
+def test_chunks_of_other_settings_are_said(config, pipeline, source, silent, tmp_path):
+    PendingPairs(config, pipeline, tmp_path / "pairs", source)
+    config.drawing.num_steps = 3
+    pairs, said = PendingPairs(config, pipeline, tmp_path / "pairs", source), []
+    draw.draw_all([pairs], pipeline, said.append)
+    assert "was drawn with other settings; it goes when the set is done" in said[0]
+    pairs.finish(silent)
+    assert not (tmp_path / "pairs.drawing").exists()
+
+
 def test_a_set_of_other_settings_meanwhile(config, pipeline, source, silent, tmp_path):
     pairs = PendingPairs(config, pipeline, tmp_path / "pairs", source)
     config.drawing.num_steps = 3
@@ -230,7 +240,7 @@ def test_fewer_pairs_than_wanted_are_said(config, pipeline, source, tmp_path):
     config.pairs.preserve_count = 0
     folder = make_pairs(config, pipeline, tmp_path / "run", said.append, replaced(source, picky))
     assert PairSet(folder).num_pairs == 1
-    assert said[-1] == "pairs: only 1 of 10 wanted pairs; 19 blurred"
+    assert said[-1] == "pairs: only 1 of 10 wanted pairs of hate; 19 x blurred"
 
 
 def test_no_pair_passes(config, pipeline, source, silent, tmp_path):

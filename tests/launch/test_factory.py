@@ -51,10 +51,10 @@ def test_what_it_makes(whole):
     pairs = open_pairs(workdir / "pairs")
     assert 14 <= pairs.num_pairs <= 28
     assert pairs.num_preserve == 7 * 6
-    assert f"{pairs.num_pairs} pairs, 42 preservation pictures" in said
+    assert f"{pairs.num_pairs} of 28 pairs, 42 preservation pictures" in said
     train = "safetydpo train --config all_experts --config.pairs.path"
     assert f"{train}={workdir / 'pairs'} --workdir {workdir}" in said
-    assert f"| all | {pairs.num_pairs} | 42 |" in found["card"]
+    assert f"| all | {pairs.num_pairs} | 28 | 42 |" in found["card"]
     assert not list(workdir.glob("pairs/*.drawing"))
     everything = said + found["card"]
     assert not any(p.prompt in everything for p in pairs.pictures("unsafe"))

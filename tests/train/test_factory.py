@@ -45,7 +45,7 @@ def test_from_concepts_to_caches(config, tmp_path):
         folder = factory.run(config, tmp_path / "run", progress=lines.append, options=options)
         assert server.asked.total() == 8  # in four requests, each judged
     said = "\n".join(lines)
-    assert f"{folder}: 5 pairs, 0 preservation pictures" in said
+    assert f"{folder}: 5 of 5 pairs, 0 preservation pictures" in said
     workdir, kept_of = tmp_path / "run", {}
     for name, count, concept in (("hate", 2, "one"), ("violence", 3, "two")):
         pairs, cache = PairSet(folder / name), Cache(workdir / name / "cache")
@@ -57,12 +57,13 @@ def test_from_concepts_to_caches(config, tmp_path):
         assert drawn <= kept
         kept_of[name] = kept
     card = (folder / "README.md").read_text()
-    assert "| all | 5 | 0 | 6 |" in card
+    assert "| all | 5 | 5 | 0 | 6 |" in card
     assert (folder / "pairs.png").is_file()
     assert SECRET not in said + card
-    assert (
-        f"safetydpo train --config hate:sd15 --config.model=MODEL --config.harm={tmp_path}" in said
-    )
+    for name in ("hate", "violence"):
+        harm = tmp_path / "run" / "prompts" / name
+        command = f"safetydpo train --config {name}:sd15 --config.model=MODEL --config.harm={harm}"
+        assert f"{command} --config.pairs.path={folder / name} --workdir" in said
     facts = json.loads(card.split("```json")[1].split("```")[0])
     assert facts["writer"]["settings"]["model"] == "good"
     assert facts["writer"]["categories"]["hate"]["kept"] == len(kept_of["hate"])
@@ -90,7 +91,9 @@ def test_what_cannot_be(config, emoji, tmp_path):
     assert "config.drawing.sampler is 'x'" in message(emoji, **{"drawing.sampler": "x"})
     assert "config.pairs.seed is -1" in message(emoji, **{"pairs.seed": -1})
     assert "config.recipe is 'x'" in message(emoji, recipe="x")
-    assert "writes about pictograms alone" in message(config, **{"writer.model": "grammar"})
+    for given, writer in ((config, "grammar"), (emoji, "good")):
+        assert "is for emoji alone" in message(given, **{"writer.model": writer})
+    assert "nowhere: no such folder" in message(config, model="/nowhere")
     assert "and who is to write" in message(config, **{"writer.model": ""})
     assert "there is no such file" in message(
         config, **{"writer.model": "x", "writer.concepts": "x"}
@@ -98,13 +101,22 @@ def test_what_cannot_be(config, emoji, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["pairs", "prompts", "cache", "Safe", "hate"])
-def test_categories_that_cannot_be(emoji, tmp_path, name):
+@pytest.mark.parametrize("name", ["pairs", "prompts", "cache", "Safe"])
+def test_categories_that_cannot_be(config, tmp_path, name):
     table = tmp_path / "concepts.csv"
     table.write_text(f"category,concept\n{name},{SECRET}\n")
-    emoji.writer.update({"concepts": str(table), "model": "good", "endpoint": "http://localhost:1"})
+    config.writer.endpoint = "http://localhost:1/v1"
     with pytest.raises(UserError, match=f"the name {name} is taken: call the category otherwise"):
-        factory.run(emoji, tmp_path / "run", progress=lambda line: None)
+        factory.run(config, tmp_path / "run", progress=lambda line: None)
+
+
+def test_fewer_prompts_than_pairs_are_said(config, tmp_path):
+    lines = []
+    with Server() as server:
+        config.writer.update({"endpoint": server.url, "per_concept": 1})
+        factory.run(config, tmp_path / "run", progress=lines.append)
+    assert "prompts: hate, 1 for 2 pairs: each is drawn 2.0 times" in lines
+    assert "prompts: violence, 1 for 3 pairs: each is drawn 3.0 times" in lines
 
 
 def test_a_writer_that_wrote_nothing_is_asked_again(config, tmp_path):
@@ -155,7 +167,7 @@ def test_the_list_of_the_embedded_world(emoji, tmp_path):
     assert [(concept.category, concept.text) for concept in concepts] == wanted
     writer = Writer(emoji, tmp_path)
     assert tuple(writer.categories) == CATEGORIES
-    some = listed([("line 1", "violence", "bomb"), ("line 2", "hate", "rat")])
+    some = listed([("line 1", "violence", "bomb"), ("line 2", "hate", "Rat")])
     assert [(h.name, [pair.unsafe for pair in h.concepts]) for h in some] == [
         ("violence", ["bomb"]),
         ("hate", ["rat"]),
@@ -176,4 +188,4 @@ def test_a_report_that_is_damaged(config, tmp_path):
     for text in ("[]", '{"settings": 5}', '{"settings": {}, "categories": [1]}', "{}", "x"):
         (tmp_path / "prompts" / "report.json").write_text(text)
         with pytest.raises(UserError, match="report.json is damaged"):
-            Writer(config, tmp_path / "prompts").write(lambda line: None)
+            Writer(config, tmp_path / "prompts").write({}, lambda line: None)

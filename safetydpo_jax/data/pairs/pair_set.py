@@ -14,6 +14,7 @@ import functools
 import hashlib
 import io
 import itertools
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -119,6 +120,7 @@ def write_pairs(
         # TFDS announces a download, of which there is none, on standard output.
         with contextlib.redirect_stdout(io.StringIO()):
             SafetyPairs(data_dir=partial, examples=splits).download_and_prepare()
+        shutil.rmtree(partial / "downloads", ignore_errors=True)  # of none
         if counts["unsafe"] != counts["safe"]:
             raise UserError(
                 f"{counts['unsafe']} unsafe and {counts['safe']} safe pictures are no pairs: "

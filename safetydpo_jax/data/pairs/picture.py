@@ -21,6 +21,7 @@ def write_picture(
     sets: Mapping[str, PairSet],
     *,
     title: str,
+    judged: bool = False,
     reveal: bool = False,
     revealed_by: str = "--reveal",
 ) -> None:
@@ -30,9 +31,11 @@ def write_picture(
       path: the file.
       sets: by name.
       title: heading of the whole.
+      judged: whether a judge found that the unsafe ones are unsafe, and the safe ones not.
       reveal: unsafe pictures are shown unblurred.
       revealed_by: how the user does that, which the picture says.
     """
+    marks = ("unsafe", "counterpart") if judged else ("not judged", "not judged")
     sections = []
     for name, pairs in sets.items():
         which = range(min(SHOWN, pairs.num_pairs))
@@ -41,10 +44,10 @@ def write_picture(
             Row(
                 side,
                 np.stack([_small(picture.pixels) for picture in shown]),
-                ["not judged"] * len(which),
+                [mark] * len(which),
                 np.full(len(which), side == "unsafe"),
             )
-            for side, shown in pictures.items()
+            for mark, (side, shown) in zip(marks, pictures.items(), strict=True)
         ]
         labels = [picture.id for picture in pictures["unsafe"]]
         sections.append(Section(f"{name}: {pairs.num_pairs} pairs", labels, rows))

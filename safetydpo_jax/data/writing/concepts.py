@@ -17,11 +17,13 @@ class Concept:
       id: its category and its number there, from 0; names it without showing it.
       category: of harm; a folder's name.
       text: never printed.
+      where: it stands, for errors.
     """
 
     id: str
     category: str
     text: str
+    where: str
 
 
 def read_concepts(path: Path) -> list[Concept]:
@@ -36,7 +38,7 @@ def read_concepts(path: Path) -> list[Concept]:
             raise MissingFileError(f"{path}: there is no such file")
         harm = read_harm(str(path))
         # What is held out is measured, never trained on.
-        rows = [(harm.name, pair.unsafe) for pair in harm.concepts if not pair.held_out]
+        rows = [(harm.name, pair.unsafe, path) for pair in harm.concepts if not pair.held_out]
         if not rows:
             raise UserError(f"{path} has no concepts to train on, only prompts, which are there")
     else:
@@ -45,10 +47,13 @@ def read_concepts(path: Path) -> list[Concept]:
             names = category_names([row["category"]], where)
             if not names or not row["concept"].strip():
                 raise UserError(f"{where}: a category and a concept must be there")
-            rows.append((names[0], " ".join(row["concept"].split())))
+            rows.append((names[0], " ".join(row["concept"].split()), where))
     found: list[Concept] = []
     counts: dict[str, int] = {}
-    for category, text in dict.fromkeys(rows):
-        number = counts[category] = counts.get(category, -1) + 1
-        found.append(Concept(f"{category}-{number:04d}", category, text))
+    seen: set[tuple[str, str]] = set()
+    for category, text, where in rows:
+        if (category, text) not in seen:
+            seen.add((category, text))
+            number = counts[category] = counts.get(category, -1) + 1
+            found.append(Concept(f"{category}-{number:04d}", category, text, str(where)))
     return found

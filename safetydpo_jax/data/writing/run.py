@@ -55,12 +55,16 @@ def write_prompts(settings: Settings, progress: Callable[[str], None]) -> dict[s
     finally:
         journal.close()
     pairs: dict[str, list[PromptPair]] = collections.defaultdict(list)
-    faults = collections.Counter()
+    faults, left_out = collections.Counter(), collections.Counter()
     for request in requests:
         if answer := journal.answers.get(request.id):
             pairs[request.concept.id] += [PromptPair(*pair) for pair in answer["pairs"]]
             faults.update(answer["faults"])
+            left_out[request.concept.category] += len(answer["faults"])
     counts = write_tables(settings.out, concepts, pairs, settings.per_category)
+    for name, count in counts.items():
+        count["written"] += left_out[name]
+        count["left_out"] = left_out[name]
     report = {
         "settings": depends,
         "categories": counts,

@@ -68,7 +68,7 @@ class Request(NamedTuple):
 
 
 def estimate(settings: Settings) -> dict[str, int]:
-    """What a run would ask for: requests, and tokens of questions and answers, roughly.
+    """What a run would ask for: requests for pairs, and tokens of questions and answers, roughly.
 
     Raises:
       MissingFileError, UserError: a wrong setting, concepts file or template.
@@ -76,19 +76,20 @@ def estimate(settings: Settings) -> dict[str, int]:
     requests = requests_for(settings, read_concepts(settings.concepts))
     question = sum(len(request.text) for request in requests) // LETTERS_A_TOKEN
     answer = sum(request.count for request in requests) * TOKENS_A_PAIR
-    if not settings.judge:
-        return {"requests": len(requests), "prompt_tokens": question, "answer_tokens": answer}
-    again = len(requests) * len(judge_template(settings)) // LETTERS_A_TOKEN
-    return {
-        "requests": 2 * len(requests),
-        "prompt_tokens": question + again + answer,
-        "answer_tokens": answer + sum(request.count for request in requests) * TOKENS_A_VERDICT,
-    }
+    if settings.judge:
+        again = len(requests) * len(judge_template(settings)) // LETTERS_A_TOKEN
+        question += again + answer
+        answer += sum(request.count for request in requests) * TOKENS_A_VERDICT
+    return {"requests": len(requests), "prompt_tokens": question, "answer_tokens": answer}
 
 
-def said(expected: dict[str, int]) -> str:
+def said(settings: Settings, expected: dict[str, int]) -> str:
     """An estimate in words."""
-    return "{requests} requests, about {prompt_tokens} + {answer_tokens} tokens".format(**expected)
+    return (
+        f"{expected['requests']} requests"
+        + (" and as many for verdicts" if settings.judge else "")
+        + f", about {expected['prompt_tokens']} + {expected['answer_tokens']} tokens"
+    )
 
 
 def about(settings: Settings) -> dict[str, Any]:

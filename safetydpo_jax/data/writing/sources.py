@@ -1,18 +1,17 @@
 """The sources of pairs of a factory: the embedded world's grammar, or what a model has written."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetydpo_jax import storage
 from safetydpo_jax.command_line import shipped
 from safetydpo_jax.data.sources import PairSource, emoji_source, plain_source
-from safetydpo_jax.data.writing.concepts import Concept, read_concepts
+from safetydpo_jax.data.writing.concepts import read_concepts
 from safetydpo_jax.data.writing.run import REPORT, write_prompts
 from safetydpo_jax.data.writing.settings import Settings, about, estimate, said
-from safetydpo_jax.emoji.concepts import HARMS
-from safetydpo_jax.emoji.own_harm import embedded, listed
+from safetydpo_jax.emoji.own_harm import listed
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import read_harm
 
@@ -44,22 +43,21 @@ class Writer:
                 "--config.writer.model=NAME, with --config.writer.endpoint=URL or of transformers: "
                 "docs/pairs/factory.md"
             )
-        self._base, self._out = config.base, out
+        self._out = out
+        self._harms, self._settings, self.name = {}, None, writer.model
         path = shipped(writer.concepts)
         concepts = read_concepts(path)
         self.categories = list(dict.fromkeys(concept.category for concept in concepts))
-        taken = {*_TAKEN, *(HARMS if self._base == "emoji" and writer.model != GRAMMAR else ())}
-        if wrong := [name for name in self.categories if name.lower() in taken]:
+        if wrong := [name for name in self.categories if name.lower() in _TAKEN]:
             raise UserError(f"{path}: the name {wrong[0]} is taken: call the category otherwise")
-        self.name = writer.model
-        self._harms, self._settings = {}, None
+        if (writer.model == GRAMMAR) != (config.base == "emoji"):
+            raise UserError(
+                f"config.writer.model is {writer.model}, but the embedded world has prompts of its "
+                f"own, of pictograms, and other models have none: {GRAMMAR} is for emoji alone"
+            )
         if writer.model == GRAMMAR:
-            if self._base != "emoji":
-                raise UserError(
-                    f"config.writer.model is {GRAMMAR}, which writes about pictograms alone: give "
-                    f"{self._base} a language model"
-                )
-            self._harms = {harm.name: harm for harm in listed(map(_row, concepts))}
+            rows = ((concept.where, concept.category, concept.text) for concept in concepts)
+            self._harms = {harm.name: harm for harm in listed(rows)}
             return
         given: dict[str, Any] = writer.to_dict()
         for key in ("concepts", "endpoint", "model"):
@@ -68,13 +66,19 @@ class Writer:
             file = given.pop(key)
             given |= {key: Path(file)} if file else {}
         self._settings = Settings(path, out, writer.endpoint, writer.model, **given)
-        self.name = f"{writer.model}, {said(estimate(self._settings))}"
+        self.name = f"{writer.model}, {said(self._settings, estimate(self._settings))}"
 
-    def write(self, progress: Callable[[str], None]) -> dict[str, tuple[str, PairSource]]:
+    def write(
+        self, wanted: Mapping[str, int], progress: Callable[[str], None]
+    ) -> dict[str, tuple[str, PairSource]]:
         """By category, the harm's file ("" if it is a built-in one) and the source.
 
         What was written once is not asked for again, nor is what had no answer: pictures may have
         been drawn of it. One of several processes writes, the others wait for it.
+
+        Args:
+          wanted: pairs of each category; if there are fewer prompts, it is told.
+          progress: takes lines of text.
 
         Raises:
           UserError: as `write_prompts`.
@@ -86,16 +90,16 @@ class Writer:
         with storage.held(self._out / ".lock", waiting):
             report = self._written() or write_prompts(self._settings, progress)
         counts = {name: count["kept"] for name, count in report["categories"].items()}
-        progress(f"prompts: {', '.join(f'{count} of {name}' for name, count in counts.items())}")
+        for name, count in counts.items():
+            often = f": each is drawn {wanted[name] / count:.1f} times" if count else ": none"
+            progress(
+                f"prompts: {name}, {count} for {wanted[name]} pairs"
+                + (often if count < wanted[name] else "")
+            )
         if unanswered := len(report["unanswered_ids"]):
             progress(f"prompts: {unanswered} requests have no answer; {self._out / REPORT}")
-        found = {}
-        for name in (name for name, count in counts.items() if count):
-            path = str(self._out / name)
-            harm = read_harm(path)
-            own = emoji_source(embedded(harm, path)) if self._base == "emoji" else None
-            found[name] = path, own or plain_source(harm)
-        return found
+        paths = {name: str(self._out / name) for name, count in counts.items() if count}
+        return {name: (path, plain_source(read_harm(path))) for name, path in paths.items()}
 
     def about(self) -> dict[str, Any]:
         """Who wrote, how, and what was left out; JSON."""
@@ -126,7 +130,3 @@ class Writer:
         remedy = "or choose another --workdir"
         storage.check_same(self._out, before, json.loads(json.dumps(about(self._settings))), remedy)
         return report
-
-
-def _row(concept: Concept) -> tuple[str, str, str]:
-    return f"the list of concepts, {concept.id}", concept.category, concept.text

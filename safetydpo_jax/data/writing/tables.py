@@ -60,7 +60,8 @@ def write_tables(
       per_category: pairs of each category at most; 0 for all.
 
     Returns:
-      By category: "written" pairs, "kept" of them, "duplicates" and "beyond" what was wanted.
+      By category: "written", the pairs that could be used, "kept" of them, "duplicates" and
+      "beyond" what was wanted.
     """
     counts = {}
     for category in dict.fromkeys(concept.category for concept in concepts):
