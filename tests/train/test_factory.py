@@ -189,3 +189,12 @@ def test_a_report_that_is_damaged(config, tmp_path):
         (tmp_path / "prompts" / "report.json").write_text(text)
         with pytest.raises(UserError, match="report.json is damaged"):
             Writer(config, tmp_path / "prompts").write({}, lambda line: None)
+
+
+def test_the_job_that_was_measured():
+    """benchmarks/factory.py at full size; tests/launch/test_factory.py does the same with few."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "factory.json").read_text())
+    assert result["pairs"].keys() == set(CATEGORIES)
+    assert sum(pairs for pairs, _ in result["pairs"].values()) == 3000
+    assert len(result["killed_after_seconds"]) == 3
+    assert result["same_by_two_killed_processes"]
