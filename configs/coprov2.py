@@ -3,8 +3,8 @@ r"""Pair sets of all categories, made as CoProV2 was: from concepts to pictures,
     python launch/generate.py --config configs/coprov2.py --workdir runs/coprov2
 
 on the embedded emoji pipeline, which writes its own prompts about the pictograms of
-examples/concepts.csv: 3,000 pairs, an hour or more on two cores. With a Stable Diffusion checkpoint, and a language model that writes about a
-list of concepts of yours:
+examples/concepts.csv: 3,000 pairs, an hour or more on two cores. With a Stable Diffusion
+checkpoint, and a language model that writes about a list of concepts of yours:
 
     python launch/generate.py --config configs/coprov2.py:sd15 --config.model=FOLDER \
         --config.writer.concepts=concepts.csv --config.writer.endpoint=http://localhost:8000/v1 \
