@@ -82,12 +82,10 @@ def draw_all(
         raise UserError(f"part {index} of {count}: parts are numbered from 0")
     for leftover in (folder for pairs in sets for folder in pairs.leftovers):
         progress(f"pairs: {leftover} was drawn with other settings; it goes when the set is done")
-    pace, before = Pace(1), None
+    pace, before = Pace(1), _total(sets)
     while True:
         missing = [(i, pairs, chunk) for i, pairs in enumerate(sets) for chunk in pairs.missing()]
-        total = State(*map(sum, zip(*(pairs.state() for pairs in sets), strict=True)))
-        before = before or total
-        if total.wanted and (pace.due(total.pictures) or not missing):
+        if (pace.due(0) or not missing) and (total := _total(sets)).wanted:
             progress(_told(total, pace.rate(total.pictures - before.pictures)))
         if not missing:
             return
@@ -105,6 +103,10 @@ def _draw(chosen: Sequence[tuple[PendingPairs, Chunk]], pipeline: Any) -> None:
     pictures = draw_pictures(pipeline, texts, seeds, **chosen[0][0].options)
     for (pairs, chunk), drawn in zip(chosen, np.split(pictures, len(chosen)), strict=True):
         pairs.keep(chunk, drawn)
+
+
+def _total(sets: Sequence[PendingPairs]) -> State:
+    return State(*map(sum, zip(*(pairs.state() for pairs in sets), strict=True)))
 
 
 def _told(total: State, rate: float) -> str:

@@ -128,5 +128,5 @@ class Writer:
         if not kept:
             return None
         remedy = "or choose another --workdir"
-        storage.check_same(self._out, before, json.loads(json.dumps(about(self._settings))), remedy)
+        storage.check_same(self._out, before, about(self._settings), remedy)
         return report
