@@ -36,12 +36,6 @@ def cpu_seconds(fn, *args) -> float:
     return min(times)
 
 
-def convolution(x, kernel):
-    """The plain float32 convolution."""
-    dims = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=dims)
-
-
 def with_gradients(fn):
     """fn and both its gradients, one after the other as in training: of half the sum of squares."""
 
@@ -53,15 +47,10 @@ def with_gradients(fn):
 
 
 def main() -> None:
-    """Times products and convolutions and writes the result file."""
+    """Times products and writes the result file."""
     key = jax.random.key(0)
     x, w = jax.random.normal(key, (4096, 160)), jax.random.normal(key, (160, 1280))
-    image = jax.random.normal(key, (64, 8, 8, 160))
-    kernel = jax.random.normal(key, (3, 3, 160, 160))
-    cases = {
-        "linear 4096 x 160 x 1280": (jnp.matmul, mixed.matmul, x, w),
-        "conv 3x3, 64 x 8 x 8, 160 -> 160": (convolution, mixed.conv3x3, image, kernel),
-    }
+    cases = {"linear 4096 x 160 x 1280": (jnp.matmul, mixed.matmul, x, w)}
     rows = []
     for name, (plain, fast, left, right) in cases.items():
         flops = jax.jit(plain).lower(left, right).compile().cost_analysis()["flops"]

@@ -4,6 +4,8 @@ Of small pictures XLA's own convolution reaches a tenth to a half of the product
 gradient turns the kernel round in memory at every step. Measured in benchmarks/cpu_convolution.py.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,10 +15,10 @@ LEAST_CHANNELS, MOST_BYTES = 640, 2**27
 _SHIFTS = [(i, j) for i in range(3) for j in range(3)]
 
 
-def pay(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> bool:
-    """Whether a convolution is of the shapes for which this is the faster way."""
-    size = 9 * x.size * x.dtype.itemsize
-    return min(kernel.shape[2:]) >= LEAST_CHANNELS and size <= MOST_BYTES
+def pay(shape: Sequence[int], features: int) -> bool:
+    """Whether pictures (b, h, w, c) and a kernel (3, 3, c, features) gain by it."""
+    b, h, w, c = shape
+    return min(c, features) >= LEAST_CHANNELS and 36 * b * h * w * c <= MOST_BYTES
 
 
 @jax.custom_vjp

@@ -4,7 +4,9 @@ Every module is named after the piece of the PyTorch state dict that it holds (L
 contain dots), so a parameter path joined with "." is the state-dict key of its module.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from safetydpo_jax.models import columns, mixed
+from safetydpo_jax.models import columns, mixed, winograd
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -79,20 +81,12 @@ class Conv(nn.Module):
             jnp.float32,
         )
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-        # With few channels the nine products of a shifted convolution are too thin to pay, and on
-        # larger pictures shifting costs more than the products save.
-        shifts_pay = x.shape[-1] >= 128 and x.shape[1] * x.shape[2] <= 64
-        if mixed.wanted() and (k, self.strides, pad) == (3, 1, 1) and shifts_pay:
-            y = mixed.conv3x3(x, kernel).astype(self.dtype)
-        elif mixed.wanted() and k == 1:
+        if mixed.wanted() and k == 1:
             y = mixed.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0]).astype(self.dtype)
             y = y.reshape(*x.shape[:-1], self.features)
-        elif (k, self.strides, pad) == (3, 1, 1) and columns.pay(x, kernel):
+        elif (k, self.strides, pad) == (3, 1, 1) and (on_cpu := self._on_cpu(x.shape)):
             y = jax.lax.platform_dependent(
-                x.astype(self.dtype),
-                kernel.astype(self.dtype),
-                cpu=columns.conv3x3,
-                default=self._convolve,
+                x.astype(self.dtype), kernel.astype(self.dtype), cpu=on_cpu, default=self._convolve
             )
         else:
             y = self._convolve(x.astype(self.dtype), kernel.astype(self.dtype))
@@ -104,6 +98,12 @@ class Conv(nn.Module):
                 h = h * self.get_variable("lora", "gate")[:, None, None]
             y = y + (h @ b).astype(self.dtype)
         return y
+
+    def _on_cpu(self, shape: tuple[int, ...]) -> Callable[[Array, Array], Array] | None:
+        """What is faster there than XLA's own convolution, if anything."""
+        if winograd.pay(shape, self.features):
+            return functools.partial(winograd.conv3x3, half=mixed.wanted())
+        return columns.conv3x3 if columns.pay(shape, self.features) else None
 
     def _convolve(
         self, x: Float[Array, "b h w in"], kernel: Float[Array, "kh kw in out"]

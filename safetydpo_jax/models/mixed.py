@@ -1,11 +1,12 @@
-"""Matrix products and convolutions with bfloat16 operands and float32 sums, made fast on CPUs.
+"""Matrix products with bfloat16 operands and float32 sums, made fast on CPUs.
 
 On x86 processors that multiply bfloat16 themselves XLA's CPU backend has kernels for bfloat16 x
 bfloat16 -> float32 that are faster than its float32 ones, but reaches them only for products that
-are laid out plainly, and never for convolutions. The layers take these forms on such a CPU when
-JAX's own switch asks for that precision: `with jax.default_matmul_precision("bfloat16")`. On other
-CPUs such products are float32's with more work, and slower, so there the layers stay with float32.
-Accelerators do the same by themselves. Measured in benchmarks/cpu_matmul.py.
+are laid out plainly, and never for convolutions (`winograd` makes products of those). The layers
+take these forms on such a CPU when JAX's own switch asks for that precision: `with
+jax.default_matmul_precision("bfloat16")`. On other CPUs such products are float32's with more work,
+and slower, so there the layers stay with float32. Accelerators do the same by themselves. Measured
+in benchmarks/cpu_matmul.py.
 """
 
 import functools
@@ -35,7 +36,8 @@ def wanted() -> bool:
     return asked and jax.default_backend() == "cpu" and has_units()
 
 
-def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
+def product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
+    """Of two matrices with bfloat16 operands, over these axes; float32."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
@@ -49,7 +51,7 @@ def _transposed_product(x: Float[Array, "n i"], y: Float[Array, "n o"]) -> Float
 @jax.custom_vjp
 def matmul(x: Float[Array, "*batch i"], w: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
     """x @ w with bfloat16 operands, summed in float32; gradients likewise."""
-    return _dot(x.reshape(-1, x.shape[-1]), w, (1, 0)).reshape(*x.shape[:-1], w.shape[1])
+    return product(x.reshape(-1, x.shape[-1]), w, (1, 0)).reshape(*x.shape[:-1], w.shape[1])
 
 
 def _matmul_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -59,50 +61,8 @@ def _matmul_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 def _matmul_bwd(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = residuals
     dy = dy.reshape(-1, dy.shape[-1])
-    dx = _dot(dy, w, (1, 1)).reshape(x.shape)
+    dx = product(dy, w, (1, 1)).reshape(x.shape)
     return dx, _transposed_product(x.reshape(-1, x.shape[-1]), dy)
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
-
-
-def _sum_of_shifts(x: Array, kernel: Array, contract: int) -> Array:
-    """A 3x3 convolution of the padded x as nine products, one a kernel position."""
-    b, h, w, c = x.shape[0], x.shape[1] - 2, x.shape[2] - 2, x.shape[3]
-    parts = [
-        _dot(x[:, i : i + h, j : j + w].reshape(-1, c), kernel[i, j], (1, contract))
-        for i in range(3)
-        for j in range(3)
-    ]
-    return functools.reduce(jnp.add, parts).reshape(b, h, w, -1)
-
-
-_PAD = ((0, 0), (1, 1), (1, 1), (0, 0))
-
-
-@jax.custom_vjp
-def conv3x3(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
-    """A 3x3 convolution with stride 1 and padding 1, bfloat16 operands, summed in float32."""
-    return _sum_of_shifts(jnp.pad(x.astype(jnp.bfloat16), _PAD), kernel.astype(jnp.bfloat16), 0)
-
-
-def _conv3x3_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return conv3x3(x, kernel), (x, kernel)
-
-
-def _conv3x3_bwd(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
-    _, h, w, c = x.shape
-    dy = dy.astype(jnp.bfloat16)
-    dx = _sum_of_shifts(jnp.pad(dy, _PAD), kernel.astype(jnp.bfloat16)[::-1, ::-1], 1)
-    rows = jnp.pad(x.astype(jnp.bfloat16).transpose(3, 1, 2, 0), _PAD)
-    columns = dy.transpose(1, 2, 0, 3).reshape(-1, dy.shape[-1])
-    dkernel = [
-        _dot(rows[:, i : i + h, j : j + w].reshape(c, -1), columns, (1, 0))
-        for i in range(3)
-        for j in range(3)
-    ]
-    return dx, jnp.stack(dkernel).reshape(kernel.shape)
-
-
-conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)

@@ -9,25 +9,12 @@ from safetydpo_jax.models import mixed
 from safetydpo_jax.models.layers import Conv, Dense
 
 
-def convolution(x, kernel):
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-@pytest.mark.parametrize(
-    ("fast", "plain", "x_shape", "w_shape"),
-    [
-        (mixed.matmul, jnp.matmul, (2, 64, 24), (24, 40)),
-        (mixed.matmul, jnp.matmul, (3, 5, 24), (24, 40)),
-        (mixed.conv3x3, convolution, (2, 6, 5, 16), (3, 3, 16, 12)),
-    ],
-)
-def test_values_and_gradients_are_those_of_float32(fast, plain, x_shape, w_shape):
+@pytest.mark.parametrize("x_shape", [(2, 64, 24), (3, 5, 24)])
+def test_values_and_gradients_are_those_of_float32(x_shape):
     rng = np.random.default_rng(0)
-    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (x_shape, w_shape))
-    expected, plain_vjp = jax.vjp(plain, x, w)
-    found, fast_vjp = jax.vjp(fast, x, w)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (x_shape, (24, 40)))
+    expected, plain_vjp = jax.vjp(jnp.matmul, x, w)
+    found, fast_vjp = jax.vjp(mixed.matmul, x, w)
     dy = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
     for a, b in zip((found, *fast_vjp(dy)), (expected, *plain_vjp(dy)), strict=True):
         assert a.dtype == jnp.float32
@@ -39,7 +26,7 @@ def test_values_and_gradients_are_those_of_float32(fast, plain, x_shape, w_shape
 def test_layers_change_only_inside_the_context(layer, gains, monkeypatch):
     """And only where the processor has units for it."""
     monkeypatch.setattr(mixed, "has_units", lambda: gains)
-    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 128))
+    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 128))
     params = layer.init(jax.random.key(1), x)
     exact = layer.apply(params, x)
     with jax.default_matmul_precision("bfloat16"):
@@ -52,8 +39,8 @@ def test_layers_change_only_inside_the_context(layer, gains, monkeypatch):
 
 def test_convolutions_that_would_not_gain_stay_exact(monkeypatch):
     monkeypatch.setattr(mixed, "has_units", lambda: True)
-    for shape in ((1, 4, 4, 64), (1, 16, 16, 128)):
-        x, layer = jax.random.normal(jax.random.key(0), shape), Conv(8)
+    for shape, features in (((1, 4, 4, 64), 64), ((1, 16, 16, 128), 8)):
+        x, layer = jax.random.normal(jax.random.key(0), shape), Conv(features)
         params = layer.init(jax.random.key(1), x)
         exact = layer.apply(params, x)
         with jax.default_matmul_precision("bfloat16"):
