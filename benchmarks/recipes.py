@@ -17,6 +17,7 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import operator
 import os
 import subprocess
@@ -195,12 +196,14 @@ def same(before: Any, now: Any) -> bool:
 
 def run_point(name: str, runs: Path) -> None:
     """Trains one point, judges it on both splits, and writes its result."""
+    from safetydpo_jax.data import STRATEGIES
     from safetydpo_jax.evaluate import evaluate, summarise
     from safetydpo_jax.lora.reader import load_lora
     from safetydpo_jax.models.pretrained import load_pipeline
     from safetydpo_jax.storage import write_file
     from safetydpo_jax.train import loop
     from safetydpo_jax.train.expert import LORA_FILE
+    from safetydpo_jax.train.settings import resolve
 
     began, workdir = time.monotonic(), runs / name
     RESULTS.mkdir(parents=True, exist_ok=True)  # now: a path that cannot be fails before the work
@@ -210,6 +213,11 @@ def run_point(name: str, runs: Path) -> None:
     config.guard.winner_error = 1e9  # a spoilt picture is a result here
     if name != "anchored":
         config.pairs.path = str(runs / "anchored" / "pairs")
+    if config.recipe == "paper":
+        # As many draws as a row has visits: the same numbers, the base's computed once for all.
+        rows = len(STRATEGIES[resolve(config).rows]) * config.pairs.num_pairs
+        config.reference.draws = math.ceil(config.steps * config.batch_size / rows)
+        config.reference.path = str(runs / "reference")
     loop.run(config, workdir)
     pipeline = load_pipeline(config.model)
     export = workdir / "export" / LORA_FILE

@@ -59,6 +59,17 @@ RECIPES = {
     },
 }
 
+# Of the UNet's parameters those that are large. Over "tensor" a layer's outputs are split, and the
+# inputs of the one that follows: attention by heads.
+MESH_RULES = (
+    (r"attn\d\.to_[qkv]\.kernel$", ("fsdp", "tensor")),
+    (r"attn\d\.to_out\.0\.kernel$", ("tensor", "fsdp")),
+    (r"ff\.net\.0\.proj\.kernel$", ("fsdp", "tensor")),
+    (r"ff\.net\.2\.kernel$", ("tensor", "fsdp")),
+    (r"(conv1|samplers\.0\.conv|conv_shortcut)\.kernel$", (None, None, "fsdp", "tensor")),
+    (r"conv2\.kernel$", (None, None, "tensor", "fsdp")),
+)
+
 
 def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     """The config of one safety expert.
@@ -177,12 +188,15 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     # them once. The paper's recipe alone can do with errors.
     config.reference = {"draws": 0, "path": ""}
 
-    # Mesh axes; data = -1 takes all devices. Rules are (regex on the parameter's path, axes).
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "rules": ()}
+    # Mesh axes; data = -1 takes what the others leave. Batches are split over data and fsdp,
+    # parameters by the rules, (regex on the parameter's path, an axis or None a dimension), over
+    # fsdp and tensor.
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "rules": MESH_RULES}
     config.checkpoint = {"every": 50, "keep": 2}
     config.log_every = 10  # steps to a line on the screen; metrics.jsonl has them all
     # Stop when the winner's error exceeds the reference's by this much for so many steps.
-    config.guard = {"winner_error": 0.5, "patience": 10}
+    # A job of several processes ends when nothing happens for so long.
+    config.guard = {"winner_error": 0.5, "patience": 10, "hang_seconds": 900.0}
 
     # Small evaluations while it trains, at every so many steps and at the last (0: none). Exported
     # is the step with the lowest IP whose loss of fidelity is within the budget; training stops

@@ -3,28 +3,37 @@
     python launch/train.py --config configs/hate.py
     python launch/train.py --config configs/hate.py --config.steps=800 --workdir runs/longer
     safetydpo train --config hate  # the first, from the installed package
+    python launch/train.py --config configs/hate.py --distributed  # in each process of a job
 
-Every value of the config can be set as --config.KEY=VALUE. The same command goes on after a kill.
+With --distributed all processes train one expert together: on every worker of a TPU pod, as Slurm,
+Open MPI or Kubernetes start them, or with JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID set. Every value of the config can be set as --config.KEY=VALUE. The same command
+goes on after a kill.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
 # For `configs`, and for the package if it is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from safetydpo_jax.command_line import read_command_line, shown_command
+from safetydpo_jax.command_line import pop_flag, read_command_line, shown_command
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.host_memory import use_huge_pages
 
 
 def main() -> None:
     """Reads the command line and runs."""
-    config, workdir = read_command_line(sys.argv, __doc__)
+    distributed, argv = pop_flag(sys.argv, "--distributed")
+    config, workdir = read_command_line(argv, __doc__)
     command = shown_command("safetydpo train", sys.argv[1:])
-    from safetydpo_jax.train.loop import run  # here, so that a wrong command is told at once
+    # Here, so that a wrong command is told at once.
+    from safetydpo_jax.processes import job
+    from safetydpo_jax.train.loop import run
 
-    run(config, workdir, command=command)
+    with job() if distributed else contextlib.nullcontext():
+        run(config, workdir, command=command)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,11 @@ def pop_option(argv: list[str], name: str) -> tuple[str, list[str]]:
     return "", argv
 
 
+def pop_flag(argv: list[str], name: str) -> tuple[bool, list[str]]:
+    """Whether a flag of one script's own is given, and the other arguments."""
+    return name in argv, [argument for argument in argv if argument != name]
+
+
 def overrides(argv: list[str], but: tuple[str, ...] = ()) -> list[str]:
     """The config's keys that a command line sets, as words of another.
 

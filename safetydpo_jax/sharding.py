@@ -1,20 +1,25 @@
 """The device mesh, and how parameters and batches are laid out on it.
 
-Axes: "data" splits the batch; "fsdp" and "tensor" split parameters, by the config's rules. The
-adapters, the optimiser and, unless a rule says otherwise, the base model are on every device.
+Axes: "data" and "fsdp" split the batch; "fsdp" and "tensor" split parameters, by the config's
+rules. The adapters, the optimiser and what no rule names are on every device.
+
+A mesh may be of the devices of several processes. Each then lays out what it holds: of a batch its
+own rows, of everything else a copy that all have.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from safetydpo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
 
 # A rule: a regular expression on the dotted parameter path, and one mesh axis or None a dimension.
 Rules = Sequence[tuple[str, Sequence[str | None]]]
@@ -41,14 +46,29 @@ def make_mesh(
 
 
 def check_batch(mesh: Mesh, **sizes: int) -> None:
-    """Raises UserError unless every size is a multiple of the mesh's data axis."""
-    devices = mesh.shape["data"]
+    """Raises UserError unless every size is a multiple of the batch's shards."""
+    shards = num_batch_shards(mesh)
     for name, size in sizes.items():
-        if size % devices:
+        if size % shards:
             raise UserError(
-                f"{name} is {size}, which does not divide over {devices} devices: "
-                f"use {size - size % devices or devices} or {size - size % devices + devices}"
+                f"{name} is {size}, which does not divide over {shards} devices: "
+                f"use {size - size % shards or shards} or {size - size % shards + shards}"
             )
+
+
+def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def own_batch_shards(mesh: Mesh) -> list[int]:
+    """Which of them this process needs."""
+    rows = mesh.devices.reshape(num_batch_shards(mesh), -1)
+    return [i for i, row in enumerate(rows) if any(map(_is_own, row))]
+
+
+def _is_own(device: Any) -> bool:
+    return device.process_index == jax.process_index()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -57,8 +77,54 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis split over "data"."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The first axis split over the batch's shards."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Lays out arrays that every process holds whole; nothing is sent."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def lay_out(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(lay_out, tree)
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """Lays out a batch of whose rows each process has those of its own shards, in order."""
+    split, own, total = batch_sharding(mesh), len(own_batch_shards(mesh)), num_batch_shards(mesh)
+
+    def lay_out(x: Any) -> jax.Array:
+        shape = (len(x) // own * total, *x.shape[1:])
+        return jax.make_array_from_process_local_data(split, x, shape)
+
+    return jax.device_put(tree, split) if own == total else jax.tree.map(lay_out, tree)
+
+
+def on_this_host(tree: Any, mesh: Mesh) -> Any:
+    """The same arrays on each of this process's devices, whole; all processes must ask for it.
+
+    What is on every device anyway is not copied.
+    """
+    own = local_mesh(mesh)
+    local, whole = replicated(own), replicated(mesh)
+
+    def take(x: jax.Array) -> jax.Array:
+        if not x.is_fully_replicated:
+            x = jax.jit(lambda x: x, out_shardings=whole)(x)
+        parts = {shard.device: shard.data for shard in x.addressable_shards}
+        shards = [parts[device] for device in own.devices.flat]
+        return jax.make_array_from_single_device_arrays(x.shape, local, shards)
+
+    return jax.tree.map(take, tree)
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """A mesh of this process's devices alone, which share batches."""
+    return make_mesh(devices=[device for device in mesh.devices.flat if _is_own(device)])
 
 
 def spread(fn: Callable[..., Any], mesh: Mesh | None, *split: bool) -> Callable[..., Any]:
@@ -74,11 +140,17 @@ def spread(fn: Callable[..., Any], mesh: Mesh | None, *split: bool) -> Callable[
     if mesh is None:
         return jax.jit(fn)
     specs = tuple(PartitionSpec("data") if rows else PartitionSpec() for rows in split)
-    return jax.jit(
+    compiled = jax.jit(
         jax.shard_map(
             fn, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False
         )
     )
+
+    def run(*args: Any) -> Any:
+        with jax.set_mesh(mesh):  # in context may be that of a whole job
+            return compiled(*args)
+
+    return run
 
 
 def param_shardings(mesh: Mesh, params: Any, rules: Rules = ()) -> Any:

@@ -28,7 +28,7 @@ def batches(
     cache: Cache,
     config: Any,
     start_step: int = 0,
-    part: tuple[int, int] = (0, 1),
+    shards: tuple[Sequence[int], int] = ((0,), 1),
     reference: Float[np.ndarray, "rows draws 2"] | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of NumPy arrays, one a step, in the types that the cache has stored.
@@ -39,8 +39,8 @@ def batches(
         `pairs.mixing_weights` takes them; `batch_size` and `accumulation` (B is their
         product); `preserve_batch_size` (P is that times accumulation; 0 for none).
       start_step: the step of the first batch; the batch of a step does not depend on it.
-      part: (i, n): the i-th of n equal runs of each batch's rows, from 0, which alone are read: a
-        host's, where a batch is split over several.
+      shards: which of each batch's shards are read, of how many: a batch is split into equal runs
+        of rows, numbered from 0, and a process reads those of its devices.
       reference: the base's squared errors on winner and loser, by row_id and draw; a row's draws
         are then those, in turn, without end.
 
@@ -68,12 +68,12 @@ def batches(
             raise UserError(f"config.{name} is {config[name]}: it must be {low} or more")
     if start_step < 0 or config.seed < 0:
         raise UserError(f"step {start_step}, config.seed {config.seed}: both must be 0 or more")
-    index, count = part
+    own, count = shards
     for name in ("batch_size", "preserve_batch_size"):
-        if not 0 <= index < count or config[name] * config.accumulation % count:
+        if not set(own) <= set(range(count)) or config[name] * config.accumulation % count:
             raise UserError(
-                f"part {index} of {count} of a batch: config.{name} x accumulation is "
-                f"{config[name] * config.accumulation}, which must be a multiple of the parts"
+                f"shards {[*own]} of {count} of a batch: config.{name} x accumulation is "
+                f"{config[name] * config.accumulation}, which must be a multiple of the shards"
             )
     if cache.num_pairs < 1:
         raise UserError(f"{cache.folder} holds no pairs: draw some with config.pairs.num_pairs")
@@ -87,12 +87,12 @@ def batches(
     rows = [
         np.concatenate([2 * pairs + which for which in STRATEGIES[config.rows]]) for pairs in parts
     ]
-    steps = _visits(rows, weights, config.batch_size * config.accumulation, pair_seed, part)
+    steps = _visits(rows, weights, config.batch_size * config.accumulation, pair_seed, shards)
     steps = steps.map(lambda visits: pair_batch(cache, visits[0], visits[1], reference))
     if size := config.preserve_batch_size * config.accumulation:
         # All safe pictures: records num_pairs and up; the pairs have the rows below 2 num_pairs.
         safe = 2 * cache.num_pairs + np.arange(cache.num_pairs + cache.num_preserve)
-        preserve: Any = _visits([safe], [1.0], size, preserve_seed, part)
+        preserve: Any = _visits([safe], [1.0], size, preserve_seed, shards)
         steps = steps.map_with_index(
             lambda step, batch: batch | {"preserve": _preserve_batch(cache, *preserve[step])}
         )
@@ -105,11 +105,10 @@ def _visits(
     weights: Sequence[float],
     size: int,
     seed: int,
-    part: tuple[int, int],
+    shards: tuple[Sequence[int], int],
 ) -> grain.MapDataset:
-    """By step, the part's share of ((size,) rows, (size,) how many times each came before)."""
-    index, count = part
-    own = slice(index * size // count, (index + 1) * size // count)
+    """By step, the shards' share of ((size,) rows, (size,) how many times each came before)."""
+    own = np.arange(size).reshape(shards[1], -1)[list(shards[0])].ravel()
     each = [_endless(rows, seed + i) for i, rows in enumerate(sets)]
     mixed = each[0] if len(each) == 1 else grain.MapDataset.mix(each, weights)
     return mixed.batch(size).map(lambda visits: tuple(x[own] for x in visits))

@@ -134,8 +134,8 @@ def distill(
     }
     checkpoints = Checkpoints(folder / storage.digest(settings)[:16], settings, keep=1)
     student = scaled(student, lessons.start, 1)
-    state = jax.device_put(TrainState.create(student, optimizer), sharding.replicated(mesh))
-    state = checkpoints.restore(state) or state
+    state = TrainState.create(student, optimizer)
+    state = jax.device_put(checkpoints.restore(state) or state, sharding.replicated(mesh))
     if state.step:
         progress(f"distillation: going on from step {int(state.step)}")
 

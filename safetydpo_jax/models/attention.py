@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from safetydpo_jax import sharding
 from safetydpo_jax.models.layers import Dense, LayerNorm
 
 LONG = 1024  # tokens from which on a platform's kernel is asked; below it logits are small
@@ -28,8 +29,8 @@ Heads = Float[Array, "b _ h _"]  # either, or one number of each
 def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False) -> Queries:
     """softmax(q k^T / sqrt(d)) v, with float32 logits and softmax.
 
-    From `LONG` tokens on by Pallas's flash attention on a TPU, each device for its own part of the
-    batch under the mesh of `jax.set_mesh`, and by cuDNN's on a GPU in half precision. All else is
+    From `LONG` tokens on by Pallas's flash attention on a TPU, each device for its own rows and
+    heads under the mesh of `jax.set_mesh`, and by cuDNN's on a GPU in half precision. All else is
     the plain form, which takes the heads in turn where their logits are many.
 
     Args:
@@ -62,7 +63,9 @@ def _flash(q: Queries, k: Keys, v: Keys) -> Queries:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:  # in a shard_map each device has rows of its own
         return _flash_local(q, k, v)
-    split = PartitionSpec("data") if q.shape[0] % mesh.shape["data"] == 0 else PartitionSpec()
+    rows = sharding.BATCH if q.shape[0] % sharding.num_batch_shards(mesh) == 0 else None
+    heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
+    split = PartitionSpec(rows, None, heads)
     return jax.shard_map(
         _flash_local, in_specs=(split, split, split), out_specs=split, check_vma=False
     )(q, k, v)

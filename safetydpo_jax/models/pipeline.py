@@ -56,6 +56,28 @@ class Pipeline:
         params = jax.device_put(self.params, sharding.replicated(mesh))
         return dataclasses.replace(self, params=params, mesh=mesh)
 
+    def on_this_host(self, mesh: Mesh) -> "Pipeline":
+        """The same on each of this process's devices, to draw and to encode with.
+
+        Args:
+          mesh: on which the UNet's parameters are, in any layout; of a job's processes all are to
+            ask. What is on every device already is not copied.
+        """
+        if mesh.size == 1:
+            return self
+        local = sharding.local_mesh(mesh)
+        params = jax.device_put(
+            {name: tree for name, tree in self.params.items() if name != "unet"},
+            sharding.replicated(local),
+        )
+        params["unet"] = sharding.on_this_host(self.unet_params, mesh)
+        return dataclasses.replace(self, params=params, mesh=local)
+
+    def forget_all_but_unet(self) -> None:
+        """Frees the other networks' parameters."""
+        for name in set(self.params) - {"unet"}:
+            del self.params[name]
+
     @property
     def num_devices(self) -> int:
         """How many devices share a batch."""

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from safetydpo_jax import sharding
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.tensor_file import PICKLES, opened, write_tensors
 
@@ -239,7 +240,8 @@ def load_params(
     for path, value in read_params(files, shapes, **options):
         # All in NumPy until here: JAX would compile each transpose and check, shape by shape.
         value = np.asarray(_from_torch(path[-1], value), jnp.dtype(dtype), order="C")
-        params[path] = jax.device_put(value, places.get(path))
+        place = places.get(path)
+        params[path] = sharding.put(value, place) if place else jax.device_put(value)
     return unflatten_dict(params)
 
 

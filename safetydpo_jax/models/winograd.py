@@ -20,7 +20,7 @@ from safetydpo_jax.models import mixed
 
 LEAST_TILES = 64  # with fewer, transforming the kernel costs more than is saved
 LEAST_CHANNELS = 32  # with fewer, transforming the picture does
-MOST_BYTES = 2**26  # of tiles or of products at a time
+MOST_BYTES = 2**27  # at a time: of tiles, of products, of the transformed kernel
 _MIRRORED = (3, 1, 2, 0)  # where a kernel's transformed parts are those of the kernel turned round
 
 Picture = Float[Array, "_ _ _ _"]  # rows, height, width, channels
@@ -50,14 +50,7 @@ def conv3x3(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv3x3(x: Picture, kernel: Kernel, half: bool) -> Picture:
-    # With the picture, not before it: XLA would transform all kernels at the start and keep them.
-    x, kernel = jax.lax.optimization_barrier((x, kernel))
-    transformed = _of_kernel(kernel)
-
-    def product(tiles: Array, i: int, j: int) -> Array:
-        return _product(tiles, transformed[i][j], 0, half)
-
-    return _in_strips(product, x, kernel.shape[3])
+    return _convolve(x, kernel, half, turned=False)
 
 
 def _forward(x: Any, kernel: Any, half: bool) -> tuple[Picture, tuple[Array | None, Array]]:
@@ -71,17 +64,41 @@ def _backward(
 ) -> tuple[Picture, Kernel | None]:
     """dx is the convolution of dy with the kernel turned round."""
     x, kernel = kept
-    kernel, dy = jax.lax.optimization_barrier((kernel, dy))
-    transformed = _of_kernel(kernel)
-
-    def product(tiles: Array, i: int, j: int) -> Array:
-        return _product(tiles, transformed[_MIRRORED[i]][_MIRRORED[j]], 1, half)
-
-    dx = _in_strips(product, dy, kernel.shape[2])
+    dx = _convolve(dy, kernel, half, turned=True)
     return dx, None if x is None else _kernel_gradient(x, dy).astype(kernel.dtype)
 
 
 _conv3x3.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _convolve(x: Picture, kernel: Kernel, half: bool, *, turned: bool) -> Picture:
+    """With the kernel, or with it turned round: over some of its features at a time."""
+    # With the picture, not before it: XLA would transform all kernels at the start and keep them.
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    axis, order = (2, _MIRRORED) if turned else (3, range(4))
+    features = kernel.shape[axis]
+    count = _parts(features, 64 * kernel.shape[2] * kernel.shape[3])
+
+    def of_some(part: Array | int) -> Picture:
+        size = features // count
+        some = jax.lax.dynamic_slice_in_dim(kernel, part * size, size, axis)
+        transformed = _of_kernel(some)
+
+        def product(tiles: Array, i: int, j: int) -> Array:
+            return _product(tiles, transformed[order[i]][order[j]], int(turned), half)
+
+        return _in_strips(product, x, size)
+
+    if count == 1:
+        return of_some(0)
+    parts = jax.lax.map(of_some, jnp.arange(count))
+    return jnp.moveaxis(parts, 0, 3).reshape(*x.shape[:3], features)
+
+
+def _parts(count: int, size: int) -> int:
+    """Into how many parts to split `count` things of `size` bytes for `MOST_BYTES` at a time."""
+    fitting = (n for n in range(1, count) if count % n == 0 and size <= n * MOST_BYTES)
+    return next(fitting, count)
 
 
 def _product(tiles: Array, kernel: Array, contract: int, half: bool) -> Array:
@@ -100,9 +117,8 @@ def _in_strips(product: Callable[[Array, int, int], Array], x: Picture, features
         products = [[product(tiles[i][j], i, j) for j in range(4)] for i in range(4)]
         return _to_picture(products, (b, padded.shape[1] // 2 - 1, w // 2)).astype(x.dtype)
 
-    size, most = 16 * b * h * w * max(c, features), h // 2
-    fitting = (n for n in range(1, most) if most % n == 0 and size <= n * MOST_BYTES)
-    if (count := next(fitting, most)) == 1:
+    count = _parts(h // 2, 16 * b * h * w * max(c, features))
+    if count == 1:
         return strip(padded)
     rows = h // count
     strips = jnp.stack([padded[:, i * rows : (i + 1) * rows + 2] for i in range(count)])

@@ -5,7 +5,9 @@ and the forward passes and nothing else; see `step.make_train_step`.
 """
 
 import contextlib
+import hashlib
 import pathlib
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from safetydpo_jax import host_memory, lora, sharding
+from safetydpo_jax import host_memory, lora, processes, sharding
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora import Adapters
 from safetydpo_jax.train.expert import Expert
@@ -65,7 +67,10 @@ class Cohort:
         adapters = self._stacked(first, axis=0)
         optimizer = make_optimizer(self._config)
         state = TrainState.create(adapters, optimizer, several=self.several)
-        self._state = jax.device_put(state, sharding.replicated(mesh))
+        self._set_state(state)
+
+    def _set_state(self, state: TrainState) -> None:
+        self._state = sharding.put(state, sharding.replicated(self._mesh))
 
     @property
     def several(self) -> bool:
@@ -91,7 +96,8 @@ class Cohort:
             _flat(by_name) if self.several else settings[0],
             keep=config.checkpoint.keep,
         )
-        self._state = self._checkpoints.restore(self._state) or self._state
+        if saved := self._checkpoints.restore(self._state):
+            self._set_state(saved)
         done = int(self._state.step)
         names = f"{', '.join(by_name)}: " if self.several else ""
         progress(f"{names}going on from step {done}" if done else f"{names}a new run")
@@ -101,7 +107,7 @@ class Cohort:
                 "raise config.steps, choose another --workdir, or delete that folder to start anew"
             )
         for expert in self.experts:
-            expert.write_config()
+            processes.first(expert.write_config)
             if expert.health:
                 expert.health.resume(done)
 
@@ -123,12 +129,11 @@ class Cohort:
 
     def _train(self, start: int, title: str) -> None:
         config, params, progress = self._config, self._pipeline.unet_params, self._phases.progress
-        checkpoints = self._checkpoints
         for expert in self.experts:
             expert.make_reference(self._mesh)
         self._phases.begin(f"compile{title}")
         batches = self._batches(start)
-        null = jax.device_put(self.experts[0].cache.null, sharding.replicated(self._mesh))
+        null = sharding.put(self.experts[0].cache.null, sharding.replicated(self._mesh))
         batch = next(batches)
         began = time.monotonic()
         with jax.default_matmul_precision(config.matmul_precision):
@@ -140,39 +145,49 @@ class Cohort:
         progress(f"compiled in {seconds:.1f} s; {flops / 1e12:.3f} TFLOP a step")
 
         self._phases.begin(f"train{title}")
-        guards = [Guard(e.config, checkpoints.path) for e in self.experts]
+        guards = [Guard(e.config, self._checkpoints.path) for e in self.experts]
+        largest = processes.Largest(self._mesh)
         with contextlib.ExitStack() as stack:
-            logs = [stack.enter_context(self._log(expert, start, flops)) for expert in self.experts]
+            logs = []  # of a job's processes the first writes them
+            if processes.is_first():
+                logs = [stack.enter_context(self._log(e, start, flops)) for e in self.experts]
             stop = stack.enter_context(stop_signal())
+            watch = stack.enter_context(processes.Watch(config.guard.hang_seconds))
             if start == 0:
-                checkpoints.save(self._state)
+                self._save(0)
 
             def check(step: int, metrics: Any, wait_time: float) -> None:
                 metrics = jax.device_get(metrics)
-                for i, (log, guard) in enumerate(zip(logs, guards, strict=True)):
-                    logged = log.write(step, self._of(i, metrics), wait_time)
-                    if not self.experts[i].hopeless:  # alone it would have stopped
-                        guard.check(*logged)
+                watch.alive()
+                of_each = [self._of(i, metrics) for i in range(len(self.experts))]
+                of_each = [{k: float(v) for k, v in values.items()} for values in of_each]
+                for log, values in zip(logs, of_each, strict=bool(logs)):
+                    log.write(step, values, wait_time)
+                for expert, guard, values in zip(self.experts, guards, of_each, strict=True):
+                    if not expert.hopeless:  # alone it would have stopped
+                        guard.check(step, values)
 
-            for expert, log in zip(self.experts, logs, strict=True):
+            for expert, log in zip(self.experts, logs, strict=bool(logs)):
                 if expert.health:
                     for record in expert.health.records:
                         if record["step"] == start:  # a kill may have come before the log had it
                             log.write_health(start, record, expert.health.sheet([record]))
             self._evaluate(start, logs, stop)
+            watch.alive()
             pending, wait_time = None, 0.0
             for step in range(start + 1, config.steps + 1):
                 if self._hopeless:
                     progress(f"stopped early at step {step - 1}: the last evaluations were worse")
                     return
+                stopped_by = largest.ask(stop.asked or 0)  # a signal may come at any moment
                 self._state, metrics = compiled(self._state, params, batch, null)
                 # While the device works on this step, read the last one's numbers and the next
                 # batch.
                 if pending:
                     check(*pending)
                 pending = (step, metrics, wait_time)
-                stopped_by = stop.asked  # read once: a signal may come at any moment
-                last = step == config.steps or stopped_by is not None
+                stopped = stopped_by()
+                last = step == config.steps or stopped > 0
                 if not last:
                     asked = time.monotonic()
                     batch = next(batches)
@@ -187,19 +202,25 @@ class Cohort:
                         for guard, expert in zip(guards, self.experts, strict=True)
                     ]
                     if last or all(calm):
-                        checkpoints.save(self._state)
-                if stopped_by is not None and step < config.steps:
-                    self._leave_if_stopped(stop, step)
+                        self._save(step)
+                if step < config.steps:
+                    self._leave_if_stopped(stopped, step)
                 if evaluated:
-                    self._evaluate(step, logs, stop)
-                    self._leave_if_stopped(stop, step)
+                    stopped = self._evaluate(step, logs, stop)
+                    watch.alive()
+                    self._leave_if_stopped(stopped, step)
+
+    def _save(self, step: int) -> None:
+        """Of a job, if all processes have the same: what went wrong in one must not be kept."""
+        adapters = self._state.adapters
+        processes.check_same({f"the adapters of step {step}": _fingerprint(adapters)})
+        self._checkpoints.save(self._state)
 
     def _batches(self, start: int) -> Iterator[Batch]:
         """On the mesh, the experts' batches side by side: (rows, experts, ...)."""
-        each = [expert.batches(start) for expert in self.experts]
-        split = sharding.batch_sharding(self._mesh)
+        each = [expert.batches(start, self._mesh) for expert in self.experts]
         for batches in zip(*each, strict=True):
-            yield jax.device_put(self._stacked(batches, axis=1), split)
+            yield sharding.put_rows(self._stacked(batches, axis=1), self._mesh)
 
     def _log(self, expert: Expert, start: int, flops: float) -> MetricsLog:
         """The steps' times are those of the whole cohort, pairs and FLOPs the expert's own."""
@@ -207,30 +228,33 @@ class Cohort:
         rows = config.batch_size * config.accumulation
         return MetricsLog(expert.workdir, config, start, rows, flops, expert.progress)
 
-    def _evaluate(self, step: int, logs: Sequence[MetricsLog], stop: Stop) -> None:
+    def _evaluate(self, step: int, logs: Sequence[MetricsLog], stop: Stop) -> int:
         """Evaluates the experts that are due, until a signal: those that are left are due again.
 
-        The time is taken out of all their steps' speed.
+        The time is taken out of all their steps' speed. Returns the signal, or 0.
         """
+        stopped = 0
         due = [expert.due(step) for expert in self.experts]
         adapters = self.adapters() if any(due) else []
-        for i, (expert, log) in enumerate(zip(self.experts, logs, strict=True)):
+        for i, expert in enumerate(self.experts):
             if due[i]:
                 record = expert.measure(step, adapters[i])
                 assert expert.health is not None
-                log.write_health(step, record, expert.health.sheet([record]))
-                if stop.asked is not None:
+                if logs:
+                    logs[i].write_health(step, record, expert.health.sheet([record]))
+                if stopped := processes.any_of(stop.asked or 0):
                     break
         for log in logs:
             log.pause_ends()
+        return stopped
 
-    def _leave_if_stopped(self, stop: Stop, step: int) -> None:
-        if stop.asked is not None:
+    def _leave_if_stopped(self, stopped: int, step: int) -> None:
+        if stopped:
             self._phases.progress(
-                f"stopped by {stop.asked.name}: step {step} is saved in {self._checkpoints.path}; "
-                "the same command goes on from there"
+                f"stopped by {signal.Signals(stopped).name}: step {step} is saved in "
+                f"{self._checkpoints.path}; the same command goes on from there"
             )
-            raise SystemExit(128 + stop.asked)
+            raise SystemExit(128 + stopped)
 
     def _stacked(self, trees: Sequence[Any], axis: int) -> Any:
         """The experts' trees as one; a single expert's as it is."""
@@ -241,6 +265,14 @@ class Cohort:
     def _of(self, i: int, tree: Any) -> Any:
         """An expert's part of a tree of arrays on the host."""
         return jax.tree.map(lambda x: x[i], tree) if self.several else tree
+
+
+def _fingerprint(tree: Any) -> str:
+    """Of what this process has of arrays that are whole on every device."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _flat(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from safetydpo_jax import __version__, data, lora, storage
+from safetydpo_jax import __version__, data, lora, processes, sharding, storage
 from safetydpo_jax.lora import Adapters
 from safetydpo_jax.train.model_card import base_name, write_model_card
 from safetydpo_jax.train.reference import reference_table
@@ -27,13 +27,15 @@ KOHYA_BASES = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 class Expert:
     """What a run keeps of one expert besides its training state, which `cohort.Cohort` has.
 
-    Everything that can be wrong with its config is found here, before hours of drawing.
+    Everything that can be wrong with its config is found here, before hours of drawing. In a job of
+    several processes each has one; the first alone draws, evaluates and writes.
 
     Args:
       config: from `settings.resolve`.
       workdir: its folder: pairs/ cache/ health/ metrics.jsonl tensorboard/ export/ report/
         config.json.
-      pipeline: the base model.
+      pipeline: the base model, as the step has it.
+      drawing: the same, on this process's devices.
       progress: takes lines of text.
 
     Attributes:
@@ -46,6 +48,7 @@ class Expert:
     """
 
     cache: data.Cache
+    _pairs: Any
     reference: np.ndarray | None
     health: "Health | None"
 
@@ -54,10 +57,11 @@ class Expert:
         config: ConfigDict,
         workdir: pathlib.Path,
         pipeline: Any,
+        drawing: Any,
         progress: Callable[[str], None],
     ):
         self.config, self.workdir, self.progress = config, workdir, progress
-        self._pipeline = pipeline
+        self._pipeline, self._drawing = pipeline, drawing
         if config.report.enabled:
             # Here, so that a run without a report needs none of what the report needs.
             from safetydpo_jax.evaluate.report import prompts_of
@@ -67,18 +71,32 @@ class Expert:
         if config.health.every:
             from safetydpo_jax.train.health import Health
 
-            self.health = Health(config, pipeline, workdir, progress)
+            self.health = Health(config, drawing, workdir, progress)
         self._model_hash = storage.hash_parts(pipeline.sources, ("unet", "scheduler"))
 
     def make_pairs(self) -> None:
         """Draws its pairs, unless they are there."""
-        folder = data.make_pairs(self.config, self._pipeline, self.workdir, self.progress)
-        self._pairs = data.open_pairs(folder)
-        data.mixing_weights(self._pairs.parts, self.config.mix)  # hours before they are needed
+
+        def make() -> None:
+            folder = data.make_pairs(self.config, self._drawing, self.workdir, self.progress)
+            self._pairs = data.open_pairs(folder)
+            data.mixing_weights(self._pairs.parts, self.config.mix)  # hours before they are needed
+
+        processes.first(make)
 
     def make_cache(self) -> None:
-        """Encodes them, unless that is done."""
-        self.cache = data.make_cache(self.config, self._pipeline, self.workdir, self.progress)
+        """Encodes them, unless that is done: each process its share."""
+        part = processes.part()
+        arguments = self.config, self._drawing, self.workdir, self.progress
+
+        def make() -> None:
+            self.cache = data.make_cache(*arguments)
+
+        if part[1] > 1 and not self.config.cache.path:
+            processes.each(lambda: data.encode_part(*arguments, part=part))
+        processes.first(make)
+        if not processes.is_first():
+            self.cache = data.Cache(self.config.cache.path or self.workdir / "cache")
         self.progress(
             f"{self.cache.num_pairs} pairs and {self.cache.num_preserve} preservation pictures"
         )
@@ -95,9 +113,10 @@ class Expert:
             self.progress,
         )
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        """From a step on, what it learns in each."""
-        return data.batches(self.cache, self.config, start, reference=self.reference)
+    def batches(self, start: int, mesh: Mesh) -> Iterator[Batch]:
+        """From a step on, what it learns in each; this process's rows."""
+        shards = sharding.own_batch_shards(mesh), sharding.num_batch_shards(mesh)
+        return data.batches(self.cache, self.config, start, shards, self.reference)
 
     def first_adapters(self) -> Adapters:
         """New ones that change nothing, or those of `config.lora.init`; not yet scaled."""
@@ -159,7 +178,7 @@ class Expert:
 
             summary = write_report(
                 self.config,
-                self._pipeline,
+                self._drawing,
                 self._adapters,
                 self.workdir,
                 training=self.health.history() if self.health else None,

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from safetydpo_jax import lora, storage
+from safetydpo_jax import lora, processes, storage
 from safetydpo_jax.evaluate.exam import EmojiExam, SampleExam, Shown
 from safetydpo_jax.evaluate.pictures import Row, Section, picture_grid
 
@@ -27,7 +27,7 @@ RATES = {"Unsafe prompts": "ip", "Safe prompts": "fidelity"}  # what stands besi
 
 
 class Health:
-    """The small evaluations of one run.
+    """The small evaluations of one run: of a job's processes the first makes them.
 
     Args:
       config: from `settings.resolve`.
@@ -48,7 +48,8 @@ class Health:
     ):
         self._config, self._pipeline, self._progress = config, pipeline, progress
         self.folder = workdir / "health"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if processes.is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
         exam = EmojiExam if config.base == "emoji" else SampleExam
         self._exam = exam(config, pipeline, self.folder / "drawn")
         self.records: list[Record] = []
@@ -66,6 +67,10 @@ class Health:
         Raises:
           UserError: they were made with other settings.
         """
+        self.records = processes.first(lambda: self._found(step))
+
+    def _found(self, step: int) -> list[Record]:
+        records = []
         for file in sorted(self.folder.glob("step_*.json")):
             record = json.loads(file.read_text())
             storage.check_same(
@@ -75,14 +80,17 @@ class Health:
                 "or move the folder of this file away; then only steps still to come are evaluated",
             )
             if record["step"] <= step:
-                self.records.append(record)
-        known = {f"step_{record['step']:06d}" for record in self.records}
+                records.append(record)
+        known = {f"step_{record['step']:06d}" for record in records}
         for file in self.folder.rglob("step_*"):
             if file.name[: len("step_000000")] not in known:
                 file.unlink()
+        return records
 
     def measure(self, step: int, adapters: Any, header: Mapping[str, str]) -> Record:
         """Evaluates the adapters of a step, and keeps them; step 0 is the base model alone.
+
+        All processes are to call it.
 
         Args:
           step: how many updates made them.
@@ -92,6 +100,11 @@ class Health:
         Returns:
           The record: the exam's rates, the step, the settings.
         """
+        record = processes.first(lambda: self._measure(step, adapters, header))
+        self.records.append(record)
+        return record
+
+    def _measure(self, step: int, adapters: Any, header: Mapping[str, str]) -> Record:
         began = time.monotonic()
         applied = None
         if step:
@@ -104,8 +117,7 @@ class Health:
             "settings": self._exam.settings,
             "shown": [self._keep(step, i, part) for i, part in enumerate(shown)],
         }
-        self.records.append(record)
-        self.sheet(self.records).save(self.folder / "samples.png")
+        self.sheet([*self.records, record]).save(self.folder / "samples.png")
         # Last: it stands for the whole evaluation.
         storage.write_file(self.path(step, "json"), (json.dumps(record, indent=1) + "\n").encode())
         said = "pictures drawn"

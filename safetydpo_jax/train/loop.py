@@ -10,14 +10,17 @@ Where a config names several experts, each has a folder of its own with all this
 checkpoints, which are those of a cohort of experts: checkpoints/cohort_1 ...
 """
 
+import contextlib
 import pathlib
+import secrets
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from safetydpo_jax import host_memory, sharding
+from safetydpo_jax import __version__, host_memory, processes, sharding, storage
+from safetydpo_jax.errors import UserError
 from safetydpo_jax.train.base import load_base
 from safetydpo_jax.train.cohort import Cohort
 from safetydpo_jax.train.expert import Expert
@@ -33,6 +36,9 @@ def run(
 ) -> dict[str, dict[str, Any]]:
     """Trains, exports and measures one expert or several, or goes on where an earlier run ended.
 
+    In a job of several processes (`processes.job`) all call it, with the same config. The first one
+    writes, and says how it goes.
+
     Args:
       config: as `configs/common.py` makes it, or `configs/all_experts.py`.
       workdir: the run's folder; made if needed, used by one run at a time.
@@ -40,7 +46,8 @@ def run(
       command: what the user typed, for the model cards.
 
     Returns:
-      By category, the report's summary; empty if `report.enabled` is False.
+      By category, the report's summary; empty if `report.enabled` is False, and in all processes
+      but the first.
 
     Raises:
       UserError: a wrong config or input, settings that differ from the workdir's, a diverged run.
@@ -51,6 +58,8 @@ def run(
     several = "experts" in config
     shared = configs[0]
     workdir = pathlib.Path(workdir)
+    if not processes.is_first():
+        progress = lambda line: None  # noqa: E731
     phases = Phases(progress, total=7 + 2 * len(groups))
 
     phases.begin("config and workdir")
@@ -58,8 +67,12 @@ def run(
         host_memory.share_one_arena()  # before JAX starts its threads
     mesh = sharding.make_mesh(shared.mesh.data, shared.mesh.fsdp, shared.mesh.tensor)
     # The mesh in context is the one over which attention spreads a kernel of its own.
-    with jax.set_mesh(mesh), lock_workdir(workdir):
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(lock_workdir(workdir)))
+        _check_shared(workdir, configs)
         devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
+        if (count := jax.process_count()) > 1:
+            devices += f" in {count} processes"
         what = ", ".join(c.category for c in configs)
         progress(f"{what}, recipe {shared.recipe}, {workdir}, {devices}")
 
@@ -71,13 +84,14 @@ def run(
         )
         if shared.remat:
             pipeline.networks["unet"] = pipeline.unet.clone(remat=True)
+        drawing = pipeline.on_this_host(mesh)
 
         def expert_of(config: ConfigDict) -> Expert:
             if not several:
-                return Expert(config, workdir, pipeline, progress)
+                return Expert(config, workdir, pipeline, drawing, progress)
             name = config.category
             say = lambda line: progress(f"{name}: {line}")  # noqa: E731
-            return Expert(config, workdir / name, pipeline, say)
+            return Expert(config, workdir / name, pipeline, drawing, say)
 
         cohorts = []
         for i, group in enumerate(groups, 1):
@@ -93,6 +107,10 @@ def run(
         phases.begin("cache")
         for expert in experts:
             expert.make_cache()
+        if not any(config.health.every or config.report.enabled for config in configs):
+            for loaded in (pipeline, drawing):
+                loaded.forget_all_but_unet()
+        _check_processes(experts)
 
         phases.begin("state")
         for cohort in cohorts:
@@ -101,6 +119,8 @@ def run(
         for i, cohort in enumerate(cohorts, 1):
             cohort.train(f" {i}" if len(cohorts) > 1 else "")
 
+        if not processes.is_first():
+            return {}
         phases.begin("export")
         for cohort in cohorts:
             for expert, adapters in zip(cohort.experts, cohort.adapters(), strict=True):
@@ -113,3 +133,39 @@ def run(
             progress(expert.made())
         progress(phases.table())
     return summaries
+
+
+def _check_shared(workdir: pathlib.Path, configs: list[ConfigDict]) -> None:
+    """Raises UserError if a process has to read what the first writes, and cannot."""
+    if jax.process_count() == 1:
+        return
+    file = workdir / ".job"
+
+    def leave() -> str:
+        mark = secrets.token_hex(8)
+        storage.write_file(file, mark.encode())
+        return mark
+
+    mark = processes.first(leave)
+    unseen = not (file.is_file() and file.read_text() == mark)
+    if processes.any_of(unseen) and not all(config.cache.path for config in configs):
+        raise UserError(
+            f"{workdir} is not one folder for all processes, so that they do not see the cache: "
+            "give a --workdir on a disk that they share, or a cache that all can read, made before "
+            "by launch/cache.py, as --config.cache.path=gs://BUCKET/FOLDER"
+        )
+
+
+def _check_processes(experts: list[Expert]) -> None:
+    """Raises UserError if processes would not do the same."""
+    steering = ("steps", "checkpoint", "health", "guard", "mesh", "remat", "report")
+    configs = [expert.config.to_dict() for expert in experts]
+    processes.check_same(
+        {
+            "the versions of safetydpo_jax and JAX": f"{__version__}, {jax.__version__}",
+            "the config": storage.digest([{k: c[k] for k in steering} for c in configs])[:16],
+            "the settings, the base model or the pairs": storage.digest(
+                [expert.settings for expert in experts]
+            )[:16],
+        }
+    )

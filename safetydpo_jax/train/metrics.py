@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import tensorboardX
 from ml_collections import ConfigDict
@@ -48,23 +47,17 @@ class MetricsLog:
         self._file.close()
         self._board.close()
 
-    def write(
-        self, step: int, metrics: Mapping[str, Any], wait_time: float
-    ) -> tuple[int, dict[str, float]]:
-        """Waits for a step's metrics and logs them with its time (s), pairs/s and TFLOP/s.
+    def write(self, step: int, metrics: Mapping[str, float], wait_time: float) -> None:
+        """Logs a step's metrics, which have just come, with its time (s), pairs/s and TFLOP/s.
 
         Args:
           step: its number.
-          metrics: as the step returns them.
+          metrics: of the step.
           wait_time: seconds of the step's time that its batch was waited for.
-
-        Returns:
-          The step and everything logged for it.
         """
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
         seconds, self._last = now - self._last, now
-        values |= {
+        values = dict(metrics) | {
             "step_time": seconds,
             "wait_time": wait_time,
             "pairs_per_s": self._rows / seconds,
@@ -75,7 +68,6 @@ class MetricsLog:
             self._board.add_scalar(name, value, step)
         if step % self._config.log_every == 0 or step in (self._start + 1, self._config.steps):
             self._show(step, values, (now - self._began) / (step - self._start))
-        return step, values
 
     def write_health(self, step: int, record: Mapping[str, Any], picture: Image.Image) -> None:
         """Logs an evaluation's rates and pictures; `pause_ends` is to follow."""

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from safetydpo_jax import sharding, storage
+from safetydpo_jax import processes, sharding, storage
 from safetydpo_jax.data import STRATEGIES, Cache, pair_batch
 from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.pace import Pace
@@ -50,7 +50,7 @@ def reference_table(
       config: from `settings.resolve`; `reference`: draws, 0 for no table, and path.
       pipeline: the base.
       cache: what the run trains on.
-      mesh: rows are split over its "data" axis.
+      mesh: whose batch shards the rows are split over.
       workdir: of the run, for its own table.
       model_hash: of the UNet and its noise schedule.
       progress: takes lines of text: done, rate, time left.
@@ -76,11 +76,12 @@ def reference_table(
     )
     folder = Path(config.reference.path or workdir / "reference") / key[:16]
     files = [folder / f"draw_{i:05d}.safetensors" for i in range(draws)]
-    missing = [i for i, file in enumerate(files) if not file.is_file()]
+    # Of a job's processes the first has the files, and all compute.
+    missing = processes.first(lambda: [i for i, file in enumerate(files) if not file.is_file()])
     if missing:
         progress(f"reference: {len(rows)} rows, {len(missing)} of {draws} draws to be computed")
         errors = make_errors(pipeline, config, mesh)
-        null = jax.device_put(cache.null, sharding.replicated(mesh))
+        null = sharding.put(cache.null, sharding.replicated(mesh))
         pace = Pace(len(missing))
         for done, draw in enumerate(missing):
             found = np.empty((len(rows), 2), np.float32)
@@ -88,7 +89,7 @@ def reference_table(
                 # A short last batch is filled up, so that its shape needs no compilation.
                 index = np.minimum(np.arange(start, start + config.batch_size), len(rows) - 1)
                 batch = pair_batch(cache, rows[index], np.full_like(index, draw))
-                batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+                batch = sharding.put(batch, sharding.batch_sharding(mesh))
                 with jax.default_matmul_precision(config.matmul_precision):
                     found[index] = errors(pipeline.unet_params, batch, null)
                 part = done + min(1, (start + config.batch_size) / len(rows))
@@ -97,13 +98,15 @@ def reference_table(
                         f"reference: {part:.2f}/{len(missing)} draws, "
                         f"{pace.rate(part) * len(rows):.1f} rows/s, {pace.left(part):.0f} s left"
                     )
-            write_tensors(files[draw], {"errors": found.shape}, [("errors", found)])
+            if processes.is_first():
+                write_tensors(files[draw], {"errors": found.shape}, [("errors", found)])
         progress(f"reference: {folder}, {draws} draws of {len(rows)} rows")
     table = np.full((2 * cache.num_pairs, draws, 2), np.nan, np.float32)
-    for i, file in enumerate(files):
-        with opened(file) as kept:
-            table[rows, i] = kept.read("errors")
-    return table
+    if processes.is_first():
+        for i, file in enumerate(files):
+            with opened(file) as kept:
+                table[rows, i] = kept.read("errors")
+    return processes.first_arrays(table)
 
 
 def make_errors(
@@ -122,4 +125,4 @@ def make_errors(
         )
 
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    return jax.jit(errors, in_shardings=(None, split, whole), out_shardings=split)
+    return jax.jit(errors, in_shardings=(None, split, whole), out_shardings=whole)

@@ -236,7 +236,7 @@ def _check(config: ConfigDict) -> None:
         if not _value(config, key) >= low:
             raise UserError(f"config.{key} is {_value(config, key)}: it must be {low} or more")
     above_zero = ("loss.beta", "optimizer.learning_rate", "optimizer.clip_norm", "lora.alpha")
-    for key in (*above_zero, "guard.winner_error"):
+    for key in (*above_zero, "guard.winner_error", "guard.hang_seconds"):
         if not _value(config, key) > 0:
             raise UserError(f"config.{key} is {_value(config, key)}: it must be above 0")
     one_of = {

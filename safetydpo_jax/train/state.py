@@ -12,7 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from safetydpo_jax import storage
+from safetydpo_jax import processes, storage
 from safetydpo_jax.lora.adapters import Adapters
 
 SCHEDULES = ("constant", "cosine")
@@ -73,19 +73,31 @@ class Checkpoints:
     """The run's checkpoints: a folder a step, written whole or not at all, the last few kept.
 
     Each holds the state and the settings that its numbers depend on; a run with other settings
-    refuses to go on from it.
+    refuses to go on from it. Of a job's processes the first reads and writes, so that another
+    number of them, or another mesh, can go on from it.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any], *, keep: int):
         self.path = pathlib.Path(path).absolute()
         self._settings = json.loads(json.dumps(settings))
-        # Orbax writes to a temporary name and renames: a kill leaves the last whole one in place.
-        # Not in the background: the next step takes over the very buffers that are being written.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self.path, options=options)
+        if processes.is_first():
+            self.path.mkdir(parents=True, exist_ok=True)
+            # Orbax writes to a temporary name and renames: a kill leaves the last whole one there.
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=False,
+                create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=0, active_processes={0}
+                ),
+            )
+            self._manager = ocp.CheckpointManager(self.path, options=options)
 
     def save(self, state: TrainState) -> None:
         """Writes the state under its own step, unless it is there."""
+        if not processes.is_first():
+            return
+        state = jax.device_get(state)
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -95,23 +107,34 @@ class Checkpoints:
         self._manager.save(step, args=items)
 
     def restore(self, like: TrainState) -> TrainState | None:
-        """The newest state, laid out as `like`; None if nothing was saved.
+        """The newest state, in NumPy; None if nothing was saved.
+
+        Args:
+          like: any state of its shapes.
 
         Raises:
           UserError: it was saved by a run with other settings.
         """
-        step = self._manager.latest_step()
+        step = processes.first(self._newest)
         if step is None:
             return None
-        only = ocp.args.Composite(settings=ocp.args.JsonRestore())
-        saved: Any = self._manager.restore(step, args=only)
-        storage.check_same(
-            self.path,
-            saved.settings,
-            self._settings,
-            "choose another --workdir, or delete that folder to start anew",
-        )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        only = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        saved = self._manager.restore(step, args=only)
-        return saved.state
+        like = jax.device_get(like)
+        if processes.is_first():
+            only = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            saved: Any = self._manager.restore(step, args=only)
+            like = saved.state
+        return processes.first_arrays(like)
+
+    def _newest(self) -> int | None:
+        """The step of the newest, if it is of these settings."""
+        step = self._manager.latest_step()
+        if step is not None:
+            only = ocp.args.Composite(settings=ocp.args.JsonRestore())
+            saved: Any = self._manager.restore(step, args=only)
+            storage.check_same(
+                self.path,
+                saved.settings,
+                self._settings,
+                "choose another --workdir, or delete that folder to start anew",
+            )
+        return step

@@ -206,8 +206,8 @@ def make_train_step(
       unet: called as `unet.apply({"params", "lora"?}, latents, timesteps, *conditioning)`.
       schedule: the base model's noise schedule.
       config: from `settings.resolve`.
-      mesh: from `sharding.make_mesh`; the batch is split over its "data" axis. On several TPUs the
-        step must be called within `jax.set_mesh(mesh)`; see `models.attention`.
+      mesh: from `sharding.make_mesh`; `sharding.put` and `put_rows` lay out on it. On several TPUs
+        the step must be called within `jax.set_mesh(mesh)`; see `models.attention`.
       experts: how many, if the state is that of several. The batch's arrays then have the experts
         as their second axis, (rows, experts, ...), and the metrics are (experts,).
 

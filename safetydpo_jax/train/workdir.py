@@ -17,7 +17,8 @@ from safetydpo_jax.errors import UserError
 
 _WHICH = """
 import jax
-jax.distributed.initialize()
+from safetydpo_jax import processes
+processes.connect()
 visible = [jax.config.values[f"jax_{kind}_visible_devices"] for kind in ("cuda", "rocm")]
 print(jax.process_index(), jax.process_count(), *visible)
 """

@@ -69,25 +69,32 @@ def test_order_depends_on_seed_and_step_only(stored, config):
     assert visits(take(stored, config, 9)) != visits(whole)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_parts_of_a_batch_are_all_of_it(stored, config, count):
+@pytest.mark.parametrize(
+    "hosts", [([0], [1]), ([0], [1], [2], [3]), ([0, 1], [2, 3]), ([3, 0], [1, 2])]
+)
+def test_shards_of_a_batch_are_all_of_it(stored, config, hosts):
     """Four hosts or two: together they see each row once an epoch, in the order of one."""
+    count = sum(map(len, hosts))
     config.rows, config.preserve_batch_size = "both", 4
     whole = take(stored, config, 7)
-    parts = [
-        list(itertools.islice(batches(stored, config, 2, (i, count)), 5)) for i in range(count)
-    ]
+    parts = [list(itertools.islice(batches(stored, config, 2, (own, count)), 5)) for own in hosts]
+
+    def in_order(*of_hosts):
+        shards = [shard for own, rows in zip(hosts, of_hosts, strict=True)
+                  for shard in zip(own, np.split(rows, len(own)), strict=True)]  # fmt: skip
+        return np.concatenate([rows for _, rows in sorted(shards, key=lambda shard: shard[0])])
+
     for step, batch in enumerate(whole[2:]):
-        together = jax.tree.map(lambda *x: np.concatenate(x), *(part[step] for part in parts))
+        together = jax.tree.map(in_order, *(part[step] for part in parts))
         assert jax.tree.all(jax.tree.map(np.array_equal, batch, together))
     rows = visits(take(stored, config, 5))[0]
     assert sorted(rows[:10]) == list(range(10))
 
 
-@pytest.mark.parametrize("part", [(0, 3), (2, 2), (-1, 2)])
-def test_parts_that_cannot_be(stored, config, part):
-    with pytest.raises(UserError, match="part .* which must be a multiple of the parts"):
-        batches(stored, config, 0, part)
+@pytest.mark.parametrize("shards", [([0], 3), ([2], 2), ([-1], 2)])
+def test_shards_that_cannot_be(stored, config, shards):
+    with pytest.raises(UserError, match="shards .* which must be a multiple of the shards"):
+        batches(stored, config, 0, shards)
 
 
 def test_a_batch_from_disk_is_that_from_memory(stored, config, monkeypatch):

@@ -96,6 +96,12 @@ class SmallPipeline:
     encode_negative = encode_prompts
     zeros_for_empty = False
 
+    def on_this_host(self, mesh):
+        return self
+
+    def forget_all_but_unet(self):
+        pass
+
     @property
     def sources(self):
         return {part.name: list(part.iterdir()) for part in self.path.iterdir()}

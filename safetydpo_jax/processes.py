@@ -1,0 +1,258 @@
+"""A job of several processes, on one host or many, which all run the same program.
+
+The first one has the run's folder: it alone writes, and tells the others what they cannot see.
+Nothing here is ever waited for by a job of one process.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from safetydpo_jax.errors import UserError
+
+HEARTBEAT_SECONDS = 60  # after which a process that gives no sign of life counts as dead
+GRACE_SECONDS = 2
+LOST = 75  # exit code when another process is gone or hangs: EX_TEMPFAIL, to be started again
+
+
+def connect() -> None:
+    """Joins the job that the environment describes.
+
+    JAX finds it out on TPU pods, Slurm, Open MPI and Kubernetes. Elsewhere the variables
+    JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    say it.
+
+    Raises:
+      UserError: it is not found, or the first process cannot be reached.
+    """
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **described())
+    except (ValueError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--distributed: this process cannot join a job ({reason}): start it under Slurm, Open "
+            "MPI, Kubernetes or on every worker of a TPU pod, or set JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
+
+
+def described() -> dict[str, Any]:
+    """What JAX does not read of the environment by itself.
+
+    Raises:
+      UserError: a variable is no number.
+    """
+    found = {}
+    for key, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
+        if value := os.environ.get(name):
+            if not value.isdigit():
+                raise UserError(f"{name} is {value!r}: it must be a number")
+            found[key] = int(value)
+    return found
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def first(what: Callable[[], Any]) -> Any:
+    """What the first process finds, which alone looks; JSON.
+
+    Raises:
+      UserError: as the first process did, in all.
+    """
+    if jax.process_count() == 1:
+        return what()
+    found: dict[str, Any] = {}
+    if is_first():
+        try:
+            found = {"value": what()}
+        except UserError as error:
+            found = {"error": str(error)}
+    found = json.loads(told(json.dumps(found)))
+    if "error" in found:
+        raise UserError(found["error"])
+    return found["value"]
+
+
+def told(text: str, process: int = 0) -> str:
+    """A process's text, in all."""
+    source = jax.process_index() == process
+    mine = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine)), is_source=source))
+    sent = mine if source else np.zeros(size, np.uint8)
+    return multihost_utils.broadcast_one_to_all(sent, is_source=source).tobytes().decode()
+
+
+def each(what: Callable[[], Any]) -> None:
+    """Does something in every process, and waits until it is done in all.
+
+    Raises:
+      UserError: the first that any process met, in all.
+    """
+    failed = ""
+    try:
+        what()
+    except UserError as error:
+        failed = str(error)
+    for process in range(jax.process_count()):
+        if text := told(failed, process):
+            raise UserError(text)
+
+
+def part() -> tuple[int, int]:
+    """(i, n): this is the i-th of n processes, from 0."""
+    return jax.process_index(), jax.process_count()
+
+
+def first_arrays(tree: Any) -> Any:
+    """The first process's arrays, NumPy's, in all; others give any of the same shapes."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def check_same(facts: Mapping[str, str]) -> None:
+    """Compares what all processes have to have in common.
+
+    Args:
+      facts: by what they are called, as short texts.
+
+    Raises:
+      UserError: a process has another, in all of them; it says which and where.
+    """
+    if jax.process_count() == 1:
+        return
+    width = max(len(text.encode()) for text in facts.values())
+    width = int(multihost_utils.process_allgather(np.int32(width)).max())
+    mine = np.zeros((len(facts), width), np.uint8)
+    for row, text in zip(mine, facts.values(), strict=True):
+        row[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
+    every = multihost_utils.process_allgather(mine)
+    for i, name in enumerate(facts):
+        others = [p for p in range(len(every)) if (every[p, i] != every[0, i]).any()]
+        if others:
+            found = [every[p, i].tobytes().rstrip(b"\0").decode() for p in (0, others[0])]
+            raise UserError(
+                f"processes {', '.join(map(str, others))} of {len(every)} differ from process 0 in "
+                f"{name}: {found[1]!r}, not {found[0]!r}; give all the same files and command"
+            )
+
+
+def any_of(number: int) -> int:
+    """The largest of the processes' numbers; all must ask at the same moment."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+class Largest:
+    """The largest of the processes' numbers, found by the devices of a mesh between their steps."""
+
+    def __init__(self, mesh: Mesh):
+        self._alone = jax.process_count() == 1
+        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._count = mesh.size
+        self._max = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def ask(self, number: int) -> Callable[[], int]:
+        """Gives this process's number; what it returns, called later, waits for the largest."""
+        if self._alone:
+            return lambda: number
+        numbers = jax.make_array_from_callback(
+            (self._count,), self._split, lambda index: np.full(1, number, np.int32)
+        )
+        largest = self._max(numbers)
+        return lambda: int(largest)
+
+
+@contextmanager
+def job() -> Iterator[None]:
+    """Joins the job, and leaves it: at the end with the others, on an error without them.
+
+    The others would otherwise be waited for, who wait for this one.
+    """
+    connect()
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        jax.distributed.shutdown()
+        raise
+    except Exception as error:
+        where = f"process {jax.process_index()} of {jax.process_count()}"
+        if isinstance(error, UserError):
+            print(f"error: {where}: {error}", file=sys.stderr)
+        elif _is_loss(error):
+            reason = str(error).splitlines()[0][:200]
+            print(
+                f"error: {where}: another process is gone ({reason}); start the job again: it goes "
+                "on from its last checkpoint",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exception(error)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        if is_first():
+            time.sleep(GRACE_SECONDS)  # or the others would be cut off in what they have to say
+        os._exit(2 if isinstance(error, UserError) else LOST if _is_loss(error) else 1)
+    else:
+        jax.distributed.shutdown()
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether a collective failed, as it does when a process ends."""
+    words = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "NCCL", "coordination service")
+    return not isinstance(error, UserError) and any(word in str(error) for word in words)
+
+
+class Watch:
+    """Ends this process when a job gives no sign of life: a device or another process hangs.
+
+    A job of one process is not watched: whoever started it sees that.
+
+    Args:
+      seconds: how long a step, an evaluation or a checkpoint may take.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds, self._last, self._done = seconds, time.monotonic(), threading.Event()
+        if jax.process_count() > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+
+    def alive(self) -> None:
+        """A sign of life."""
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(10.0, self._seconds / 4)):
+            if time.monotonic() - self._last > self._seconds:
+                print(
+                    f"error: process {jax.process_index()} of {jax.process_count()}: nothing has "
+                    f"happened for {self._seconds:.0f} s (config.guard.hang_seconds): a device or "
+                    "another process hangs; start the job again: it goes on from its last "
+                    "checkpoint. Where this one waits:",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback()
+                os._exit(LOST)

@@ -1,0 +1,170 @@
+"""launch/train.py as a job of several processes over loopback, one of which may be killed."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from safetydpo_jax import processes
+from tests.train.test_kill import EXPORT, STEPS, command, lines
+
+pytestmark = pytest.mark.slow
+
+
+class Job:
+    """Its processes, `devices` in all."""
+
+    def __init__(self, count, arguments, devices=4, own=lambda i: []):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        flag = f"--xla_force_host_platform_device_count={devices // count}"
+        self.processes = [
+            subprocess.Popen(
+                [*arguments, "--distributed", *own(i)],
+                env=os.environ
+                | {"XLA_FLAGS": flag, "JAX_COORDINATOR_ADDRESS": address}
+                | {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i in range(count)
+        ]
+
+    def end(self, timeout=300):
+        """The exit codes, and what each said."""
+        said = [process.communicate(timeout=timeout)[0] for process in self.processes]
+        return [process.returncode for process in self.processes], said
+
+
+@pytest.fixture(scope="module")
+def begin(model_folder, pairs_folder):
+    def begin(count, workdir, *more, **options):
+        # In bfloat16 rounding, which differs with the number of processes, would show in the loss.
+        precise = "--config.matmul_precision=float32"
+        return Job(
+            count, [*command(model_folder, pairs_folder, workdir), precise, *more], **options
+        )
+
+    return begin
+
+
+@pytest.fixture
+def start(begin, tmp_path):
+    return lambda count, name, *more, **options: begin(count, tmp_path / name, *more, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(begin, tmp_path_factory):
+    """Of two processes that nothing befalls, the workdir."""
+    workdir = tmp_path_factory.mktemp("whole")
+    codes, said = begin(2, workdir).end()
+    assert codes == [0, 0], said
+    assert "4 x cpu in 2 processes" in said[0]
+    assert "step" not in said[1]  # the first alone speaks
+    return workdir
+
+
+def numbers(file):
+    import safetensors.numpy
+
+    return np.concatenate([x.ravel() for x in safetensors.numpy.load_file(file).values()])
+
+
+def apart(file, other):
+    x, y = numbers(file), numbers(other)
+    return np.linalg.norm(x - y) / np.linalg.norm(y)
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open()]
+
+
+def wait_for(job, workdir, count):
+    while lines(workdir) < count:
+        assert all(p.poll() is None for p in job.processes), job.end()
+        time.sleep(0.01)
+
+
+def test_one_process_trains_the_same(whole, start, tmp_path):
+    codes, said = start(1, "run").end()
+    assert codes == [0], said
+    for line, of_two in zip(losses(tmp_path / "run")[:20], losses(whole), strict=False):
+        assert line == pytest.approx(of_two, rel=1e-3)
+    assert apart(tmp_path / "run" / EXPORT, whole / EXPORT) < 1e-3
+    assert lines(tmp_path / "run") == lines(whole) == STEPS
+    # What is only the first's: no other process wrote a line or a checkpoint of its own.
+    names, others = ({p.name for p in folder.iterdir()} for folder in (tmp_path / "run", whole))
+    assert names ^ others <= {".job"}
+
+
+def test_killed_and_taken_up_by_another_number_of_processes(start, whole, tmp_path):
+    rng = random.Random(time.time_ns())
+    for victim in (1, 0):
+        job = start(2, "killed")
+        wait_for(job, tmp_path / "killed", lines(tmp_path / "killed") + rng.randint(1, 12))
+        job.processes[victim].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        codes, said = job.end()
+        assert time.monotonic() - began < processes.HEARTBEAT_SECONDS + 30
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] in (processes.LOST, -signal.SIGABRT), said
+        assert not (tmp_path / "killed" / EXPORT).exists()
+    codes, said = start(2, "killed").end()  # the same layout: bit for bit
+    assert codes == [0, 0], said
+    assert (tmp_path / "killed" / EXPORT).read_bytes() == (whole / EXPORT).read_bytes()
+
+    job = start(4, "other")
+    wait_for(job, tmp_path / "other", 20)
+    job.processes[rng.randrange(4)].send_signal(signal.SIGKILL)
+    job.end()
+    codes, said = start(1, "other").end()
+    assert codes == [0], said
+    assert "going on from step" in said[0]
+    assert apart(tmp_path / "other" / EXPORT, whole / EXPORT) < 1e-3
+
+
+def test_a_signal_to_any_process_stops_all_at_one_step(start, whole, tmp_path):
+    job = start(2, "stopped")
+    wait_for(job, tmp_path / "stopped", 5)
+    job.processes[1].send_signal(signal.SIGTERM)
+    codes, said = job.end()
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    assert "stopped by SIGTERM: step" in said[0]
+    codes, said = start(2, "stopped").end()
+    assert codes == [0, 0], said
+    assert (tmp_path / "stopped" / EXPORT).read_bytes() == (whole / EXPORT).read_bytes()
+
+
+def test_a_process_that_hangs_is_noticed(start, tmp_path):
+    job = start(2, "hanging", "--config.guard.hang_seconds=20")
+    wait_for(job, tmp_path / "hanging", 3)
+    job.processes[1].send_signal(signal.SIGSTOP)
+    said, _ = job.processes[0].communicate(timeout=90)
+    job.processes[1].kill()
+    job.processes[1].communicate()
+    assert job.processes[0].returncode == processes.LOST, said
+    assert "nothing has happened for 20 s" in said
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (lambda i: [f"--config.seed={i}"], "differ from process 0 in the settings"),
+        (lambda i: [f"--config.checkpoint.every={i + 5}"], "differ from process 0 in the config"),
+        (lambda i: [f"--config.health.every={i and -1}"], "health.every is -1"),
+    ],
+)
+def test_processes_that_differ_are_told_so(own, message, start):
+    began = time.monotonic()
+    codes, said = start(2, "differing", own=own).end()
+    assert any(message in text for text in said), said
+    assert all(codes), said
+    assert time.monotonic() - began < 120
