@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from safetydpo_jax.models import mixed
 
-LEAST_TILES = 64  # with fewer, transforming the kernel costs more than is saved
+LEAST_TILES = 128  # with fewer, transforming the kernel costs more than is saved
 LEAST_CHANNELS = 32  # with fewer, transforming the picture does
 MOST_BYTES = 2**27  # at a time: of tiles, of products, of the transformed kernel
 _MIRRORED = (3, 1, 2, 0)  # where a kernel's transformed parts are those of the kernel turned round

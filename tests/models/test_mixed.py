@@ -26,7 +26,7 @@ def test_values_and_gradients_are_those_of_float32(x_shape):
 def test_layers_change_only_inside_the_context(layer, gains, monkeypatch):
     """And only where the processor has units for it."""
     monkeypatch.setattr(mixed, "has_units", lambda: gains)
-    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 128))
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 128))
     params = layer.init(jax.random.key(1), x)
     exact = layer.apply(params, x)
     with jax.default_matmul_precision("bfloat16"):
