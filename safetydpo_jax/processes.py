@@ -5,6 +5,7 @@ Nothing here is ever waited for by a job of one process.
 """
 
 import faulthandler
+import itertools
 import json
 import os
 import sys
@@ -17,14 +18,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # the coordinator's store of texts has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from safetydpo_jax.errors import UserError
 
+DAY_SECONDS = 86400  # the others may wait so long for what the first one does alone
 HEARTBEAT_SECONDS = 60  # after which a process that gives no sign of life counts as dead
 GRACE_SECONDS = 2
 LOST = 75  # exit code when another process is gone or hangs: EX_TEMPFAIL, to be started again
+
+
+_count = itertools.count()
 
 
 def connect() -> None:
@@ -38,9 +44,13 @@ def connect() -> None:
       UserError: it is not found, or the first process cannot be reached.
     """
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **described())
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=DAY_SECONDS,
+            **described(),
+        )
     except (ValueError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"--distributed: this process cannot join a job ({reason}): start it under Slurm, Open "
             "MPI, Kubernetes or on every worker of a TPU pod, or set JAX_COORDINATOR_ADDRESS, "
@@ -89,12 +99,17 @@ def first(what: Callable[[], Any]) -> Any:
 
 
 def told(text: str, process: int = 0) -> str:
-    """A process's text, in all."""
-    source = jax.process_index() == process
-    mine = np.frombuffer(text.encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine)), is_source=source))
-    sent = mine if source else np.zeros(size, np.uint8)
-    return multihost_utils.broadcast_one_to_all(sent, is_source=source).tobytes().decode()
+    """A process's text, in all.
+
+    By the job's coordinator, not by the devices: these would give up waiting, or wait busily.
+    """
+    if jax.process_count() == 1:
+        return text
+    key = f"safetydpo_jax/told/{next(_count)}"  # the same in all, as they all do the same
+    client: Any = distributed.global_state.client
+    if jax.process_index() == process:
+        client.key_value_set(key, text)
+    return client.blocking_key_value_get(key, 1000 * DAY_SECONDS)
 
 
 def each(what: Callable[[], Any]) -> None:
@@ -168,13 +183,15 @@ class Largest:
         self._count = mesh.size
         self._max = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def ask(self, number: int) -> Callable[[], int]:
-        """Gives this process's number; what it returns, called later, waits for the largest."""
+    def ask(self, number: Callable[[], int]) -> Callable[[], int]:
+        """Gives this process's number; what it returns, called later, waits for the largest.
+
+        A process alone asks for its number then.
+        """
         if self._alone:
-            return lambda: number
-        numbers = jax.make_array_from_callback(
-            (self._count,), self._split, lambda index: np.full(1, number, np.int32)
-        )
+            return number
+        mine = np.full(1, number(), np.int32)
+        numbers = jax.make_array_from_callback((self._count,), self._split, lambda index: mine)
         largest = self._max(numbers)
         return lambda: int(largest)
 
@@ -188,9 +205,12 @@ def job() -> Iterator[None]:
     connect()
     try:
         yield
-    except (SystemExit, KeyboardInterrupt):
+    except SystemExit:  # which all have agreed on
         jax.distributed.shutdown()
         raise
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
     except Exception as error:
         where = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, UserError):

@@ -96,12 +96,14 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
 def put_rows(tree: Any, mesh: Mesh) -> Any:
     """Lays out a batch of whose rows each process has those of its own shards, in order."""
     split, own, total = batch_sharding(mesh), len(own_batch_shards(mesh)), num_batch_shards(mesh)
+    if own == total:
+        return put(tree, split)
 
     def lay_out(x: Any) -> jax.Array:
         shape = (len(x) // own * total, *x.shape[1:])
         return jax.make_array_from_process_local_data(split, x, shape)
 
-    return jax.device_put(tree, split) if own == total else jax.tree.map(lay_out, tree)
+    return jax.tree.map(lay_out, tree)
 
 
 def on_this_host(tree: Any, mesh: Mesh) -> Any:
@@ -112,19 +114,25 @@ def on_this_host(tree: Any, mesh: Mesh) -> Any:
     own = local_mesh(mesh)
     local, whole = replicated(own), replicated(mesh)
 
+    leaves, structure = jax.tree.flatten(tree)
+    split = [i for i, x in enumerate(leaves) if not x.is_fully_replicated]
+    if split:
+        gathered = jax.jit(lambda x: x, out_shardings=whole)([leaves[i] for i in split])
+        for i, x in zip(split, gathered, strict=True):
+            leaves[i] = x
+
     def take(x: jax.Array) -> jax.Array:
-        if not x.is_fully_replicated:
-            x = jax.jit(lambda x: x, out_shardings=whole)(x)
         parts = {shard.device: shard.data for shard in x.addressable_shards}
         shards = [parts[device] for device in own.devices.flat]
         return jax.make_array_from_single_device_arrays(x.shape, local, shards)
 
-    return jax.tree.map(take, tree)
+    return structure.unflatten(map(take, leaves))
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """A mesh of this process's devices alone, which share batches."""
-    return make_mesh(devices=[device for device in mesh.devices.flat if _is_own(device)])
+    """A mesh of this process's devices alone, which share batches, in the order of the mesh."""
+    own = np.array([device for device in mesh.devices.flat if _is_own(device)])
+    return Mesh(own.reshape(-1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spread(fn: Callable[..., Any], mesh: Mesh | None, *split: bool) -> Callable[..., Any]:
@@ -140,17 +148,11 @@ def spread(fn: Callable[..., Any], mesh: Mesh | None, *split: bool) -> Callable[
     if mesh is None:
         return jax.jit(fn)
     specs = tuple(PartitionSpec("data") if rows else PartitionSpec() for rows in split)
-    compiled = jax.jit(
+    return jax.jit(
         jax.shard_map(
             fn, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False
         )
     )
-
-    def run(*args: Any) -> Any:
-        with jax.set_mesh(mesh):  # in context may be that of a whole job
-            return compiled(*args)
-
-    return run
 
 
 def param_shardings(mesh: Mesh, params: Any, rules: Rules = ()) -> Any:

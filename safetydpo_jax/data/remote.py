@@ -37,6 +37,12 @@ def open_folder(folder: str | PurePath) -> Any:
         return found
 
 
+def cache_home() -> Path:
+    """Where this user keeps what can be made or fetched again."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safetydpo_jax"
+    return Path(os.environ.get(CACHE_DIR) or home)
+
+
 def fetched(folder: Any, remedy: str) -> Path:
     """The folder itself, or its copy on this host, which is fetched if it is not there or older.
 
@@ -50,9 +56,8 @@ def fetched(folder: Any, remedy: str) -> Path:
     """
     if isinstance(folder, Path):
         return folder
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safetydpo_jax"
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    copy = Path(os.environ.get(CACHE_DIR) or home) / name
+    copy = cache_home() / name
     with storage.held(copy.with_suffix(".lock")):
         with _explained(folder):
             card = (folder / storage.CARD).read_bytes()

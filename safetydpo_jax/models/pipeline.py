@@ -56,12 +56,13 @@ class Pipeline:
         params = jax.device_put(self.params, sharding.replicated(mesh))
         return dataclasses.replace(self, params=params, mesh=mesh)
 
-    def on_this_host(self, mesh: Mesh) -> "Pipeline":
+    def on_this_host(self, mesh: Mesh, *, to_draw: bool = True) -> "Pipeline":
         """The same on each of this process's devices, to draw and to encode with.
 
         Args:
           mesh: on which the UNet's parameters are, in any layout; of a job's processes all are to
             ask. What is on every device already is not copied.
+          to_draw: the UNet, too, which is large where the mesh splits it; else it stays as it is.
         """
         if mesh.size == 1:
             return self
@@ -70,7 +71,8 @@ class Pipeline:
             {name: tree for name, tree in self.params.items() if name != "unet"},
             sharding.replicated(local),
         )
-        params["unet"] = sharding.on_this_host(self.unet_params, mesh)
+        unet = self.unet_params
+        params["unet"] = sharding.on_this_host(unet, mesh) if to_draw else unet
         return dataclasses.replace(self, params=params, mesh=local)
 
     def forget_all_but_unet(self) -> None:

@@ -71,6 +71,7 @@ def _backward(
 _conv3x3.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+@functools.partial(jax.jit, static_argnames=("half", "turned"))  # traced once for each shape
 def _convolve(x: Picture, kernel: Kernel, half: bool, *, turned: bool) -> Picture:
     """With the kernel, or with it turned round: over some of its features at a time."""
     # With the picture, not before it: XLA would transform all kernels at the start and keep them.

@@ -136,7 +136,8 @@ class Cohort:
         null = sharding.put(self.experts[0].cache.null, sharding.replicated(self._mesh))
         batch = next(batches)
         began = time.monotonic()
-        with jax.default_matmul_precision(config.matmul_precision):
+        # The mesh in context is the one over which attention spreads a kernel of its own.
+        with jax.default_matmul_precision(config.matmul_precision), jax.set_mesh(self._mesh):
             compiled = self._step_fn.lower(self._state, params, batch, null).compile()
         seconds = time.monotonic() - began
         host_memory.give_back()
@@ -155,6 +156,7 @@ class Cohort:
             watch = stack.enter_context(processes.Watch(config.guard.hang_seconds))
             if start == 0:
                 self._save(0)
+                watch.alive()
 
             def check(step: int, metrics: Any, wait_time: float) -> None:
                 metrics = jax.device_get(metrics)
@@ -172,14 +174,15 @@ class Cohort:
                     for record in expert.health.records:
                         if record["step"] == start:  # a kill may have come before the log had it
                             log.write_health(start, record, expert.health.sheet([record]))
-            self._evaluate(start, logs, stop)
-            watch.alive()
+            stopped = self._evaluate(start, logs, stop, watch)
+            if start < config.steps:
+                self._leave_if_stopped(stopped, start)
             pending, wait_time = None, 0.0
             for step in range(start + 1, config.steps + 1):
                 if self._hopeless:
                     progress(f"stopped early at step {step - 1}: the last evaluations were worse")
                     return
-                stopped_by = largest.ask(stop.asked or 0)  # a signal may come at any moment
+                stopped_by = largest.ask(lambda: stop.asked or 0)  # a signal may come at any moment
                 self._state, metrics = compiled(self._state, params, batch, null)
                 # While the device works on this step, read the last one's numbers and the next
                 # batch.
@@ -203,17 +206,18 @@ class Cohort:
                     ]
                     if last or all(calm):
                         self._save(step)
+                        watch.alive()
                 if step < config.steps:
                     self._leave_if_stopped(stopped, step)
                 if evaluated:
-                    stopped = self._evaluate(step, logs, stop)
-                    watch.alive()
+                    stopped = self._evaluate(step, logs, stop, watch)
                     self._leave_if_stopped(stopped, step)
 
     def _save(self, step: int) -> None:
         """Of a job, if all processes have the same: what went wrong in one must not be kept."""
-        adapters = self._state.adapters
-        processes.check_same({f"the adapters of step {step}": _fingerprint(adapters)})
+        if jax.process_count() > 1:
+            found = _fingerprint(self._state.adapters)
+            processes.check_same({f"the adapters of step {step}": found})
         self._checkpoints.save(self._state)
 
     def _batches(self, start: int) -> Iterator[Batch]:
@@ -228,7 +232,9 @@ class Cohort:
         rows = config.batch_size * config.accumulation
         return MetricsLog(expert.workdir, config, start, rows, flops, expert.progress)
 
-    def _evaluate(self, step: int, logs: Sequence[MetricsLog], stop: Stop) -> int:
+    def _evaluate(
+        self, step: int, logs: Sequence[MetricsLog], stop: Stop, watch: processes.Watch
+    ) -> int:
         """Evaluates the experts that are due, until a signal: those that are left are due again.
 
         The time is taken out of all their steps' speed. Returns the signal, or 0.
@@ -239,6 +245,7 @@ class Cohort:
         for i, expert in enumerate(self.experts):
             if due[i]:
                 record = expert.measure(step, adapters[i])
+                watch.alive()
                 assert expert.health is not None
                 if logs:
                     logs[i].write_health(step, record, expert.health.sheet([record]))
@@ -268,10 +275,11 @@ class Cohort:
 
 
 def _fingerprint(tree: Any) -> str:
-    """Of what this process has of arrays that are whole on every device."""
+    """Of what each of this process's devices has of arrays that are whole on all."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
-        digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
+        for shard in leaf.addressable_shards:
+            digest.update(np.asarray(shard.data).tobytes())
     return digest.hexdigest()[:16]
 
 

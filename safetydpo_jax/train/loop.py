@@ -20,6 +20,7 @@ import jax
 from ml_collections import ConfigDict
 
 from safetydpo_jax import __version__, host_memory, processes, sharding, storage
+from safetydpo_jax.compilation import keep_compiled
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.train.base import load_base
 from safetydpo_jax.train.cohort import Cohort
@@ -58,16 +59,17 @@ def run(
     several = "experts" in config
     shared = configs[0]
     workdir = pathlib.Path(workdir)
+    if shared.remat:
+        host_memory.share_one_arena()  # before JAX starts its threads
     if not processes.is_first():
         progress = lambda line: None  # noqa: E731
     phases = Phases(progress, total=7 + 2 * len(groups))
 
     phases.begin("config and workdir")
-    if shared.remat:
-        host_memory.share_one_arena()  # before JAX starts its threads
+    keep_compiled()
+    _check_configs(configs)
     mesh = sharding.make_mesh(shared.mesh.data, shared.mesh.fsdp, shared.mesh.tensor)
-    # The mesh in context is the one over which attention spreads a kernel of its own.
-    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         processes.first(lambda: stack.enter_context(lock_workdir(workdir)))
         _check_shared(workdir, configs)
         devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
@@ -84,7 +86,9 @@ def run(
         )
         if shared.remat:
             pipeline.networks["unet"] = pipeline.unet.clone(remat=True)
-        drawing = pipeline.on_this_host(mesh)
+        evaluated = any(config.health.every or config.report.enabled for config in configs)
+        to_draw = evaluated or any(not config.pairs.path for config in configs)
+        drawing = pipeline.on_this_host(mesh, to_draw=to_draw)
 
         def expert_of(config: ConfigDict) -> Expert:
             if not several:
@@ -107,10 +111,11 @@ def run(
         phases.begin("cache")
         for expert in experts:
             expert.make_cache()
-        if not any(config.health.every or config.report.enabled for config in configs):
+        if not evaluated:
             for loaded in (pipeline, drawing):
                 loaded.forget_all_but_unet()
-        _check_processes(experts)
+        settings = storage.digest([expert.settings for expert in experts])[:16]
+        processes.check_same({"the settings, the base model or the pairs": settings})
 
         phases.begin("state")
         for cohort in cohorts:
@@ -156,16 +161,21 @@ def _check_shared(workdir: pathlib.Path, configs: list[ConfigDict]) -> None:
         )
 
 
-def _check_processes(experts: list[Expert]) -> None:
-    """Raises UserError if processes would not do the same."""
-    steering = ("steps", "checkpoint", "health", "guard", "mesh", "remat", "report")
-    configs = [expert.config.to_dict() for expert in experts]
+def _check_configs(configs: list[ConfigDict]) -> None:
+    """Raises UserError if processes would not do the same; where their files are is their own."""
+
+    def steering(config: ConfigDict) -> dict[str, Any]:
+        values = config.copy_and_resolve_references()
+        values.model = values.vae = values.harm = values.lora.init = ""
+        values.pairs.path, values.cache.path = (
+            str(bool(section.path)) for section in (config.pairs, config.cache)
+        )
+        values.reference.path = ""
+        return values.to_dict()
+
     processes.check_same(
         {
             "the versions of safetydpo_jax and JAX": f"{__version__}, {jax.__version__}",
-            "the config": storage.digest([{k: c[k] for k in steering} for c in configs])[:16],
-            "the settings, the base model or the pairs": storage.digest(
-                [expert.settings for expert in experts]
-            )[:16],
+            "the config": storage.digest([steering(config) for config in configs])[:16],
         }
     )

@@ -90,7 +90,7 @@ def reference_table(
                 index = np.minimum(np.arange(start, start + config.batch_size), len(rows) - 1)
                 batch = pair_batch(cache, rows[index], np.full_like(index, draw))
                 batch = sharding.put(batch, sharding.batch_sharding(mesh))
-                with jax.default_matmul_precision(config.matmul_precision):
+                with jax.default_matmul_precision(config.matmul_precision), jax.set_mesh(mesh):
                     found[index] = errors(pipeline.unet_params, batch, null)
                 part = done + min(1, (start + config.batch_size) / len(rows))
                 if part < len(missing) and pace.due(part):

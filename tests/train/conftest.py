@@ -96,7 +96,7 @@ class SmallPipeline:
     encode_negative = encode_prompts
     zeros_for_empty = False
 
-    def on_this_host(self, mesh):
+    def on_this_host(self, mesh, to_draw=True):
         return self
 
     def forget_all_but_unet(self):

@@ -1,0 +1,35 @@
+"""Compiled programs, kept on disk: the second start of a run need not compile again."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from safetydpo_jax.data.remote import cache_home
+
+MOST_BYTES = 4 * 2**30  # the ones used longest ago go
+
+
+def keep_compiled() -> None:
+    """Has JAX keep what it compiles from now on, and take up what it has kept.
+
+    In this user's cache, a folder for each kind of processor, as programs compiled for one may not
+    run on another. JAX_COMPILATION_CACHE_DIR says another folder, JAX_ENABLE_COMPILATION_CACHE=0
+    does without.
+    """
+    config: Any = jax.config  # its settings are attributes made at run time
+    if config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache_home() / "compiled" / _processor()))
+    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+
+
+def _processor() -> str:
+    """Eight hex digits for this host's kind of processor."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    lines = {line for line in text.splitlines() if line.startswith(("model name", "flags"))}
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:8]
