@@ -38,7 +38,7 @@ class Job:
             for i in range(count)
         ]
 
-    def end(self, timeout=300):
+    def end(self, timeout=900):
         """The exit codes, and what each said."""
         said = [process.communicate(timeout=timeout)[0] for process in self.processes]
         return [process.returncode for process in self.processes], said
@@ -113,7 +113,7 @@ def test_killed_and_taken_up_by_another_number_of_processes(start, whole, tmp_pa
         job.processes[victim].send_signal(signal.SIGKILL)
         began = time.monotonic()
         codes, said = job.end()
-        assert time.monotonic() - began < processes.HEARTBEAT_SECONDS + 30
+        assert time.monotonic() - began < processes.HEARTBEAT_SECONDS + 120
         assert codes[victim] == -signal.SIGKILL
         assert codes[1 - victim] in (processes.LOST, -signal.SIGABRT), said
         assert not (tmp_path / "killed" / EXPORT).exists()
@@ -121,9 +121,9 @@ def test_killed_and_taken_up_by_another_number_of_processes(start, whole, tmp_pa
     assert codes == [0, 0], said
     assert (tmp_path / "killed" / EXPORT).read_bytes() == (whole / EXPORT).read_bytes()
 
-    job = start(4, "other")
+    job = start(2, "other")
     wait_for(job, tmp_path / "other", 20)
-    job.processes[rng.randrange(4)].send_signal(signal.SIGKILL)
+    job.processes[rng.randrange(2)].send_signal(signal.SIGKILL)
     job.end()
     codes, said = start(1, "other").end()
     assert codes == [0], said
@@ -144,14 +144,14 @@ def test_a_signal_to_any_process_stops_all_at_one_step(start, whole, tmp_path):
 
 
 def test_a_process_that_hangs_is_noticed(start, tmp_path):
-    job = start(2, "hanging", "--config.guard.hang_seconds=20")
+    job = start(2, "hanging", "--config.guard.hang_seconds=60")
     wait_for(job, tmp_path / "hanging", 3)
     job.processes[1].send_signal(signal.SIGSTOP)
-    said, _ = job.processes[0].communicate(timeout=90)
+    said, _ = job.processes[0].communicate(timeout=300)
     job.processes[1].kill()
     job.processes[1].communicate()
     assert job.processes[0].returncode == processes.LOST, said
-    assert "nothing has happened for 20 s" in said
+    assert "nothing has happened for 60 s" in said
 
 
 @pytest.mark.parametrize(
@@ -166,4 +166,4 @@ def test_processes_that_differ_are_told_so(own, message, start):
     codes, said = start(2, "differing", own=own).end()
     assert any(message in text for text in said), said
     assert all(codes), said
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < 400  # soon, not after a day; the machine may be busy
