@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from safetydpo_jax import sharding
 from safetydpo_jax.models.layers import Dense, LayerNorm
+from safetydpo_jax.models.parts import num_parts
 
 LONG = 1024  # tokens from which on a platform's kernel is asked; below it logits are small
 TILES = (512, 256, 128)  # of the TPU kernel, in tokens; one of them must divide their number
@@ -120,8 +121,8 @@ def _in_parts(f: Callable[..., tuple[Array, ...]], *arrays: Heads) -> tuple[Arra
     q, k, *_ = arrays
     rows, heads = q.shape[0], q.shape[2]
     size = 4 * rows * heads * q.shape[1] * k.shape[1]
-    by_head = _parts(heads, size, _most())
-    by_row = _parts(
+    by_head = num_parts(heads, size, _most())
+    by_row = num_parts(
         rows, size // by_head, _most()
     )  # rows may be spread over devices, so they come last
 
@@ -145,7 +146,7 @@ def _by_tokens(
 ) -> tuple[Array, ...]:
     """f over so many tokens of its arguments at a time as `_most` wants, against `others`."""
     rows, heads, tokens, _ = arrays[0].shape
-    parts = _parts(tokens, 4 * rows * heads * tokens * others, _most())
+    parts = num_parts(tokens, 4 * rows * heads * tokens * others, _most())
     if parts == 1:
         return f(*arrays)
 
@@ -162,12 +163,6 @@ def _by_tokens(
 def _most() -> int:
     """Bytes of logits at a time."""
     return LOGITS if jax.default_backend() == "cpu" else ROOMIER * LOGITS
-
-
-def _parts(count: int, size: int, most: int) -> int:
-    """Into how many parts to split `count` things of `size` bytes for none to be above `most`."""
-    fitting = (n for n in range(1, count) if count % n == 0 and size <= n * most)
-    return next(fitting, count)
 
 
 def _attend(
@@ -271,7 +266,7 @@ class TransformerBlock(nn.Module):
             return x + FeedForward(self.dtype, name="ff")(h)
         # Eight times as wide as all else here: in parts it keeps the peak down.
         feed_forward = nn.remat(FeedForward)(self.dtype, name="ff")
-        parts = _parts(h.shape[1], 4 * 8 * h.size, WIDEST)
+        parts = num_parts(h.shape[1], 4 * 8 * h.size, WIDEST)
         return x + jnp.concatenate([feed_forward(part) for part in jnp.split(h, parts, 1)], 1)
 
 

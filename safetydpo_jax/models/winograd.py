@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from safetydpo_jax.models import mixed
+from safetydpo_jax.models.parts import num_parts
 
 LEAST_TILES = 128  # with fewer, transforming the kernel costs more than is saved
 LEAST_CHANNELS = 32  # with fewer, transforming the picture does
@@ -78,7 +79,7 @@ def _convolve(x: Picture, kernel: Kernel, half: bool, *, turned: bool) -> Pictur
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     axis, order = (2, _MIRRORED) if turned else (3, range(4))
     features = kernel.shape[axis]
-    count = _parts(features, 64 * kernel.shape[2] * kernel.shape[3])
+    count = num_parts(features, 64 * kernel.shape[2] * kernel.shape[3], MOST_BYTES)
 
     def of_some(part: Array | int) -> Picture:
         size = features // count
@@ -94,12 +95,6 @@ def _convolve(x: Picture, kernel: Kernel, half: bool, *, turned: bool) -> Pictur
         return of_some(0)
     parts = jax.lax.map(of_some, jnp.arange(count))
     return jnp.moveaxis(parts, 0, 3).reshape(*x.shape[:3], features)
-
-
-def _parts(count: int, size: int) -> int:
-    """Into how many parts to split `count` things of `size` bytes for `MOST_BYTES` at a time."""
-    fitting = (n for n in range(1, count) if count % n == 0 and size <= n * MOST_BYTES)
-    return next(fitting, count)
 
 
 def _product(tiles: Array, kernel: Array, contract: int, half: bool) -> Array:
@@ -118,7 +113,7 @@ def _in_strips(product: Callable[[Array, int, int], Array], x: Picture, features
         products = [[product(tiles[i][j], i, j) for j in range(4)] for i in range(4)]
         return _to_picture(products, (b, padded.shape[1] // 2 - 1, w // 2)).astype(x.dtype)
 
-    count = _parts(h // 2, 16 * b * h * w * max(c, features))
+    count = num_parts(h // 2, 16 * b * h * w * max(c, features), MOST_BYTES)
     if count == 1:
         return strip(padded)
     rows = h // count
