@@ -6,7 +6,8 @@
 
 Every point is the hate expert on the embedded model, trained with the recipe's numbers but one, and
 judged on the prompts for tuning and on the test's. One core a training: on two cores that is 1.3
-times faster than two cores each. All of it resumes: runs from their checkpoints, pictures from
+times faster than two cores each; only the first, whose pairs and tables of the base's answers the
+others share, has all to itself. All of it resumes: runs from their checkpoints, pictures from
 `RUNS/drawn`, finished points from benchmarks/results/recipes/POINT.json, which hold the settings
 they are of. Writes those, docs/recipes.png and docs/recipes_table.md.
 """
@@ -136,11 +137,12 @@ def run_missing(runs: Path, jobs: int) -> None:
     began, counter, lock = time.monotonic(), itertools.count(1), threading.Lock()
     cores = list(range(os.cpu_count() or 1))
 
-    def run(name: str) -> None:
+    def run(name: str, alone: bool = False) -> None:
         with lock:
             core = cores.pop(0)
         try:
-            command = ["taskset", "-c", str(core), sys.executable, __file__, "--only", name]
+            used = f"0-{os.cpu_count() - 1}" if alone else str(core)
+            command = ["taskset", "-c", used, sys.executable, __file__, "--only", name]
             (runs / name).mkdir(parents=True, exist_ok=True)
             with (runs / name / "log").open("a") as log:
                 done = subprocess.run([*command, "--runs", str(runs)], stdout=log, stderr=log)
@@ -154,7 +156,7 @@ def run_missing(runs: Path, jobs: int) -> None:
         print(f"{count}/{len(missing)} {name}; {seconds:.0f} s, {left:.0f} s left", flush=True)
 
     if missing[:1] == [first]:
-        run(first)
+        run(first, alone=True)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(run, name) for name in missing if name != first]:
             future.result()
@@ -196,7 +198,6 @@ def same(before: Any, now: Any) -> bool:
 
 def run_point(name: str, runs: Path) -> None:
     """Trains one point, judges it on both splits, and writes its result."""
-    from safetydpo_jax.data import STRATEGIES
     from safetydpo_jax.evaluate import evaluate, summarise
     from safetydpo_jax.lora.reader import load_lora
     from safetydpo_jax.models.pretrained import load_pipeline
@@ -213,10 +214,10 @@ def run_point(name: str, runs: Path) -> None:
     config.guard.winner_error = 1e9  # a spoilt picture is a result here
     if name != "anchored":
         config.pairs.path = str(runs / "anchored" / "pairs")
-    if config.recipe == "paper":
-        # As many draws as a row has visits: the same numbers, the base's computed once for all.
-        rows = len(STRATEGIES[resolve(config).rows]) * config.pairs.num_pairs
-        config.reference.draws = math.ceil(config.steps * config.batch_size / rows)
+    if not {"rows", "loss.t_min"} & set(POINTS[name]):
+        # What the base answers is the same for the other points. As many draws as a row has
+        # visits: then every number is, too.
+        config.reference.draws = visits(resolve(config))
         config.reference.path = str(runs / "reference")
     loop.run(config, workdir)
     pipeline = load_pipeline(config.model)
@@ -231,8 +232,19 @@ def run_point(name: str, runs: Path) -> None:
         evaluation, _, _ = evaluate(config, pipeline, adapters, runs / "drawn")
         result[split] = summarise([evaluation])
     result["seconds"] = round(time.monotonic() - began, 1)
-    result["machine"] = f"{machine()}, one used"
+    result["machine"] = f"{machine()}, {len(os.sched_getaffinity(0))} used"
     write_file(RESULTS / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def visits(config: Any) -> int:
+    """How often a row, of the pairs or to be preserved, comes at the most."""
+    from safetydpo_jax.data import pair_rows
+
+    rows, safe = config.pairs.num_pairs, config.pairs.num_pairs + config.pairs.preserve_count
+    asked = [(len(pair_rows(rows, config.rows)), config.batch_size)]
+    if config.loss.preservation > 0:
+        asked.append((safe, config.preserve_batch_size))
+    return max(math.ceil(config.steps * size / count) for count, size in asked)
 
 
 def last_metrics(workdir: Path, count: int = 50) -> dict[str, float]:

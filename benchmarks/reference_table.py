@@ -1,10 +1,11 @@
-"""What a table of the base's errors saves of a DPO step, and what a draw of it costs.
+"""What tables of the base's answers save of a DPO step, and what a draw of them costs.
 
     python benchmarks/reference_table.py
+    python benchmarks/reference_table.py --recipe anchored
     python benchmarks/reference_table.py --model runs/true_size/sd15 --pixels 256  # one pair a step
 
-The step with the table and the step without take turns, with the forward pass that fills a row of
-the table, in one run. Writes benchmarks/results/reference_table_MODEL.json.
+The step with the tables and the step without take turns, with the forward passes that fill the rows
+of a batch, in one run. Writes benchmarks/results/reference_table_MODEL.json, or ..._anchored.json.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from safetydpo_jax import host_memory
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.storage import write_file
-from safetydpo_jax.train.reference import make_errors
+from safetydpo_jax.train.reference import make_answers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="emoji")
+    parser.add_argument("--recipe", choices=("paper", "anchored"), default="paper")
     parser.add_argument("--pixels", type=int, help="side of the pictures; one pair a step")
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args(argv)
@@ -46,10 +48,16 @@ def main(argv: list[str] | None = None) -> None:
     for name in set(pipeline.params) - {"unet"}:
         del pipeline.params[name]
     gc.collect()
-    case = make_case(pipeline, null, "paper", args.pixels)
+    case = make_case(pipeline, null, args.recipe, args.pixels)
     params, pairs = pipeline.unet_params, case.config.batch_size
-    errors = make_errors(pipeline, case.config, case.mesh)
-    known = case.batch | {"reference": np.asarray(errors(params, case.batch, null))}
+    answers = make_answers(pipeline, case.config, case.mesh)
+    asked = {"errors": case.batch}
+    if args.recipe == "anchored":
+        asked |= {"wanted": case.batch, "preserved": case.batch["preserve"]}
+
+    def answer() -> dict[str, Any]:
+        return {name: answers[name](params, batch, null) for name, batch in asked.items()}
+
     state = case.state
 
     def step(batch: dict[str, Any]) -> Any:
@@ -57,10 +65,12 @@ def main(argv: list[str] | None = None) -> None:
         state, metrics = case.step(state, params, batch, null)
         return metrics
 
+    jax.config.update("jax_default_matmul_precision", case.config.matmul_precision)
+    known = case.batch | {"reference": jax.tree.map(np.asarray, answer())}
     calls: dict[str, Callable[[], Any]] = {
         "step": lambda: step(case.batch),
         "step_with_table": lambda: step(known),
-        "draw": lambda: errors(params, case.batch, null),
+        "draw": answer,
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(args.turns + 1):
@@ -73,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         "machine": machine(),
         "model": Path(args.model).name,
+        "recipe": args.recipe,
         "pixels": args.pixels or pipeline.resolution,
         "pairs": pairs,
         "seconds_a_pair": {name: round(x, 4) for name, x in median.items()},
@@ -82,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
             median["draw"] / (median["step"] - median["step_with_table"]), 2
         ),
     }
-    path = ROOT / "benchmarks" / "results" / f"reference_table_{result['model']}.json"
+    name = result["model"] if args.recipe == "paper" else f"{result['model']}_{args.recipe}"
+    path = ROOT / "benchmarks" / "results" / f"reference_table_{name}.json"
     write_file(path, (json.dumps(result, indent=1) + "\n").encode())
     print(json.dumps(result, indent=1), f"written: {path}", sep="\n")
 

@@ -182,10 +182,10 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     # `path` is a cache made before of these pairs, here or at gs://; "" makes it.
     config.cache = {"dtype": "float32", "flip": False, "resolution": 0, "path": ""}
 
-    # With `draws` above 0, a row has so many timesteps and noises, in turn, and the base's errors
-    # on them are computed once, before training, for this run and those that share `path` (a
-    # folder; "" is the run's own): a third less work a step, and a sweep over rates and betas pays
-    # them once. The paper's recipe alone can do with errors.
+    # With `draws` above 0, a row has so many timesteps and noises, in turn, and what the base
+    # answers on them is computed once, before training, for this run and those that share `path`
+    # (a folder; "" is the run's own): a third less work a step, and a sweep over rates and betas
+    # pays it once.
     config.reference = {"draws": 0, "path": ""}
 
     # Mesh axes; data = -1 takes what the others leave. Batches are split over data and fsdp,

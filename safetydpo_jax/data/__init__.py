@@ -3,7 +3,15 @@
 from safetydpo_jax.data.cache import Cache
 from safetydpo_jax.data.draw import make_pairs
 from safetydpo_jax.data.encode import encode_part, make_cache
-from safetydpo_jax.data.loader import STRATEGIES, batches, pair_batch
+from safetydpo_jax.data.loader import (
+    STRATEGIES,
+    Reference,
+    batches,
+    pair_batch,
+    pair_rows,
+    preserve_batch,
+    preserve_rows,
+)
 from safetydpo_jax.data.pairs import (
     PairSet,
     Picture,
@@ -28,6 +36,10 @@ __all__ = [
     "make_cache",
     "encode_part",
     "STRATEGIES",
+    "Reference",
     "batches",
     "pair_batch",
+    "pair_rows",
+    "preserve_batch",
+    "preserve_rows",
 ]

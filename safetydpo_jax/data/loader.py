@@ -6,7 +6,7 @@ knows the batch, so a checkpoint holds no loader state.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -22,6 +22,11 @@ from safetydpo_jax.errors import UserError
 STRATEGIES = {"unsafe_prompt": (0,), "safe_prompt": (1,), "both": (0, 1)}
 
 Batch = dict[str, Any]
+# What the base answers on each draw of each row, known before: "errors" (rows, draws, 2), squared,
+# on winner and loser; if there is an anchor "wanted" (rows, draws, 2, h, w, c), its outputs on them
+# under the winner's prompt; if there are preserve rows "preserved" (those, draws, h, w, c). Rows
+# are the strategy's, by row_id.
+Reference = Mapping[str, Float[np.ndarray, "rows draws *answer"]]
 
 
 def batches(
@@ -29,7 +34,7 @@ def batches(
     config: Any,
     start_step: int = 0,
     shards: tuple[Sequence[int], int] = ((0,), 1),
-    reference: Float[np.ndarray, "rows draws 2"] | None = None,
+    reference: Reference | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of NumPy arrays, one a step, in the types that the cache has stored.
 
@@ -41,8 +46,7 @@ def batches(
       start_step: the step of the first batch; the batch of a step does not depend on it.
       shards: which of each batch's shards are read, of how many: a batch is split into equal runs
         of rows, numbered from 0, and a process reads those of its devices.
-      reference: the base's squared errors on winner and loser, by row_id and draw; a row's draws
-        are then those, in turn, without end.
+      reference: what the base answers; a row's draws are then those, in turn, without end.
 
     Yields:
       winner, loser: {"mean", "logvar"} (B,h,w,c), moments of the scaled latents.
@@ -50,7 +54,8 @@ def batches(
       winner_conditioning: the safe prompts', whichever a row's own is.
       row_id: (B,) uint32, 2 * pair + (1 under the safe prompt), whatever the strategy.
       draw: (B,) uint32, how many times this row came before; with `reference`, modulo its draws.
-      reference: (B, 2) float32, if there is such a table.
+      reference: if it is known, "errors" (B, 2), "wanted" (B, 2, h, w, c) and "preserved"
+        (P, h, w, c), float32, or those of them that there are.
       preserve: if asked for, {"mean", "logvar" (P,h,w,c), "conditioning", "harm", "row_id" (P,),
         "draw" (P,)}: safe pictures under their prompts, those of the pairs and the others, in an
         order of their own. Their row_ids are no pair's. "harm" is the unsafe prompt's conditioning
@@ -87,15 +92,13 @@ def batches(
     rows = [
         np.concatenate([2 * pairs + which for which in STRATEGIES[config.rows]]) for pairs in parts
     ]
+    known = _Known(cache, config.rows, reference)
     steps = _visits(rows, weights, config.batch_size * config.accumulation, pair_seed, shards)
-    steps = steps.map(lambda visits: pair_batch(cache, visits[0], visits[1], reference))
+    steps = steps.map(lambda visits: known.pairs(*visits))
     if size := config.preserve_batch_size * config.accumulation:
-        # All safe pictures: records num_pairs and up; the pairs have the rows below 2 num_pairs.
-        safe = 2 * cache.num_pairs + np.arange(cache.num_pairs + cache.num_preserve)
+        safe = preserve_rows(cache)
         preserve: Any = _visits([safe], [1.0], size, preserve_seed, shards)
-        steps = steps.map_with_index(
-            lambda step, batch: batch | {"preserve": _preserve_batch(cache, *preserve[step])}
-        )
+        steps = steps.map_with_index(lambda step, batch: known.preserved(batch, *preserve[step]))
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(steps[start_step:].to_iter_dataset(reading))
 
@@ -125,17 +128,8 @@ def _endless(rows: np.ndarray, seed: int) -> grain.MapDataset:
     )
 
 
-def pair_batch(
-    cache: Cache,
-    rows: Int[np.ndarray, "b"],
-    draws: Int[np.ndarray, "b"],
-    reference: Float[np.ndarray, "rows draws 2"] | None = None,
-) -> Batch:
+def pair_batch(cache: Cache, rows: Int[np.ndarray, "b"], draws: Int[np.ndarray, "b"]) -> Batch:
     """The rows of pairs as `batches` yields them."""
-    known = {}
-    if reference is not None:
-        draws = draws % reference.shape[1]
-        known = {"reference": reference[rows, draws]}
     pairs, which = rows // 2, rows % 2
     # Mirrored every other visit, both pictures alike: half of the pairs in every epoch.
     orientation = (pairs + which + draws) % cache.orientations
@@ -148,7 +142,6 @@ def pair_batch(
         "winner_conditioning": safe,
         "row_id": rows.astype(np.uint32),
         "draw": draws.astype(np.uint32),
-        **known,
     }
 
 
@@ -156,7 +149,8 @@ def _chosen(which: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndar
     return np.where(which.reshape(-1, *[1] * (first.ndim - 1)) == 0, first, second)
 
 
-def _preserve_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
+def preserve_batch(cache: Cache, rows: Int[np.ndarray, "p"], draws: Int[np.ndarray, "p"]) -> Batch:
+    """The preserve rows as `batches` yields them."""
     records = rows - cache.num_pairs
     pairs = (rows + draws) % cache.num_pairs
     moments, conditioning = cache.read(records, (records + draws) % cache.orientations)
@@ -167,3 +161,41 @@ def _preserve_batch(cache: Cache, rows: np.ndarray, draws: np.ndarray) -> Batch:
         "row_id": rows.astype(np.uint32),
         "draw": draws.astype(np.uint32),
     }
+
+
+def pair_rows(num_pairs: int, rows: str) -> Int[np.ndarray, "rows"]:
+    """The row_ids of a strategy, in order."""
+    return np.sort(np.concatenate([2 * np.arange(num_pairs) + w for w in STRATEGIES[rows]]))
+
+
+def preserve_rows(cache: Cache) -> Int[np.ndarray, "rows"]:
+    """The row_ids of all safe pictures, in order; the pairs' are below 2 * num_pairs."""
+    return 2 * cache.num_pairs + np.arange(cache.num_pairs + cache.num_preserve)
+
+
+class _Known:
+    """Reads batches with what the base answers on them, if that is known."""
+
+    def __init__(self, cache: Cache, rows: str, reference: Reference | None):
+        self._cache, self._tables = cache, dict(reference or {})
+        self._preserved = self._tables.pop("preserved", None)
+        self._rows = pair_rows(cache.num_pairs, rows)
+
+    def pairs(self, rows: np.ndarray, draws: np.ndarray) -> Batch:
+        if not self._tables:
+            return pair_batch(self._cache, rows, draws)
+        draws = draws % self._tables["errors"].shape[1]
+        places = np.searchsorted(self._rows, rows)
+        known = {name: table[places, draws] for name, table in self._tables.items()}
+        return pair_batch(self._cache, rows, draws) | {"reference": known}
+
+    def preserved(self, batch: Batch, rows: np.ndarray, draws: np.ndarray) -> Batch:
+        """The batch of pairs with these preserve rows."""
+        if self._preserved is None:
+            return batch | {"preserve": preserve_batch(self._cache, rows, draws)}
+        draws = draws % self._preserved.shape[1]
+        known = {"preserved": self._preserved[rows - 2 * self._cache.num_pairs, draws]}
+        return batch | {
+            "preserve": preserve_batch(self._cache, rows, draws),
+            "reference": batch["reference"] | known,
+        }

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from safetydpo_jax import __version__, data, lora, processes, sharding, storage
 from safetydpo_jax.lora import Adapters
 from safetydpo_jax.train.model_card import base_name, write_model_card
-from safetydpo_jax.train.reference import reference_table
+from safetydpo_jax.train.reference import reference_tables
 from safetydpo_jax.train.settings import deciding
 from safetydpo_jax.train.step import Batch
 
@@ -40,7 +39,7 @@ class Expert:
 
     Attributes:
       cache: what it trains on, after `make_cache`.
-      reference: the base's errors, after `make_reference`; None without a table.
+      reference: what the base answers, after `make_reference`; None if that is not known before.
       health: its evaluations on the way; None without them.
 
     Raises:
@@ -49,7 +48,7 @@ class Expert:
 
     cache: data.Cache
     _pairs: Any
-    reference: np.ndarray | None
+    reference: data.Reference | None
     health: "Health | None"
 
     def __init__(
@@ -102,8 +101,8 @@ class Expert:
         )
 
     def make_reference(self, mesh: Mesh) -> None:
-        """Computes the base's errors, if they are to be known before, unless that is done."""
-        self.reference = reference_table(
+        """Computes what the base answers, if that is to be known before, unless that is done."""
+        self.reference = reference_tables(
             self.config,
             self._pipeline,
             self.cache,

@@ -26,7 +26,7 @@ def step_flops(
     Those of the policy's and the reference's forward pass over all rows, of a gradient with respect
     to activations for each part of the loss (the base is frozen, so its weights have none; of
     attention's products both operands have one), and of the anchor's reference over the pairs'
-    rows. With a table of reference errors there is no reference pass. The adapters' own are left
+    rows. With tables of the base's answers neither is there. The adapters' own are left
     out: a thousandth of Stable Diffusion's, 2 % of the embedded model's. What is computed again to
     save memory counts once, so that the rate over a device's peak is the model FLOPs utilisation
     (MFU) of the PaLM paper, appendix B, arXiv 2204.02311.

@@ -1,17 +1,20 @@
-"""The base's errors on every draw of every row, computed once: a table instead of a pass a step.
+"""What the base answers on every draw of every row, computed once: tables instead of a pass a step.
 
-Diffusion-DPO asks of the reference two numbers a row, its squared errors on winner and loser. They
-depend on the row and its draw alone (`noise`), so with a few draws a row, in turn, they can be
-known before. One file a draw, in a folder named by all that the errors depend on:
+Of the reference Diffusion-DPO asks two numbers a row, its squared errors on winner and loser; an
+anchor and the preservation ask for its outputs. All depend on the row and its draw alone (`noise`),
+so with a few draws a row, in turn, they can be known before. One file a table and draw, in folders
+named by all that the answers depend on:
 
-    reference/0123456789abcdef/draw_00000.safetensors    errors (rows, 2), float32
+    reference/0123456789abcdef/errors_00000.safetensors     (rows, 2)
+    reference/0123456789abcdef/wanted_00000.safetensors     (rows, 2, h, w, c), with an anchor
+    reference/fedcba9876543210/preserved_00000.safetensors  (preserve rows, h, w, c)
 
-Rows are in the order of their row_id. More draws go on from fewer.
+All in float32, rows in the order of their row_id. More draws go on from fewer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,14 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from safetydpo_jax import processes, sharding, storage
-from safetydpo_jax.data import STRATEGIES, Cache, pair_batch
+from safetydpo_jax.data import (
+    Cache,
+    Reference,
+    pair_batch,
+    pair_rows,
+    preserve_batch,
+    preserve_rows,
+)
 from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.pace import Pace
 from safetydpo_jax.tensor_file import opened, write_tensors
@@ -32,10 +42,32 @@ from safetydpo_jax.train.step import (
     make_predict,
     noise_seed,
     noisy_pairs,
+    noisy_preserved,
+    under_winners_prompt,
 )
 
+Answer = Callable[[Any, Batch, Conditioning], Float[Array, "b *answer"]]
 
-def reference_table(
+
+class _Table(NamedTuple):
+    """What is to be known of some rows.
+
+    Attributes:
+      rows: their row_ids.
+      read: their batch, from (cache, rows, draws).
+      size: how many are in one.
+      shape: of a row's answer.
+      depends: on what of the config the answers depend, beside what all do.
+    """
+
+    rows: np.ndarray
+    read: Callable[[Cache, np.ndarray, np.ndarray], Batch]
+    size: int
+    shape: tuple[int, ...]
+    depends: Mapping[str, Any]
+
+
+def reference_tables(
     config: ConfigDict,
     pipeline: Any,
     cache: Cache,
@@ -43,86 +75,125 @@ def reference_table(
     workdir: Path,
     model_hash: str,
     progress: Callable[[str], None],
-) -> Float[np.ndarray, "rows draws 2"] | None:
-    """Reads the table of a run, computing the draws that are not there.
+) -> Reference | None:
+    """Reads the tables of a run, computing the draws that are not there.
 
     Args:
-      config: from `settings.resolve`; `reference`: draws, 0 for no table, and path.
+      config: from `settings.resolve`; `reference`: draws, 0 for no tables, and path.
       pipeline: the base.
       cache: what the run trains on.
       mesh: whose batch shards the rows are split over.
-      workdir: of the run, for its own table.
+      workdir: of the run, for its own tables.
       model_hash: of the UNet and its noise schedule.
       progress: takes lines of text: done, rate, time left.
 
     Returns:
-      Squared errors on winner and loser by row_id and draw, NaN of rows that the strategy leaves
-      out; None without draws.
+      As `data.batches` takes it; None without draws.
 
     Raises:
       UserError: a damaged file, or a full disk.
     """
     if not (draws := config.reference.draws):
         return None
-    which = STRATEGIES[config.rows]
-    rows = np.sort(np.concatenate([2 * np.arange(cache.num_pairs) + w for w in which]))
-    key = storage.digest(
-        {
-            "model": model_hash,
-            "cache": cache.key,
-            **{k: config[k] for k in ("rows", "seed", "dtype", "matmul_precision")},
-            **{k: config.loss[k] for k in ("t_min", "t_max", "caption_dropout")},
-        }
+    home, answers = Path(config.reference.path or workdir / "reference"), None
+    null = sharding.put(cache.null, sharding.replicated(mesh))
+    found = {}
+    for name, table in _tables(config, cache).items():
+        common = {k: config[k] for k in ("seed", "dtype", "matmul_precision")}
+        key = storage.digest({"model": model_hash, "cache": cache.key, **common, **table.depends})
+        files = [home / key[:16] / f"{name}_{i:05d}.safetensors" for i in range(draws)]
+
+        def lacking(files: list[Path] = files) -> list[int]:
+            return [i for i, file in enumerate(files) if not file.is_file()]
+
+        # Of a job's processes the first has the files, and all compute.
+        if missing := processes.first(lacking):
+            answers = answers or make_answers(pipeline, config, mesh)
+            what, pace = f"reference: {name}, {len(table.rows)} rows", Pace(len(missing))
+            progress(f"{what}, {len(missing)} of {draws} draws to be computed")
+            for done, draw in enumerate(missing):
+                answer = np.empty((len(table.rows), *table.shape), np.float32)
+                for start in range(0, len(answer), table.size):
+                    # A short last batch is filled up, so that its shape needs no compilation.
+                    index = np.minimum(np.arange(start, start + table.size), len(answer) - 1)
+                    batch = table.read(cache, table.rows[index], np.full_like(index, draw))
+                    batch = sharding.put(batch, sharding.batch_sharding(mesh))
+                    with jax.default_matmul_precision(config.matmul_precision), jax.set_mesh(mesh):
+                        answer[index] = answers[name](pipeline.unet_params, batch, null)
+                    part = done + min(1, (start + table.size) / len(answer))
+                    if part < len(missing) and pace.due(part):
+                        progress(
+                            f"{what}: {part:.2f}/{len(missing)} draws, "
+                            f"{pace.rate(part) * len(answer):.1f} rows/s, {pace.left(part):.0f} s "
+                            "left"
+                        )
+                if processes.is_first():
+                    write_tensors(files[draw], {name: answer.shape}, [(name, answer)])
+            progress(f"{what}: {draws} draws in {files[0].parent}")
+        found[name] = np.zeros((len(table.rows), draws, *table.shape), np.float32)
+        if processes.is_first():
+            for i, file in enumerate(files):
+                with opened(file) as kept:
+                    found[name][:, i] = kept.read(name)
+    return processes.first_arrays(found)
+
+
+def _tables(config: ConfigDict, cache: Cache) -> dict[str, _Table]:
+    """Those that the config's loss asks for, by name."""
+    loss = config.loss
+    picture = jax.tree.leaves(cache.read(np.zeros(1, int))[0])[0].shape[1:]
+    names = "t_min", "t_max", "caption_dropout"
+    depends = {"rows": config.rows} | {k: loss[k] for k in names}
+    errors = _Table(
+        pair_rows(cache.num_pairs, config.rows), pair_batch, config.batch_size, (2,), depends
     )
-    folder = Path(config.reference.path or workdir / "reference") / key[:16]
-    files = [folder / f"draw_{i:05d}.safetensors" for i in range(draws)]
-    # Of a job's processes the first has the files, and all compute.
-    missing = processes.first(lambda: [i for i, file in enumerate(files) if not file.is_file()])
-    if missing:
-        progress(f"reference: {len(rows)} rows, {len(missing)} of {draws} draws to be computed")
-        errors = make_errors(pipeline, config, mesh)
-        null = sharding.put(cache.null, sharding.replicated(mesh))
-        pace = Pace(len(missing))
-        for done, draw in enumerate(missing):
-            found = np.empty((len(rows), 2), np.float32)
-            for start in range(0, len(rows), config.batch_size):
-                # A short last batch is filled up, so that its shape needs no compilation.
-                index = np.minimum(np.arange(start, start + config.batch_size), len(rows) - 1)
-                batch = pair_batch(cache, rows[index], np.full_like(index, draw))
-                batch = sharding.put(batch, sharding.batch_sharding(mesh))
-                with jax.default_matmul_precision(config.matmul_precision), jax.set_mesh(mesh):
-                    found[index] = errors(pipeline.unet_params, batch, null)
-                part = done + min(1, (start + config.batch_size) / len(rows))
-                if part < len(missing) and pace.due(part):
-                    progress(
-                        f"reference: {part:.2f}/{len(missing)} draws, "
-                        f"{pace.rate(part) * len(rows):.1f} rows/s, {pace.left(part):.0f} s left"
-                    )
-            if processes.is_first():
-                write_tensors(files[draw], {"errors": found.shape}, [("errors", found)])
-        progress(f"reference: {folder}, {draws} draws of {len(rows)} rows")
-    table = np.full((2 * cache.num_pairs, draws, 2), np.nan, np.float32)
-    if processes.is_first():
-        for i, file in enumerate(files):
-            with opened(file) as kept:
-                table[rows, i] = kept.read("errors")
-    return processes.first_arrays(table)
+    tables = {"errors": errors}
+    if loss.winner_anchor > 0:
+        tables["wanted"] = errors._replace(shape=(2, *picture))
+    if loss.preservation > 0:
+        names = "preservation_dropout", "preservation_text_noise", "preservation_lean"
+        tables["preserved"] = _Table(
+            preserve_rows(cache),
+            preserve_batch,
+            config.preserve_batch_size,
+            picture,
+            {k: loss[k] for k in names},
+        )
+    return tables
 
 
-def make_errors(
-    pipeline: Any, config: ConfigDict, mesh: Mesh
-) -> Callable[[Any, Batch, Conditioning], Float[Array, "b 2"]]:
-    """Compiles `errors(base_params, batch, null)`, the base's on a batch's winners and losers."""
-    seed, predict = noise_seed(config), make_predict(pipeline.unet, mesh)
+def make_answers(pipeline: Any, config: ConfigDict, mesh: Mesh) -> dict[str, Answer]:
+    """What the base is asked, compiled when it is: `answer(base_params, batch, null)` by table."""
+    seed, predict, schedule = (
+        noise_seed(config),
+        make_predict(pipeline.unet, mesh),
+        pipeline.schedule,
+    )
 
     def errors(params: Any, batch: Batch, null: Conditioning) -> Float[Array, "b 2"]:
-        batch = jax.tree.map(full_precision, batch)
-        pairs = noisy_pairs(seed, batch, null, pipeline.schedule, config)
+        pairs = noisy_pairs(seed, batch, null, schedule, config)
         inputs = [(x, pairs.timesteps, pairs.conditioning) for x in pairs.latents]
         outputs = jnp.split(predict({"params": params}, inputs), 2)
         return jnp.stack(
             [squared_error(x, y) for x, y in zip(outputs, pairs.targets, strict=True)], axis=1
         )
 
+    def wanted(params: Any, batch: Batch, null: Conditioning) -> Float[Array, "b 2 h w c"]:
+        pairs = noisy_pairs(seed, batch, null, schedule, config)
+        outputs = predict({"params": params}, under_winners_prompt(pairs, batch, null))
+        return jnp.stack(jnp.split(outputs, 2), axis=1)
+
+    def preserved(params: Any, batch: Batch, null: Conditioning) -> Float[Array, "b h w c"]:
+        rows = noisy_preserved(seed, batch, null, schedule, config)
+        return predict({"params": params}, [(rows.latents[0], rows.timesteps, rows.conditioning)])
+
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    return jax.jit(errors, in_shardings=(None, split, whole), out_shardings=whole)
+
+    def compiled(answer: Answer) -> Answer:
+        return jax.jit(
+            lambda params, batch, null: answer(params, jax.tree.map(full_precision, batch), null),
+            in_shardings=(None, split, whole),
+            out_shardings=whole,
+        )
+
+    return {answer.__name__: compiled(answer) for answer in (errors, wanted, preserved)}

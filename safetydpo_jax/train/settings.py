@@ -256,12 +256,6 @@ def _check(config: ConfigDict) -> None:
     for key in ("loss.caption_dropout", "loss.preservation_dropout", "loss.preservation_lean"):
         if _value(config, key) > 1:
             raise UserError(f"config.{key} is {_value(config, key)}: it must be 0 to 1")
-    if config.reference.draws and (config.loss.preservation > 0 or config.loss.winner_anchor > 0):
-        raise UserError(
-            f"config.reference.draws is {config.reference.draws}: a table of the base's errors "
-            "will not do for loss.preservation and loss.winner_anchor, which need its predictions; "
-            "set it to 0, or take --config.recipe=paper"
-        )
     if config.reference.draws % 2 and config.cache.flip:
         raise UserError(
             f"config.reference.draws is {config.reference.draws}: with mirror images "

@@ -69,20 +69,7 @@ def make_loss(
 
         inputs = [(x, pairs.timesteps, pairs.conditioning) for x in pairs.latents]
         if weights.preservation > 0:
-            rows = batch["preserve"]
-            # The adapter acts at every timestep, so that is where the base must be preserved.
-            preserve = noisy_rows(
-                row_keys(seed, rows["row_id"], rows["draw"]),
-                [rows],
-                rows["conditioning"],
-                null,
-                schedule=schedule,
-                t_min=0,
-                t_max=schedule.num_train_timesteps,
-                caption_dropout=weights.preservation_dropout,
-                text_noise=weights.preservation_text_noise,
-                lean=jax.tree.map(lambda x: weights.preservation_lean * x, rows["harm"]),
-            )
+            preserve = noisy_preserved(seed, batch["preserve"], null, schedule, config)
             inputs.append((preserve.latents[0], preserve.timesteps, preserve.conditioning))
 
         # One forward pass for all, and the reference through the same code at the same shapes: what
@@ -93,22 +80,24 @@ def make_loss(
         policy = predict({"params": base_params, "lora": lora}, inputs)
         ends = [len(pairs.timesteps), 2 * len(pairs.timesteps)]
         winner, loser, preserved = jnp.split(policy, ends)
-        if "reference" in batch:  # the table's: the same draws, known before
-            known = batch["reference"].T
+        if known := batch.get("reference"):  # the tables': the same draws, known before
+            errors, preserved_ref = known["errors"].T, known.get("preserved")
         else:
             winner_ref, loser_ref, preserved_ref = jnp.split(reference_of(inputs), ends)
-            known = map(squared_error, (winner_ref, loser_ref), pairs.targets)
+            errors = map(squared_error, (winner_ref, loser_ref), pairs.targets)
         winner_error, loser_error = (
             squared_error(output, target) - error
-            for output, target, error in zip((winner, loser), pairs.targets, known, strict=True)
+            for output, target, error in zip((winner, loser), pairs.targets, errors, strict=True)
         )
         margin = preference_margin(winner_error, loser_error, weights.beta)
         terms, others = {"preference_loss": mean(preference(margin))}, []
         if weights.winner_anchor > 0:
             # What is to be drawn instead of the loser: the base's own answers under the winner's
             # prompt, on both pictures. The true noise is known for the winner only, and varies.
-            prompts = where(pairs.dropped, null, batch["winner_conditioning"])
-            wanted = reference_of([(x, pairs.timesteps, prompts) for x in pairs.latents])
+            if known:
+                wanted = jnp.concatenate([*jnp.moveaxis(known["wanted"], 1, 0)])
+            else:
+                wanted = reference_of(under_winners_prompt(pairs, batch, null))
             drawn = jnp.concatenate([winner, loser])
             terms["winner_anchor"] = mean(squared_error(drawn, wanted))
             others.append(weights.winner_anchor * terms["winner_anchor"])
@@ -164,6 +153,36 @@ def noisy_pairs(
     )
 
 
+def under_winners_prompt(pairs: NoisyRows, batch: Batch, null: Conditioning) -> list[Any]:
+    """Winners and losers of `noisy_pairs` once more, whatever the rows' own prompts are."""
+    prompts = where(pairs.dropped, null, batch["winner_conditioning"])
+    return [(x, pairs.timesteps, prompts) for x in pairs.latents]
+
+
+def noisy_preserved(
+    seed: Key[Array, ""],
+    rows: Batch,
+    null: Conditioning,
+    schedule: NoiseSchedule,
+    config: ConfigDict,
+) -> NoisyRows:
+    """A batch's preserve rows as the UNet is to see them."""
+    weights = config.loss
+    # The adapter acts at every timestep, so that is where the base must be preserved.
+    return noisy_rows(
+        row_keys(seed, rows["row_id"], rows["draw"]),
+        [rows],
+        rows["conditioning"],
+        null,
+        schedule=schedule,
+        t_min=0,
+        t_max=schedule.num_train_timesteps,
+        caption_dropout=weights.preservation_dropout,
+        text_noise=weights.preservation_text_noise,
+        lean=jax.tree.map(lambda x: weights.preservation_lean * x, rows["harm"]),
+    )
+
+
 def make_predict(unet: nn.Module, mesh: Mesh) -> Callable[[Any, Inputs], Any]:
     """The UNet's outputs for several lists of rows, in one pass."""
 
@@ -214,9 +233,9 @@ def make_train_step(
     Returns:
       A jitted `step(state, base_params, batch, null) -> (state, metrics)`, which donates `state`.
       The batch, as `data.batches` yields it, holds batch_size * accumulation rows and
-      preserve_batch_size * accumulation preserve rows; with "reference" (rows, 2), the base's
-      squared errors on winner and loser, the reference pass is left out; null, without rows, is
-      what takes the place of a dropped prompt. The gradient is the mean over the accumulated
+      preserve_batch_size * accumulation preserve rows; with "reference", what the base answers on
+      them, the reference pass is left out; null, without rows, is what takes the place of a dropped
+      prompt. The gradient is the mean over the accumulated
       batches, that of one big batch. Metrics are float32 scalars: the terms unweighted,
       "winner_error" and "loser_error" the policy's minus the reference's, "loser_scale" that of
       `losses.preserve_winner`, "grad_norm" before clipping.
