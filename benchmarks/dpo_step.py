@@ -116,6 +116,7 @@ def make_case(
     if pixels:
         config.batch_size, config.lora.rank = 1, rank
         shape = (*(n * pixels // pipeline.resolution for n in shape[:2]), shape[2])
+    config.remat = pipeline.unet.remat
     config, mesh = resolve(config), sharding.make_mesh()
     adapters = lora.init_adapters(
         jax.random.key(0), pipeline.unet_params, rank=config.lora.rank, targets=config.lora.targets

@@ -1,8 +1,10 @@
 """The one entry to attention: the kernel that a platform does best, and its own for the rest."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +16,7 @@ from jaxtyping import Array, Float
 from safetydpo_jax import sharding
 from safetydpo_jax.models.layers import Dense, LayerNorm
 from safetydpo_jax.models.parts import num_parts
+from safetydpo_jax.models.target import target
 
 LONG = 1024  # tokens from which on a platform's kernel is asked; below it logits are small
 TILES = (512, 256, 128)  # of the TPU kernel, in tokens; one of them must divide their number
@@ -48,7 +51,7 @@ def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False)
             kernels["tpu"] = _flash
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         # Asked for where there is no GPU, even as the branch not taken, it raises.
-        if jax.default_backend() == "gpu" and half and q.shape[-1] in range(8, 129, 8):
+        if target() == "gpu" and half and q.shape[-1] in range(8, 129, 8):
             kernels["cuda"] = functools.partial(
                 jax.nn.dot_product_attention, implementation="cudnn"
             )
@@ -72,8 +75,32 @@ def _flash(q: Queries, k: Keys, v: Keys) -> Queries:
     )(q, k, v)
 
 
+@jax.custom_vjp
 def _flash_local(q: Queries, k: Keys, v: Keys) -> Queries:
     """One device's part of it; heads of 40, 64 and 80 fill up the lanes within the kernel."""
+    return _flash_forward(q, k, v)[0]
+
+
+def _flash_forward(q: Queries, k: Keys, v: Keys) -> tuple[Queries, Callable[..., Any]]:
+    with _kernels_precision(q):
+        return jax.vjp(_flash_kernel, q, k, v)
+
+
+def _flash_backward(pull_back: Callable[..., Any], dy: Queries) -> tuple[Queries, Keys, Keys]:
+    with _kernels_precision(dy):
+        return pull_back(dy)
+
+
+_flash_local.defvjp(_flash_forward, _flash_backward)
+
+
+def _kernels_precision(x: Queries) -> contextlib.AbstractContextManager[None]:
+    """A kernel's products have the precision asked of JAX; bfloat16's cannot have float32's."""
+    half = x.dtype == jnp.bfloat16
+    return jax.default_matmul_precision("bfloat16") if half else contextlib.nullcontext()
+
+
+def _flash_kernel(q: Queries, k: Keys, v: Keys) -> Queries:
     # Here, as it takes 0.8 s, and few have a TPU.
     from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
 
@@ -161,8 +188,11 @@ def _by_tokens(
 
 
 def _most() -> int:
-    """Bytes of logits at a time."""
-    return LOGITS if jax.default_backend() == "cpu" else ROOMIER * LOGITS
+    """Bytes of logits at a time, on all devices that share the rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shared = not (mesh.empty or mesh.are_all_axes_manual)
+    devices = sharding.num_batch_shards(mesh) if shared else 1
+    return devices * (LOGITS if target() == "cpu" else ROOMIER * LOGITS)
 
 
 def _attend(

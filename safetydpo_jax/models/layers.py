@@ -20,6 +20,15 @@ from safetydpo_jax.models import columns, mixed, winograd
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
+def together(x: Array, a: Array, b: Array) -> list[Array]:
+    """The same, whose gradients are all there before one of them is used.
+
+    Nobody waits for an adapter's gradient, and the compiler would leave it for the end of a step:
+    until then it would keep what the gradient is made of, in Stable Diffusion 300 MB.
+    """
+    return jax.lax.optimization_barrier([x, a, b])
+
+
 class Dense(nn.Module):
     """A linear layer that adds a low-rank adapter when the caller passes one.
 
@@ -50,6 +59,7 @@ class Dense(nn.Module):
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             # Adapters are applied in their own precision: a small delta must survive bfloat16.
+            rows, a, b = together(rows, a, b)
             h = rows.astype(a.dtype) @ a
             if self.has_variable("lora", "gate"):
                 gate = self.get_variable("lora", "gate")
@@ -93,6 +103,7 @@ class Conv(nn.Module):
         y = y + bias.astype(self.dtype)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            x, a, b = together(x, a, b)
             h = self._convolve(x.astype(a.dtype), a)
             if self.has_variable("lora", "gate"):
                 h = h * self.get_variable("lora", "gate")[:, None, None]

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from safetydpo_jax.models.target import target
+
 
 @functools.cache
 def has_units() -> bool:
@@ -33,7 +35,7 @@ def wanted() -> bool:
     """Whether layers should use these forms: asked for, on a CPU that gains by them."""
     config: Any = jax.config  # its settings are attributes made at run time
     asked = config.jax_default_matmul_precision == "bfloat16"
-    return asked and jax.default_backend() == "cpu" and has_units()
+    return asked and target() == "cpu" and has_units()
 
 
 def product(x: Array, y: Array, contract: tuple[int, int]) -> Array:

@@ -127,7 +127,8 @@ class Pipeline:
         return self.unet.config.addition_time_embed_dim is not None
 
     @functools.cached_property
-    def _encode_text(self) -> Callable[..., Any]:
+    def encode_tokens(self) -> Callable[..., Conditioning]:
+        """Compiled `(text_params, (ids, a list of (n, t); sizes (n, 6))) -> Conditioning`."""
         encoders = [self.networks[name] for name in self.text_params]
 
         def encode(params: Any, inputs: tuple[Sequence[Array], Array]) -> Conditioning:
@@ -181,7 +182,7 @@ class Pipeline:
         height, width = size or (self.resolution, self.resolution)
         row = np.array([height, width, 0, 0, height, width], np.float32)
         inputs = ids, np.tile(row, (len(prompts), 1))
-        encode = functools.partial(self._encode_text, self.text_params)
+        encode = functools.partial(self.encode_tokens, self.text_params)
         return self._in_batches(encode, inputs, batch_size)
 
     @property

@@ -33,6 +33,7 @@ Metrics = dict[str, Float[Array, "*experts"]]
 Parts = dict[str, Float[Array, "*experts"]]
 # XLA's CPU backend drops the barriers that keep recomputed work apart, and merges it again.
 KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+SPARING = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 LossFn = Callable[[Adapters, Any, Batch, Conditioning], tuple[Parts, Metrics]]
 
 
@@ -308,12 +309,13 @@ def make_train_step(
         return TrainState(state.step + 1, adapters, opt_state), metrics | more
 
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    options = KEEP_BARRIERS | (SPARING if config.remat else {})
     return jax.jit(
         step,
         in_shardings=(whole, None, split, whole),
         out_shardings=(whole, whole),
         donate_argnums=0,
-        compiler_options=KEEP_BARRIERS if mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=options if mesh.devices.flat[0].platform == "cpu" else None,
     )
 
 

@@ -8,6 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from safetydpo_jax import sharding
 from safetydpo_jax.models import attention
+from safetydpo_jax.models.target import compiling_for
 
 
 def qkv(rows, tokens, heads, width, context=None, dtype=jnp.float32):
@@ -67,24 +68,40 @@ def test_half_precision():
     np.testing.assert_allclose(np.asarray(got, np.float32), wanted, atol=0.03)
 
 
+def largest(jaxpr):
+    """Bytes of the largest array that it makes."""
+    top = 0
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            top = max(top, variable.aval.size * variable.aval.dtype.itemsize)
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            if hasattr(value, "jaxpr"):
+                top = max(top, largest(value.jaxpr))
+    return top
+
+
 def test_nothing_larger_than_the_bound_is_made():
     """Of Stable Diffusion's largest self-attention, two rows at 512 pixels: 1.07 GB of logits."""
     q, k, v = qkv(2, 4096, 8, 40)
-
-    def largest(jaxpr):
-        top = 0
-        for equation in jaxpr.eqns:
-            for variable in equation.outvars:
-                top = max(top, variable.aval.size * variable.aval.dtype.itemsize)
-            for value in jax.tree.leaves(
-                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
-            ):
-                if hasattr(value, "jaxpr"):
-                    top = max(top, largest(value.jaxpr))
-        return top
-
     gradient = jax.grad(lambda q: attention._plain(q, k, v).sum())
     assert largest(jax.make_jaxpr(gradient)(q).jaxpr) == attention.LOGITS
+
+
+def test_the_bound_is_that_of_each_device():
+    """Or a pod would take turns where one chip does not, with rows that lie on others."""
+    q, k, v = qkv(8, 4096, 8, 40)
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:4])):
+        made = jax.make_jaxpr(attention._plain)(q, k, v)
+    assert largest(made.jaxpr) == 4 * attention.LOGITS
+
+
+def test_programs_for_another_platform():
+    q, k, v = qkv(2, 4096, 8, 40)
+    with compiling_for("tpu"):
+        made = jax.make_jaxpr(attention._plain)(q, k, v)
+    assert largest(made.jaxpr) == attention.ROOMIER * attention.LOGITS
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(256, 40), (128, 160)])
