@@ -15,6 +15,7 @@ from safetydpo_jax.host_memory import use_huge_pages
 LAUNCH = ROOT / "launch"
 COMMANDS = (
     "train",
+    "plan",
     "write_prompts",
     "generate",
     "import_pairs",

@@ -1,0 +1,65 @@
+"""Says before anything is rented whether a run fits on a TPU slice, and how fast it will be.
+
+    python launch/plan.py --config configs/hate.py:sdxl --topology v6e:16x16
+    python launch/plan.py --config configs/hate.py:sd15 --topology v5e:2x2 --config.batch_size=8
+    safetydpo plan ...  # the same, from the installed package
+
+The training step is compiled by the TPU compiler (pip install 'safetydpo-jax[tpu]'), from shapes
+alone: no TPU and no weights are needed, but minutes. --topology is v5e, v5p or v6e and its chips
+along each axis. --json FILE writes all figures, --picture FILE.png where the time goes; --price is
+what a chip costs an hour, by default that of configs/prices.yaml. What was compiled is kept: the
+same plan is there at once the next time.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+# For `configs`, and for the package if it is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from safetydpo_jax.command_line import pop_option, read_command_line, shipped
+from safetydpo_jax.errors import UserError, run_main
+from safetydpo_jax.yaml_file import read_yaml
+
+OPTIONS = ("--topology", "--json", "--picture", "--price")
+
+
+def main() -> None:
+    """Reads the command line, compiles, prints and writes."""
+    given, argv = {}, sys.argv
+    for name in OPTIONS:
+        given[name], argv = pop_option(argv, name)
+    config, _ = read_command_line(argv, __doc__)
+    if not given["--topology"]:
+        raise UserError("--topology is missing: give a slice, as --topology v5e:4x4")
+    price = _price(given["--price"], given["--topology"])
+    for name in ("--json", "--picture"):
+        if given[name] and not Path(given[name]).absolute().parent.is_dir():
+            raise UserError(f"{name} {given[name]}: there is no such folder")
+
+    from safetydpo_jax import plan
+
+    found = plan.of_training(config, given["--topology"], price)
+    print("\n".join(["", *plan.lines(found)]))
+    if file := given["--json"]:
+        Path(file).write_text(json.dumps(found, indent=1) + "\n")
+        print(f"written: {file}")
+    if (file := given["--picture"]) and found["fits"]:
+        plan.draw(found, Path(file))
+        print(f"written: {file}")
+
+
+def _price(given: str, topology: str) -> float:
+    file = shipped("configs/prices.yaml")
+    prices = read_yaml(file, "write it as a line each, v5e: 1.20")
+    price = given or prices.get(topology.partition(":")[0], 0.0)
+    try:
+        return float(price)
+    except (TypeError, ValueError):
+        where = "--price" if given else str(file)
+        raise UserError(f"{where}: {price!r} is no number of dollars") from None
+
+
+if __name__ == "__main__":
+    run_main(main)

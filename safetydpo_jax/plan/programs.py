@@ -1,0 +1,150 @@
+"""The programs of a run, lowered for devices that are not at hand, from shapes alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from safetydpo_jax import lora, sharding
+from safetydpo_jax.models.checkpoint import open_checkpoint
+from safetydpo_jax.models.pipeline import Pipeline
+from safetydpo_jax.models.target import compiling_for
+from safetydpo_jax.train.flops import step_flops
+from safetydpo_jax.train.state import TrainState, make_optimizer
+from safetydpo_jax.train.step import make_train_step
+
+
+class Planned:
+    """A config's model on a slice, without weights.
+
+    Args:
+      config: from `settings.resolve`.
+      model: a checkpoint in the diffusers layout, or "emoji"; its weights are not asked for.
+      devices: of the slice.
+
+    Attributes:
+      mesh: the config's, over the devices.
+      pipeline: with shapes in the place of parameters, in the types that training has them in.
+    """
+
+    def __init__(self, config: ConfigDict, model: str, devices: list[Any]):
+        self.config, found = config, open_checkpoint(model)
+        shape = config.mesh
+        self.mesh = sharding.make_mesh(shape.data, shape.fsdp, shape.tensor, devices)
+        self._whole, self._split = (
+            sharding.replicated(self.mesh),
+            sharding.batch_sharding(self.mesh),
+        )
+        dtype = jnp.dtype(config.dtype)
+        networks = {
+            name: network if name == "vae" else network.clone(dtype=dtype)
+            for name, network in found.networks.items()
+        }
+        networks["unet"] = networks["unet"].clone(remat=config.remat)
+        params = {
+            name: jax.tree.map(
+                lambda x, name=name: jax.ShapeDtypeStruct(
+                    x.shape, jnp.float32 if name == "vae" else dtype
+                ),
+                shapes,
+            )
+            for name, shapes in found.shapes.items()
+        }
+        self.pipeline = Pipeline(networks, params, [], found.schedule, found.configs)
+
+    def flops(self) -> float:
+        """Model FLOPs of a step, on all devices together; see `flops.step_flops`."""
+        pipeline = self.pipeline
+        null = self._conditioning(None, self._whole)
+        return step_flops(
+            pipeline.unet, pipeline.unet_params, pipeline.latent_shape, null, self.config
+        )
+
+    def step(self) -> Any:
+        """The training step, lowered; see `step.make_train_step`."""
+        config, pipeline = self.config, self.pipeline
+        shardings = sharding.param_shardings(self.mesh, pipeline.unet_params, config.mesh.rules)
+        params = jax.tree.map(_laid_out, pipeline.unet_params, shardings)
+
+        def first_state() -> TrainState:
+            key = jax.random.key(0, impl="threefry2x32")
+            options = {"rank": config.lora.rank, "targets": config.lora.targets}
+            adapters = lora.init_adapters(key, pipeline.unet_params, **options)
+            return TrainState.create(adapters, make_optimizer(config))
+
+        state = jax.tree.map(lambda x: _laid_out(x, self._whole), jax.eval_shape(first_state))
+        step = make_train_step(pipeline.unet, pipeline.schedule, config, self.mesh)
+        arguments = (state, params, self._batch(), self._conditioning(None, self._whole))
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision(config.matmul_precision):
+            return _lowered(step, *arguments)
+
+    def _batch(self) -> dict[str, Any]:
+        """The shapes of what `data.batches` yields."""
+        config = self.config
+        rows = config.batch_size * config.accumulation
+
+        def moments(count: int) -> dict[str, Any]:
+            return {name: self._array((count, *latents)) for name in ("mean", "logvar")}
+
+        def numbers(count: int) -> dict[str, Any]:
+            return {name: self._array((count,), np.uint32) for name in ("row_id", "draw")}
+
+        latents = self.pipeline.latent_shape
+        batch = numbers(rows) | {
+            "winner": moments(rows),
+            "loser": moments(rows),
+            "conditioning": self._conditioning(rows, self._split),
+            "winner_conditioning": self._conditioning(rows, self._split),
+        }
+        preserved = config.preserve_batch_size * config.accumulation
+        if preserved:
+            told = self._conditioning(preserved, self._split)
+            harm = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), told)
+            harm = jax.tree.map(lambda x: _laid_out(x, self._split), harm)
+            batch["preserve"] = (
+                moments(preserved) | numbers(preserved) | {"conditioning": told, "harm": harm}
+            )
+        if config.reference.draws:
+            known = {"errors": self._array((rows, 2), np.float32)}
+            if config.loss.winner_anchor > 0:
+                known["wanted"] = self._array((rows, 2, *latents), np.float32)
+            if config.loss.preservation > 0:
+                known["preserved"] = self._array((preserved, *latents), np.float32)
+            batch["reference"] = known
+        return batch
+
+    def _array(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
+        """Rows of a batch, in the cache's type or another."""
+        dtype = dtype or jnp.dtype(self.config.cache.dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._split)
+
+    def _conditioning(self, rows: int | None, layout: NamedSharding) -> Any:
+        """What so many prompts tell the UNet, as the cache holds it; None: one, without an axis."""
+        pipeline, dtype = self.pipeline, jnp.dtype(self.config.cache.dtype)
+        encoders = [pipeline.networks[name] for name in pipeline.text_params]
+        ids = [
+            jax.ShapeDtypeStruct((1, encoder.config.max_position_embeddings), np.int32)
+            for encoder in encoders
+        ]
+        sizes = jax.ShapeDtypeStruct((1, 6), np.float32)
+        one = jax.eval_shape(pipeline.encode_tokens, pipeline.text_params, (ids, sizes))
+        lead = () if rows is None else (rows,)
+        told = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), dtype, sharding=layout), one
+        )
+        if told.time_ids is not None:  # pixels, whatever the cache's type
+            sizes = jax.ShapeDtypeStruct((*lead, 6), np.float32, sharding=layout)
+            told = told._replace(time_ids=sizes)
+        return told
+
+
+def _laid_out(x: Any, layout: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+
+def _lowered(fn: Any, *arguments: Any) -> Any:
+    with compiling_for("tpu"):
+        return fn.trace(*arguments).lower(lowering_platforms=("tpu",))

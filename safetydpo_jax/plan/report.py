@@ -1,0 +1,93 @@
+"""A plan to read: what was compiled, what is estimated from it, and what is assumed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from safetydpo_jax.evaluate.pictures import font
+
+GIB = 2**30
+COLORS = {
+    "attention": "#0072b2",
+    "attention kernels": "#56b4e9",
+    "convolution": "#d55e00",
+    "linear": "#e69f00",
+    "norm": "#009e73",
+    "other": "#999999",
+}
+
+
+def lines(plan: Mapping[str, Any]) -> list[str]:
+    """What the terminal shows; each figure says where it is from."""
+    sizes, chips = plan["bytes_per_chip"], plan["chips"]
+    said = [
+        f"{plan['config']}, {plan['pairs']} pairs a step, {chips} x {plan['chip']}",
+        "",
+        f"fits            {'yes' if plan['fits'] else 'NO'}",
+    ]
+    if sizes["all"] is None:
+        said.append("memory          more than there is (compiled)")
+    else:
+        parts = [k for k in ("arguments", "temporaries", "results", "program") if k in sizes]
+        detail = ", ".join(f"{name} {sizes[name] / GIB:.2f}" for name in parts)
+        said.append(
+            f"memory a chip   {sizes['all'] / GIB:.2f} of {sizes['memory'] / GIB:.0f} GiB"
+            + (f": {detail}" if detail else "")
+            + " (compiled)"
+        )
+    said.append(f"model FLOPs     {plan['flops_per_chip'] / 1e12:.2f} T a chip and step (counted)")
+    if not plan["fits"]:
+        return [*said, "", "to make it fit: " + "; ".join(plan["remedies"])]
+    total = sum(plan["cycles"].values())
+    said += [
+        f"step            {1000 * plan['estimated_step_seconds']:.0f} ms, "
+        f"{plan['cycles_per_pair'] / 1e6:.1f} M cycles a pair (estimated)",
+        *(
+            f"  {kind:18}{100 * n / total:3.0f} %"
+            for kind, n in sorted(plan["cycles"].items(), key=lambda item: -item[1])
+        ),
+        f"MFU             {100 * plan['estimated_mfu']:.0f} % (estimated)",
+        f"pairs           {plan['pairs_per_second'] / chips:.2f} a second and chip, "
+        f"{plan['pairs_per_second']:.0f} in all (estimated)",
+    ]
+    for kind, sent in plan["collectives"].items():
+        said.append(f"  {kind:18}{sent['count']} of {sent['bytes'] / 1e6:.1f} MB a step (compiled)")
+    said += [
+        f"sent            {100 * plan['collective_share']:.2f} % of the step (estimated)",
+        "chips           "
+        + ", ".join(f"{n}: {1000 * s:.0f} ms" for n, s in plan["weak_scaling"].items())
+        + " a step, with as many pairs each (estimated)",
+        f"the run         {plan['steps']} steps in {plan['hours']:.2f} h (estimated); "
+        f"${plan['dollars']:.2f} at ${plan['price']:.2f} for an hour of a chip (assumed)",
+    ]
+    if plan["loops_of_unknown_length"]:
+        said.append(f"{plan['loops_of_unknown_length']} loops are counted as if they turned once")
+    return said
+
+
+def draw(plan: Mapping[str, Any], path: Path) -> None:
+    """Writes the split of a step's time as a picture, PNG."""
+    width, height, left = 900, 190, 20
+    canvas = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(canvas)
+    title = (
+        f"{plan['config']} on {plan['chips']} x {plan['chip']}: "
+        f"{1000 * plan['estimated_step_seconds']:.0f} ms a step, "
+        f"{plan['pairs_per_second'] / plan['chips']:.2f} pairs a second and chip"
+    )
+    pen.text((left, 12), title, fill="black", font=font(18))
+    shares = sorted(plan["cycles"].items(), key=lambda item: -item[1])
+    total, x = sum(n for _, n in shares), float(left)
+    for i, (kind, n) in enumerate(shares):
+        end = x + (width - 2 * left) * n / total
+        pen.rectangle((x, 50, end, 100), fill=COLORS.get(kind, "#999999"))
+        column, row = i % 3, i // 3
+        place = left + 290 * column, 118 + 32 * row
+        pen.rectangle((*place, place[0] + 16, place[1] + 16), fill=COLORS.get(kind, "#999999"))
+        text = f"{kind} {100 * n / total:.0f} %"
+        pen.text((place[0] + 24, place[1] - 2), text, fill="black", font=font(16))
+        x = end
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)

@@ -1,0 +1,85 @@
+"""The plan of a training run."""
+
+import importlib.resources
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from safetydpo_jax.plan.chips import slice_of, use_cpu
+from safetydpo_jax.plan.estimate import compiled_for, estimate
+from safetydpo_jax.plan.programs import Planned
+from safetydpo_jax.train.settings import resolve
+
+
+def of_training(
+    config: ConfigDict,
+    topology: str,
+    price: float = 0.0,
+    progress: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> dict[str, Any]:
+    """Compiles a config's training step for a slice of TPUs.
+
+    Args:
+      config: as `configs/common.py` makes it.
+      topology: the slice, as `chips.slice_of` takes it.
+      price: dollars for an hour of one chip.
+      progress: takes lines of text.
+
+    Returns:
+      Of `estimate.estimate`, with `config`, `topology`, `chip`, `chips`, `pairs`, `steps`, and
+      either `hours`, `price` and `dollars`, or what to change if it does not fit, `remedies`.
+
+    Raises:
+      UserError: no such slice, no compiler, or a config that cannot be.
+    """
+    use_cpu()
+    chip, devices = slice_of(topology)
+    config = config.copy_and_resolve_references()
+    config.pairs.path = config.pairs.path or "."  # nothing is drawn or read
+    config = resolve(config)
+    planned = Planned(config, _checkpoint(config), devices)
+    progress(f"lowering the step of {config.category}:{config.base}")
+    found = compiled_for(planned.step(), topology, chip, progress)
+    pairs = config.batch_size * config.accumulation
+    plan = {
+        "config": f"{config.category}:{config.base}",
+        "topology": topology,
+        "chip": chip.name,
+        "chips": len(devices),
+        "pairs": pairs,
+        "steps": config.steps,
+        **estimate(found, chip, len(devices), pairs, planned.flops()),
+    }
+    if not plan["fits"]:
+        return plan | {"remedies": _remedies(config, len(devices))}
+    hours = config.steps * plan["estimated_step_seconds"] / 3600
+    return plan | {"hours": hours, "price": price, "dollars": hours * len(devices) * price}
+
+
+def _checkpoint(config: ConfigDict) -> str:
+    """The model's folder, or of a known base the configs that are shipped: no weights are read."""
+    if config.base == "emoji" or Path(config.model).exists():
+        return config.model
+    root = importlib.resources.files("safetydpo_jax") / "models" / "published"
+    base: str = config.base
+    return str(root / {"sd21": "sd21-768"}.get(base, base))
+
+
+def _remedies(config: ConfigDict, chips: int) -> list[str]:
+    """What to change, the cheapest first."""
+    found = []
+    if config.dtype == "float32":
+        found.append("--config.dtype=bfloat16")
+    if not config.remat:
+        found.append("--config.remat=true")
+    if config.batch_size > chips:
+        half = max(chips, config.batch_size // 2)
+        found.append(
+            f"--config.batch_size={half} --config.accumulation={2 * config.accumulation}, the same "
+            "update"
+        )
+    if chips > 1 and config.mesh.fsdp == 1:
+        found.append(f"--config.mesh.fsdp={min(chips, 8)}, which splits the weights")
+    return found or ["a slice whose chips have more memory"]

@@ -1,0 +1,140 @@
+"""Plans of real steps, compiled by the TPU compiler; and what is told where there is none."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from PIL import Image
+
+from configs import hate
+from safetydpo_jax import plan
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.models import attention
+from safetydpo_jax.models.target import compiling_for
+from safetydpo_jax.plan import chips, estimate, training
+
+compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="no TPU compiler: pip install 'safetydpo-jax[tpu]'",
+)
+
+
+@pytest.fixture
+def config(model_folder):
+    config = hate.get_config("sd15")
+    config.model, config.dtype, config.batch_size = str(model_folder), "bfloat16", 8
+    return config
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "safetydpo_jax" / "plans"
+
+
+@compiler
+def test_a_small_step_on_four_chips(config, cached, tmp_path):
+    said = []
+    found = plan.of_training(config, "v5e:2x2", 1.2, said.append)
+    assert found["fits"]
+    assert (found["chips"], found["pairs"]) == (4, 8 * 4)
+    assert found["bytes_per_chip"]["all"] < 2**28
+    assert found["loops_of_unknown_length"] == 0
+    assert found["collectives"]["all-reduce"]["bytes"] >= 4 * 1376  # the adapters' gradients
+    assert 0 < found["estimated_mfu"] < 1
+    seconds = found["estimated_step_seconds"]
+    assert found["dollars"] == pytest.approx(2000 * seconds / 3600 * 4 * 1.2)
+    assert found["weak_scaling"][1] < found["weak_scaling"][256]
+    text = "\n".join(plan.lines(found))
+    assert "fits            yes" in text
+    plan.draw(found, tmp_path / "split.png")
+    with Image.open(tmp_path / "split.png") as picture:
+        assert picture.size == (900, 190)
+
+    assert json.loads(next(cached.iterdir()).read_text())["cycles"] == found["cycles"]
+    said.clear()
+    assert plan.of_training(config, "v5e:2x2", 1.2, said.append) == found
+    assert "compiled before" in said[1]
+
+
+@compiler
+def test_flash_attention_in_bfloat16_whatever_precision_is_asked():
+    """A kernel whose products of bfloat16 were to be float32's would not compile."""
+    _, devices = chips.slice_of("v5e:2x2")
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+    x = jax.ShapeDtypeStruct((1, 1024, 1, 40), jnp.bfloat16, sharding=one)
+
+    def loss(q, k, v):
+        return attention.dot_product_attention(q, k, v).astype(jnp.float32).sum()
+
+    with compiling_for("tpu"), jax.default_matmul_precision("float32"):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x)
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert text.count("tpu_custom_call") >= 3  # forward, and two of the gradient
+
+
+@compiler
+def test_slices_that_are_not(config):
+    for topology in ("v5e:3x3", "v5e:two"):
+        with pytest.raises(UserError, match=f"--topology {topology}: "):
+            chips.slice_of(topology)
+
+
+@compiler
+def test_batches_that_do_not_divide(config, cached):
+    config.batch_size = 6
+    with pytest.raises(UserError, match="batch_size is 6, which does not divide over 4 devices"):
+        plan.of_training(config, "v5e:2x2", 0.0, lambda line: None)
+
+
+def test_unknown_chips():
+    with pytest.raises(UserError, match="--topology is 'a100:2x2': give one of v5e, v5p, v6e"):
+        chips.slice_of("a100:2x2")
+
+
+def test_no_compiler(monkeypatch):
+    from jax.experimental import topologies
+
+    def missing(**options):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=r"no TPU compiler here .* pip install 'safetydpo-jax\[tpu"):
+        chips.slice_of("v5e:2x2")
+
+
+class TooLarge:
+    """A program that the compiler finds no place for."""
+
+    def as_text(self):
+        return "too large"
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space"
+            " hbm. Used 17.30G of 15.75G hbm. Exceeded hbm capacity by 1.55G."
+        )
+
+
+def test_what_does_not_fit(config, cached):
+    chip = chips.CHIPS["v5e"]
+    found = estimate.compiled_for(TooLarge(), "v5e:2x2", chip, lambda line: None)
+    result = estimate.estimate(found, chip, 4, 32, 1e12)
+    assert not result["fits"]
+    assert result["bytes_per_chip"]["all"] == round(17.3 * 2**30)
+    config.dtype, config.remat, config.batch_size = "float32", False, 16
+    remedies = training._remedies(config, 4)
+    shown = {"config": "hate:sd15", "pairs": 32, "chips": 4, "chip": "v5e", "remedies": remedies}
+    text = "\n".join(plan.lines(result | shown))
+    assert "fits            NO" in text
+    assert "17.30 of 16 GiB" in text
+    assert "--config.dtype=bfloat16; --config.remat=true; --config.batch_size=8" in text
+
+
+def test_sending_takes_time_on_several_chips_alone():
+    chip = chips.CHIPS["v5e"]
+    sent = {"all-reduce": {"count": 1, "bytes": 200e9}, "all-gather": {"count": 1, "bytes": 100e9}}
+    assert estimate.sending_seconds(sent, chip, 1) == 0
+    assert estimate.sending_seconds(sent, chip, 4) == pytest.approx(1.5 + 1.5)
