@@ -24,6 +24,7 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
     sizes, chips = plan["bytes_per_chip"], plan["chips"]
     said = [
         f"{plan['config']}, {plan['pairs']} pairs a step, {chips} x {plan['chip']}",
+        *([f"with {plan['changed']}"] if plan["changed"] else []),
         "",
         f"fits            {'yes' if plan['fits'] else 'NO'}",
     ]

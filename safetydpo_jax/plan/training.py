@@ -28,8 +28,9 @@ def of_training(
       progress: takes lines of text.
 
     Returns:
-      Of `estimate.estimate`, with `config`, `topology`, `chip`, `chips`, `pairs`, `steps`, and
-      either `hours`, `price` and `dollars`, or what to change if it does not fit, `remedies`.
+      Of `estimate.estimate`, with `config`, `topology`, `chip`, `chips`, `pairs`, `steps`, what of
+      the batch was `changed` for it to divide over the chips, and either `hours`, `price` and
+      `dollars`, or what to change if it does not fit, `remedies`.
 
     Raises:
       UserError: no such slice, no compiler, or a config that cannot be.
@@ -38,6 +39,7 @@ def of_training(
     chip, devices = slice_of(topology)
     config = config.copy_and_resolve_references()
     config.pairs.path = config.pairs.path or "."  # nothing is drawn or read
+    changed = _fit_batch(config, len(devices))
     config = resolve(config)
     planned = Planned(config, _checkpoint(config), devices)
     progress(f"lowering the step of {config.category}:{config.base}")
@@ -50,12 +52,27 @@ def of_training(
         "chips": len(devices),
         "pairs": pairs,
         "steps": config.steps,
+        "changed": changed,
         **estimate(found, chip, len(devices), pairs, planned.flops()),
     }
     if not plan["fits"]:
         return plan | {"remedies": _remedies(config, len(devices))}
     hours = config.steps * plan["estimated_step_seconds"] / 3600
     return plan | {"hours": hours, "price": price, "dollars": hours * len(devices) * price}
+
+
+def _fit_batch(config: ConfigDict, chips: int) -> str:
+    """Has the batch divide over the chips, the update's pairs being kept as far as they can be."""
+    shards = chips // max(config.mesh.tensor, 1)
+    batch, accumulation = config.batch_size, config.accumulation
+    if shards < 1 or batch < 1 or batch % shards == 0:
+        return ""  # or it is an error, and told as one
+    config.batch_size = -(-batch // shards) * shards
+    config.accumulation = max(1, batch * accumulation // config.batch_size)
+    return (
+        f"--config.batch_size={config.batch_size} --config.accumulation={config.accumulation}, as "
+        f"{batch} does not divide over {shards}; mind the rate if an update has other pairs"
+    )
 
 
 def _checkpoint(config: ConfigDict) -> str:

@@ -21,6 +21,7 @@ PLAN = {
     "chip": "v5e",
     "chips": 4,
     "pairs": 32,
+    "changed": "--config.batch_size=32",
     "fits": True,
     "flops_per_chip": 2e12,
     "bytes_per_chip": {"arguments": 2**30, "temporaries": 2**29, "all": 2**30, "memory": 2**34},
@@ -65,6 +66,7 @@ def test_what_is_said_and_written(launch, tmp_path, capsys):
     assert asked == (16, "v5e:2x2", 1.2)
     said = capsys.readouterr().out
     for words in (
+        "with --config.batch_size=32",
         "fits            yes",
         "memory a chip   1.00 of 16 GiB: arguments 1.00, temporaries 0.50 (compiled)",
         "convolution        75 %",

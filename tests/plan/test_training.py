@@ -82,11 +82,15 @@ def test_slices_that_are_not(config):
             chips.slice_of(topology)
 
 
-@compiler
-def test_batches_that_do_not_divide(config, cached):
-    config.batch_size = 6
-    with pytest.raises(UserError, match="batch_size is 6, which does not divide over 4 devices"):
-        plan.of_training(config, "v5e:2x2", 0.0, lambda line: None)
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "chips", "fitted"),
+    [(8, 4, 4, (8, 4)), (6, 4, 4, (8, 3)), (4, 4, 256, (256, 1)), (5, 1, 4, (8, 1))],
+)
+def test_batches_are_made_to_divide(config, batch, accumulation, chips, fitted):
+    config.batch_size, config.accumulation = batch, accumulation
+    said = training._fit_batch(config, chips)
+    assert (config.batch_size, config.accumulation) == fitted
+    assert (f"--config.batch_size={fitted[0]} " in said) == (fitted[0] != batch)
 
 
 def test_unknown_chips():
@@ -126,7 +130,14 @@ def test_what_does_not_fit(config, cached):
     assert result["bytes_per_chip"]["all"] == round(17.3 * 2**30)
     config.dtype, config.remat, config.batch_size = "float32", False, 16
     remedies = training._remedies(config, 4)
-    shown = {"config": "hate:sd15", "pairs": 32, "chips": 4, "chip": "v5e", "remedies": remedies}
+    shown = {
+        "config": "hate:sd15",
+        "changed": "",
+        "pairs": 32,
+        "chips": 4,
+        "chip": "v5e",
+        "remedies": remedies,
+    }
     text = "\n".join(plan.lines(result | shown))
     assert "fits            NO" in text
     assert "17.30 of 16 GiB" in text
