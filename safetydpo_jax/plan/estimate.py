@@ -14,8 +14,9 @@ from safetydpo_jax.data.remote import cache_home
 from safetydpo_jax.plan.chips import Chip
 from safetydpo_jax.plan.cost import cost_of
 
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+# What the compiler says of too large a program, in either of its wordings.
+_USED = re.compile(r"(?:Used |required for HLO \w+ \()([\d.]+)([KMGT])\b")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def compiled_for(
@@ -50,7 +51,8 @@ def compiled_for(
     try:
         found = _read(lowered.compile(), chip)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        # A kernel may exhaust another memory: that is an error, and no answer.
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
             raise
         used = _USED.search(str(error))
         needed = round(float(used[1]) * _UNITS[used[2]]) if used else None

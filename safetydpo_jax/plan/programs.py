@@ -27,11 +27,12 @@ class Planned:
 
     Attributes:
       mesh: the config's, over the devices.
+      latents: (h, w, c) of a row.
       pipeline: with shapes in the place of parameters, in the types that training has them in.
     """
 
     def __init__(self, config: ConfigDict, model: str, devices: list[Any]):
-        self.config, found = config, open_checkpoint(model)
+        self.config, found = config, open_checkpoint(model, configs=config.model_config)
         shape = config.mesh
         self.mesh = sharding.make_mesh(shape.data, shape.fsdp, shape.tensor, devices)
         self._whole, self._split = (
@@ -54,14 +55,16 @@ class Planned:
             for name, shapes in found.shapes.items()
         }
         self.pipeline = Pipeline(networks, params, [], found.schedule, found.configs)
+        h, w, c = self.pipeline.latent_shape
+        if pixels := config.cache.resolution:
+            h = w = pixels // self.pipeline.vae.config.downscale
+        self.latents = h, w, c
 
     def flops(self) -> float:
         """Model FLOPs of a step, on all devices together; see `flops.step_flops`."""
         pipeline = self.pipeline
         null = self._conditioning(None, self._whole)
-        return step_flops(
-            pipeline.unet, pipeline.unet_params, pipeline.latent_shape, null, self.config
-        )
+        return step_flops(pipeline.unet, pipeline.unet_params, self.latents, null, self.config)
 
     def step(self) -> Any:
         """The training step, lowered; see `step.make_train_step`."""
@@ -92,7 +95,7 @@ class Planned:
         def numbers(count: int) -> dict[str, Any]:
             return {name: self._array((count,), np.uint32) for name in ("row_id", "draw")}
 
-        latents = self.pipeline.latent_shape
+        latents = self.latents
         batch = numbers(rows) | {
             "winner": moments(rows),
             "loser": moments(rows),

@@ -63,6 +63,8 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         f"the run         {plan['steps']} steps in {plan['hours']:.2f} h (estimated); "
         f"${plan['dollars']:.2f} at ${plan['price']:.2f} for an hour of a chip (assumed)",
     ]
+    if plan["collectives_partial"]:
+        said.append("what fsdp and tensor axes send is not all counted: the step is longer")
     if plan["loops_of_unknown_length"]:
         said.append(f"{plan['loops_of_unknown_length']} loops are counted as if they turned once")
     return said

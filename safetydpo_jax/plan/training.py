@@ -7,10 +7,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from safetydpo_jax.errors import UserError
 from safetydpo_jax.plan.chips import slice_of, use_cpu
 from safetydpo_jax.plan.estimate import compiled_for, estimate
 from safetydpo_jax.plan.programs import Planned
 from safetydpo_jax.train.settings import resolve
+
+# Of models on the hub, the folder with their configs in models/published.
+_SHIPPED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-2-1-base": "sd21-base",
+    "stabilityai/stable-diffusion-2-1": "sd21-768",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
 
 
 def of_training(
@@ -38,6 +47,8 @@ def of_training(
     use_cpu()
     chip, devices = slice_of(topology)
     config = config.copy_and_resolve_references()
+    if "pairs" not in config:
+        raise UserError("this config trains no expert: give one such as --config configs/hate.py")
     config.pairs.path = config.pairs.path or "."  # nothing is drawn or read
     changed = _fit_batch(config, len(devices))
     config = resolve(config)
@@ -53,6 +64,7 @@ def of_training(
         "pairs": pairs,
         "steps": config.steps,
         "changed": changed,
+        "collectives_partial": config.mesh.fsdp * config.mesh.tensor > 1,
         **estimate(found, chip, len(devices), pairs, planned.flops()),
     }
     if not plan["fits"]:
@@ -76,12 +88,20 @@ def _fit_batch(config: ConfigDict, chips: int) -> str:
 
 
 def _checkpoint(config: ConfigDict) -> str:
-    """The model's folder, or of a known base the configs that are shipped: no weights are read."""
+    """The model that is given, or of an id on the hub the configs that are shipped.
+
+    Raises:
+      UserError: another id, whose shapes are not at hand.
+    """
     if config.base == "emoji" or Path(config.model).exists():
         return config.model
+    if config.model not in _SHIPPED:
+        raise UserError(
+            f"config.model is {config.model}: there is no such folder or file; a plan fetches "
+            "nothing: give a local checkpoint, or leave it out for the base's own shapes"
+        )
     root = importlib.resources.files("safetydpo_jax") / "models" / "published"
-    base: str = config.base
-    return str(root / {"sd21": "sd21-768"}.get(base, base))
+    return str(root / _SHIPPED[config.model])
 
 
 def _remedies(config: ConfigDict, chips: int) -> list[str]:

@@ -34,6 +34,7 @@ PLAN = {
     "pairs_per_second": 12800.0,
     "weak_scaling": {1: 0.002, 256: 0.003},
     "loops_of_unknown_length": 1,
+    "collectives_partial": True,
     "steps": 500,
     "hours": 0.5,
     "price": 1.2,
@@ -71,6 +72,7 @@ def test_what_is_said_and_written(launch, tmp_path, capsys):
         "memory a chip   1.00 of 16 GiB: arguments 1.00, temporaries 0.50 (compiled)",
         "convolution        75 %",
         "$2.40 at $1.20 for an hour of a chip (assumed)",
+        "what fsdp and tensor axes send is not all counted",
         "1 loops are counted as if they turned once",
     ):
         assert words in said

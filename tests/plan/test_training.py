@@ -112,19 +112,44 @@ def test_no_compiler(monkeypatch):
 class TooLarge:
     """A program that the compiler finds no place for."""
 
+    def __init__(self, said):
+        self.said = said
+
     def as_text(self):
-        return "too large"
+        return self.said
 
     def compile(self):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space"
-            " hbm. Used 17.30G of 15.75G hbm. Exceeded hbm capacity by 1.55G."
-        )
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.said}")
+
+
+@compiler
+def test_a_program_that_is_really_too_large(cached):
+    _, devices = chips.slice_of("v5e:2x2")
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+    x = jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32, sharding=one)
+    lowered = jax.jit(lambda x: (x @ x).sum()).trace(x).lower(lowering_platforms=("tpu",))
+    found = estimate.compiled_for(lowered, "v5e:2x2", chips.CHIPS["v5e"], lambda line: None)
+    assert found["bytes_per_chip"]["all"] >= 2**34
+    assert not estimate.estimate(found, chips.CHIPS["v5e"], 1, 1, 1e12)["fits"]
+
+
+def test_another_memory_that_is_full(cached):
+    full = TooLarge("Allocation of 20.0M in memory space=vmem")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        estimate.compiled_for(full, "v5e:2x2", chips.CHIPS["v5e"], lambda line: None)
+
+
+def test_models_that_are_not_at_hand(config):
+    config.model = "no/such"
+    with pytest.raises(UserError, match="config.model is no/such: there is no such folder"):
+        training._checkpoint(config)
+    assert training._checkpoint(hate.get_config("sd21")).endswith("sd21-768")
 
 
 def test_what_does_not_fit(config, cached):
     chip = chips.CHIPS["v5e"]
-    found = estimate.compiled_for(TooLarge(), "v5e:2x2", chip, lambda line: None)
+    said = "Ran out of memory in memory space hbm. Used 17.30G of 15.75G hbm."
+    found = estimate.compiled_for(TooLarge(said), "v5e:2x2", chip, lambda line: None)
     result = estimate.estimate(found, chip, 4, 32, 1e12)
     assert not result["fits"]
     assert result["bytes_per_chip"]["all"] == round(17.3 * 2**30)
