@@ -1,4 +1,4 @@
-"""Training steps of Stable Diffusion compiled for TPU slices: memory, cycles, collectives.
+"""Steps of Stable Diffusion in bfloat16 compiled for TPU slices: memory, cycles, collectives.
 
     python benchmarks/plans.py                     # needs pip install 'safetydpo-jax[tpu]', no TPU
     python benchmarks/plans.py --cases sd15_v5e_4
@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks and configs
 
@@ -24,28 +23,15 @@ from safetydpo_jax.storage import write_file
 RESULTS = Path(__file__).resolve().parent / "results" / "plans"
 
 
-def sd15(pairs: int) -> dict[str, Any]:
-    """SD 1.5 in bfloat16 without remat, so many pairs a step."""
-    return {"base": "sd15", "batch_size": pairs, "remat": False}
-
-
-def sdxl(pairs: int) -> dict[str, Any]:
-    """SDXL in bfloat16 with remat, so many pairs a step."""
-    return {"base": "sdxl", "batch_size": pairs, "remat": True}
-
-
-# Case -> (slice, what is set): the chips are the last number of a name, with 2 pairs each of SD
-# 1.5 and one of SDXL.
-CASES = {
-    "sd15_v5e_4": ("v5e:2x2", sd15(8)),
-    "sd15_v5e_256": ("v5e:16x16", sd15(512)),
-    "sd15_v6e_256": ("v6e:16x16", sd15(512)),
-    "sd15_v5p_128": ("v5p:4x4x8", sd15(256)),
-    "sdxl_v5e_4": ("v5e:2x2", sdxl(4)),
-    "sdxl_v5e_256": ("v5e:16x16", sdxl(256)),
-    "sdxl_v6e_256": ("v6e:16x16", sdxl(256)),
-    "sdxl_v5p_128": ("v5p:4x4x8", sdxl(128)),
+# Base -> pairs a chip, remat.
+BASES = {"sd15": (2, False), "sdxl": (1, True)}
+SLICES = {
+    "v5e_4": "v5e:2x2",
+    "v5e_256": "v5e:16x16",
+    "v6e_256": "v6e:16x16",
+    "v5p_128": "v5p:4x4x8",
 }
+CASES = {f"{base}_{name}": (base, topology) for base in BASES for name, topology in SLICES.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,15 +40,18 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    for case in parser.parse_args(argv).cases:
+    args = parser.parse_args(argv)
+    plan.use_cpu()
+    for case in args.cases:
         file = RESULTS / f"{case}.json"
         if file.is_file():
             found = json.loads(file.read_text())
         else:
-            topology, given = CASES[case]
-            config = hate.get_config(given["base"])
-            config.dtype, config.accumulation = "bfloat16", 1
-            config.batch_size, config.remat = given["batch_size"], given["remat"]
+            base, topology = CASES[case]
+            pairs, remat = BASES[base]
+            config = hate.get_config(base)
+            config.dtype, config.accumulation, config.remat = "bfloat16", 1, remat
+            config.batch_size = pairs * len(plan.slice_of(topology)[1])
             found = plan.of_training(config, topology) | {"machine": machine()}
             RESULTS.mkdir(parents=True, exist_ok=True)
             if found["fits"]:

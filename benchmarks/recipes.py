@@ -215,8 +215,8 @@ def run_point(name: str, runs: Path) -> None:
     if name != "anchored":
         config.pairs.path = str(runs / "anchored" / "pairs")
     if not {"rows", "loss.t_min"} & set(POINTS[name]):
-        # What the base answers is the same for the other points. As many draws as a row has
-        # visits: then every number is, too.
+        # Most of these points ask the base the same, and share its answers. As many draws as a row
+        # has visits: then every number is the same, too.
         config.reference.draws = visits(resolve(config))
         config.reference.path = str(runs / "reference")
     loop.run(config, workdir)

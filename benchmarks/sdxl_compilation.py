@@ -10,23 +10,13 @@ benchmarks/results/sdxl_compilation.json.
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-# Read when libtpu is loaded: there is no TPU whose metadata could be asked for.
-os.environ |= {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "JAX_PLATFORMS": "cpu",
-}
-
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks
@@ -36,6 +26,7 @@ from safetydpo_jax.errors import run_main
 from safetydpo_jax.lora import init_adapters
 from safetydpo_jax.models.checkpoint import param_shapes, read_json
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+from safetydpo_jax.plan import slice_of, use_cpu
 from safetydpo_jax.storage import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pixels", type=int, default=256, help="1024 takes hours on two cores")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2], help="of the stacks")
     args = parser.parse_args(argv)
-    device = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[0]
+    use_cpu()
+    device = slice_of(args.topology)[1][0]
     found: dict[int, dict[str, float]] = {}
     for depth in args.depths:
         found[depth] = compile_step(depth, args.pixels, device)

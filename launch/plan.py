@@ -39,11 +39,13 @@ def main() -> None:
             raise UserError(f"{name} {given[name]}: there is no such folder")
 
     from safetydpo_jax import plan
+    from safetydpo_jax.storage import write_file
 
+    plan.use_cpu()
     found = plan.of_training(config, given["--topology"], price)
     print("\n".join(["", *plan.lines(found)]))
     if file := given["--json"]:
-        Path(file).write_text(json.dumps(found, indent=1) + "\n")
+        write_file(Path(file), (json.dumps(found, indent=1) + "\n").encode())
         print(f"written: {file}")
     if (file := given["--picture"]) and found["fits"]:
         plan.draw(found, Path(file))

@@ -89,9 +89,7 @@ def batches(
         weights = mixing_weights(cache.parts, config.mix)
         ends = np.cumsum(list(cache.parts.values()))
         parts = np.split(np.arange(cache.num_pairs), ends[:-1])
-    rows = [
-        np.concatenate([2 * pairs + which for which in STRATEGIES[config.rows]]) for pairs in parts
-    ]
+    rows = [_rows_of(pairs, config.rows) for pairs in parts]
     known = _Known(cache, config.rows, reference)
     steps = _visits(rows, weights, config.batch_size * config.accumulation, pair_seed, shards)
     steps = steps.map(lambda visits: known.pairs(*visits))
@@ -165,7 +163,11 @@ def preserve_batch(cache: Cache, rows: Int[np.ndarray, "p"], draws: Int[np.ndarr
 
 def pair_rows(num_pairs: int, rows: str) -> Int[np.ndarray, "rows"]:
     """The row_ids of a strategy, in order."""
-    return np.sort(np.concatenate([2 * np.arange(num_pairs) + w for w in STRATEGIES[rows]]))
+    return np.sort(_rows_of(np.arange(num_pairs), rows))
+
+
+def _rows_of(pairs: np.ndarray, rows: str) -> np.ndarray:
+    return np.concatenate([2 * pairs + which for which in STRATEGIES[rows]])
 
 
 def preserve_rows(cache: Cache) -> Int[np.ndarray, "rows"]:

@@ -64,8 +64,7 @@ def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False)
 
 def _flash(q: Queries, k: Keys, v: Keys) -> Queries:
     """The TPU kernel. The compiler cannot split it, so over a mesh it is told how."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.are_all_axes_manual:  # in a shard_map each device has rows of its own
+    if (mesh := _shared_mesh()) is None:
         return _flash_local(q, k, v)
     rows = sharding.BATCH if q.shape[0] % sharding.num_batch_shards(mesh) == 0 else None
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
@@ -73,6 +72,13 @@ def _flash(q: Queries, k: Keys, v: Keys) -> Queries:
     return jax.shard_map(
         _flash_local, in_specs=(split, split, split), out_specs=split, check_vma=False
     )(q, k, v)
+
+
+def _shared_mesh() -> Any:
+    """The mesh over whose devices rows are spread, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # In a shard_map each device has rows of its own.
+    return None if mesh.empty or mesh.are_all_axes_manual else mesh
 
 
 @jax.custom_vjp
@@ -189,9 +195,8 @@ def _by_tokens(
 
 def _most() -> int:
     """Bytes of logits at a time, on all devices that share the rows."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shared = not (mesh.empty or mesh.are_all_axes_manual)
-    devices = sharding.num_batch_shards(mesh) if shared else 1
+    mesh = _shared_mesh()
+    devices = 1 if mesh is None else sharding.num_batch_shards(mesh)
     return devices * (LOGITS if target() == "cpu" else ROOMIER * LOGITS)
 
 

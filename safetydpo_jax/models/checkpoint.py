@@ -60,6 +60,18 @@ class Checkpoint:
         """The shapes of each network's parameters, by its name."""
         return param_shapes(self.networks)
 
+    def in_type(self, dtype: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The networks that compute in a type, and what each is held in, by name.
+
+        The autoencoder stays in float32, since half precision overflows in some of them.
+        """
+        types = {name: jnp.float32 if name == "vae" else dtype for name in self.networks}
+        networks = {
+            name: network if name == "vae" else network.clone(dtype=dtype)
+            for name, network in self.networks.items()
+        }
+        return networks, types
+
     @functools.cached_property
     def tables(self) -> dict[str, Table]:
         """Of the networks that are in a single file, where; see `state_dict.read_params`."""

@@ -24,7 +24,7 @@ def together(x: Array, a: Array, b: Array) -> list[Array]:
     """The same, whose gradients are all there before one of them is used.
 
     Nobody waits for an adapter's gradient, and the compiler would leave it for the end of a step:
-    until then it would keep what the gradient is made of, in Stable Diffusion 300 MB.
+    until then it would keep what the gradient is made of, in Stable Diffusion half a gigabyte.
     """
     return jax.lax.optimization_barrier([x, a, b])
 

@@ -44,6 +44,7 @@ def load_pipeline(
       UserError, MissingFileError: a file or key is missing, unknown, damaged or not supported.
     """
     found, dtype = open_checkpoint(path, vae=vae, configs=configs), jnp.dtype(dtype)
+    networks, types = found.in_type(dtype)
     params = {}
     sources = {
         "model_index": [found.folder / "model_index.json"],
@@ -57,16 +58,12 @@ def load_pipeline(
         params[name] = load_params(
             weights,
             shapes,
-            jnp.float32 if name == "vae" else dtype,
+            types[name],
             unet_shardings(shapes) if unet_shardings and name == "unet" else None,
             name=name,
             table=found.tables.get(name),
             progress=progress,
         )
-    networks = {
-        name: network if name == "vae" else network.clone(dtype=dtype)
-        for name, network in found.networks.items()
-    }
     tokenizers = []
     for encoder, name in TOKENIZERS.items():
         if encoder in networks:

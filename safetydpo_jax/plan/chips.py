@@ -86,5 +86,5 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
 
 
 def use_cpu() -> None:
-    """Keeps JAX from looking for a TPU here, once libtpu is installed."""
+    """Keeps JAX from looking for a TPU here, once libtpu is installed; before all else."""
     jax.config.update("jax_platforms", "cpu")

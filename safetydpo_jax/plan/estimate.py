@@ -58,7 +58,7 @@ def compiled_for(
         needed = round(float(used[1]) * _UNITS[used[2]]) if used else None
         found = {"bytes_per_chip": {"all": needed, "memory": chip.memory}}
     seconds = round(time.monotonic() - began, 1)
-    found |= {"compile_seconds": seconds}
+    found["compile_seconds"] = seconds
     progress(f"compiled in {seconds:.0f} s")
     storage.write_file(file, (json.dumps(found, indent=1) + "\n").encode())
     return found
@@ -112,7 +112,7 @@ def estimate(
       bytes round a ring.
     """
     sizes = found["bytes_per_chip"]
-    fits = sizes["all"] is not None and sizes["all"] <= sizes["memory"] and "cycles" in found
+    fits = "cycles" in found and sizes["all"] <= sizes["memory"]
     result = {"fits": fits, "flops_per_chip": flops / chips, **found}
     if "cycles" not in found:
         return result

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from safetydpo_jax import lora, sharding
@@ -23,34 +23,22 @@ class Planned:
     Args:
       config: from `settings.resolve`.
       model: a checkpoint in the diffusers layout, or "emoji"; its weights are not asked for.
-      devices: of the slice.
+      mesh: the config's, over the slice's devices.
 
     Attributes:
-      mesh: the config's, over the devices.
       latents: (h, w, c) of a row.
       pipeline: with shapes in the place of parameters, in the types that training has them in.
     """
 
-    def __init__(self, config: ConfigDict, model: str, devices: list[Any]):
-        self.config, found = config, open_checkpoint(model, configs=config.model_config)
-        shape = config.mesh
-        self.mesh = sharding.make_mesh(shape.data, shape.fsdp, shape.tensor, devices)
-        self._whole, self._split = (
-            sharding.replicated(self.mesh),
-            sharding.batch_sharding(self.mesh),
-        )
-        dtype = jnp.dtype(config.dtype)
-        networks = {
-            name: network if name == "vae" else network.clone(dtype=dtype)
-            for name, network in found.networks.items()
-        }
+    def __init__(self, config: ConfigDict, model: str, mesh: Mesh):
+        self.config, self._mesh = config, mesh
+        self._whole, self._split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        found = open_checkpoint(model, configs=config.model_config)
+        networks, types = found.in_type(jnp.dtype(config.dtype))
         networks["unet"] = networks["unet"].clone(remat=config.remat)
         params = {
             name: jax.tree.map(
-                lambda x, name=name: jax.ShapeDtypeStruct(
-                    x.shape, jnp.float32 if name == "vae" else dtype
-                ),
-                shapes,
+                lambda x, dtype=types[name]: jax.ShapeDtypeStruct(x.shape, dtype), shapes
             )
             for name, shapes in found.shapes.items()
         }
@@ -69,7 +57,7 @@ class Planned:
     def step(self) -> Any:
         """The training step, lowered; see `step.make_train_step`."""
         config, pipeline = self.config, self.pipeline
-        shardings = sharding.param_shardings(self.mesh, pipeline.unet_params, config.mesh.rules)
+        shardings = sharding.param_shardings(self._mesh, pipeline.unet_params, config.mesh.rules)
         params = jax.tree.map(_laid_out, pipeline.unet_params, shardings)
 
         def first_state() -> TrainState:
@@ -79,9 +67,9 @@ class Planned:
             return TrainState.create(adapters, make_optimizer(config))
 
         state = jax.tree.map(lambda x: _laid_out(x, self._whole), jax.eval_shape(first_state))
-        step = make_train_step(pipeline.unet, pipeline.schedule, config, self.mesh)
+        step = make_train_step(pipeline.unet, pipeline.schedule, config, self._mesh)
         arguments = (state, params, self._batch(), self._conditioning(None, self._whole))
-        with jax.set_mesh(self.mesh), jax.default_matmul_precision(config.matmul_precision):
+        with jax.set_mesh(self._mesh), jax.default_matmul_precision(config.matmul_precision):
             return _lowered(step, *arguments)
 
     def _batch(self) -> dict[str, Any]:

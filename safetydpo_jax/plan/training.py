@@ -7,8 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from safetydpo_jax import sharding
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.plan.chips import slice_of, use_cpu
+from safetydpo_jax.plan.chips import slice_of
 from safetydpo_jax.plan.estimate import compiled_for, estimate
 from safetydpo_jax.plan.programs import Planned
 from safetydpo_jax.train.settings import resolve
@@ -44,15 +45,15 @@ def of_training(
     Raises:
       UserError: no such slice, no compiler, or a config that cannot be.
     """
-    use_cpu()
     chip, devices = slice_of(topology)
     config = config.copy_and_resolve_references()
     if "pairs" not in config:
         raise UserError("this config trains no expert: give one such as --config configs/hate.py")
     config.pairs.path = config.pairs.path or "."  # nothing is drawn or read
-    changed = _fit_batch(config, len(devices))
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    changed = _fit_batch(config, sharding.num_batch_shards(mesh))
     config = resolve(config)
-    planned = Planned(config, _checkpoint(config), devices)
+    planned = Planned(config, _checkpoint(config), mesh)
     progress(f"lowering the step of {config.category}:{config.base}")
     found = compiled_for(planned.step(), topology, chip, progress)
     pairs = config.batch_size * config.accumulation
@@ -73,11 +74,10 @@ def of_training(
     return plan | {"hours": hours, "price": price, "dollars": hours * len(devices) * price}
 
 
-def _fit_batch(config: ConfigDict, chips: int) -> str:
-    """Has the batch divide over the chips, the update's pairs being kept as far as they can be."""
-    shards = chips // max(config.mesh.tensor, 1)
+def _fit_batch(config: ConfigDict, shards: int) -> str:
+    """Has the batch divide over its shards, the update's pairs being kept as far as they can be."""
     batch, accumulation = config.batch_size, config.accumulation
-    if shards < 1 or batch < 1 or batch % shards == 0:
+    if batch < 1 or batch % shards == 0:
         return ""  # or it is an error, and told as one
     config.batch_size = -(-batch // shards) * shards
     config.accumulation = max(1, batch * accumulation // config.batch_size)

@@ -35,6 +35,11 @@ class NoisyRows(NamedTuple):
     conditioning: Conditioning
     dropped: Bool[Array, "b"]
 
+    @property
+    def inputs(self) -> list[tuple[Array, Array, Conditioning]]:
+        """What the UNet is called with, by picture: latents, timesteps, prompts."""
+        return [(x, self.timesteps, self.conditioning) for x in self.latents]
+
 
 def row_keys(
     seed: Key[Array, ""],

@@ -12,7 +12,8 @@ named by all that the answers depend on:
 All in float32, rows in the order of their row_id. More draws go on from fewer.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,6 @@ from safetydpo_jax.train.step import (
     Batch,
     full_precision,
     make_predict,
-    noise_seed,
     noisy_pairs,
     noisy_preserved,
     under_winners_prompt,
@@ -95,47 +95,59 @@ def reference_tables(
     """
     if not (draws := config.reference.draws):
         return None
-    home, answers = Path(config.reference.path or workdir / "reference"), None
-    null = sharding.put(cache.null, sharding.replicated(mesh))
+    home = Path(config.reference.path or workdir / "reference")
+    answers = make_answers(pipeline, config, mesh)
     found = {}
     for name, table in _tables(config, cache).items():
         common = {k: config[k] for k in ("seed", "dtype", "matmul_precision")}
         key = storage.digest({"model": model_hash, "cache": cache.key, **common, **table.depends})
         files = [home / key[:16] / f"{name}_{i:05d}.safetensors" for i in range(draws)]
-
-        def lacking(files: list[Path] = files) -> list[int]:
-            return [i for i, file in enumerate(files) if not file.is_file()]
-
-        # Of a job's processes the first has the files, and all compute.
-        if missing := processes.first(lacking):
-            answers = answers or make_answers(pipeline, config, mesh)
-            what, pace = f"reference: {name}, {len(table.rows)} rows", Pace(len(missing))
-            progress(f"{what}, {len(missing)} of {draws} draws to be computed")
-            for done, draw in enumerate(missing):
-                answer = np.empty((len(table.rows), *table.shape), np.float32)
-                for start in range(0, len(answer), table.size):
-                    # A short last batch is filled up, so that its shape needs no compilation.
-                    index = np.minimum(np.arange(start, start + table.size), len(answer) - 1)
-                    batch = table.read(cache, table.rows[index], np.full_like(index, draw))
-                    batch = sharding.put(batch, sharding.batch_sharding(mesh))
-                    with jax.default_matmul_precision(config.matmul_precision), jax.set_mesh(mesh):
-                        answer[index] = answers[name](pipeline.unet_params, batch, null)
-                    part = done + min(1, (start + table.size) / len(answer))
-                    if part < len(missing) and pace.due(part):
-                        progress(
-                            f"{what}: {part:.2f}/{len(missing)} draws, "
-                            f"{pace.rate(part) * len(answer):.1f} rows/s, {pace.left(part):.0f} s "
-                            "left"
-                        )
-                if processes.is_first():
-                    write_tensors(files[draw], {name: answer.shape}, [(name, answer)])
-            progress(f"{what}: {draws} draws in {files[0].parent}")
+        ask = functools.partial(answers[name], pipeline.unet_params)
+        _complete(name, table, files, ask, config, cache, mesh, progress)
         found[name] = np.zeros((len(table.rows), draws, *table.shape), np.float32)
         if processes.is_first():
             for i, file in enumerate(files):
                 with opened(file) as kept:
                     found[name][:, i] = kept.read(name)
     return processes.first_arrays(found)
+
+
+def _complete(
+    name: str,
+    table: _Table,
+    files: Sequence[Path],
+    ask: Callable[[Batch, Conditioning], Array],
+    config: ConfigDict,
+    cache: Cache,
+    mesh: Mesh,
+    progress: Callable[[str], None],
+) -> None:
+    """Writes the draws of a table that are not there, a file each."""
+    # Of a job's processes the first has the files, and all compute.
+    missing = processes.first(lambda: [i for i, file in enumerate(files) if not file.is_file()])
+    if not missing:
+        return
+    count, what, pace = len(table.rows), f"reference: {name}", Pace(len(missing))
+    progress(f"{what}, {count} rows, {len(missing)} of {len(files)} draws to be computed")
+    null = sharding.put(cache.null, sharding.replicated(mesh))
+    for done, draw in enumerate(missing):
+        answer = np.empty((count, *table.shape), np.float32)
+        for start in range(0, count, table.size):
+            # A short last batch is filled up, so that its shape needs no compilation.
+            index = np.minimum(np.arange(start, start + table.size), count - 1)
+            batch = table.read(cache, table.rows[index], np.full_like(index, draw))
+            batch = sharding.put(batch, sharding.batch_sharding(mesh))
+            with jax.default_matmul_precision(config.matmul_precision), jax.set_mesh(mesh):
+                answer[index] = ask(batch, null)
+            part = done + min(1, (start + table.size) / count)
+            if part < len(missing) and pace.due(part):
+                progress(
+                    f"{what}, {part:.2f}/{len(missing)} draws, {pace.rate(part) * count:.1f} "
+                    f"rows/s, {pace.left(part):.0f} s left"
+                )
+        if processes.is_first():
+            write_tensors(files[draw], {name: answer.shape}, [(name, answer)])
+    progress(f"{what}, {len(files)} draws of {count} rows in {files[0].parent}")
 
 
 def _tables(config: ConfigDict, cache: Cache) -> dict[str, _Table]:
@@ -164,28 +176,22 @@ def _tables(config: ConfigDict, cache: Cache) -> dict[str, _Table]:
 
 def make_answers(pipeline: Any, config: ConfigDict, mesh: Mesh) -> dict[str, Answer]:
     """What the base is asked, compiled when it is: `answer(base_params, batch, null)` by table."""
-    seed, predict, schedule = (
-        noise_seed(config),
-        make_predict(pipeline.unet, mesh),
-        pipeline.schedule,
-    )
+    predict, schedule = make_predict(pipeline.unet, mesh), pipeline.schedule
 
     def errors(params: Any, batch: Batch, null: Conditioning) -> Float[Array, "b 2"]:
-        pairs = noisy_pairs(seed, batch, null, schedule, config)
-        inputs = [(x, pairs.timesteps, pairs.conditioning) for x in pairs.latents]
-        outputs = jnp.split(predict({"params": params}, inputs), 2)
+        pairs = noisy_pairs(batch, null, schedule, config)
+        outputs = jnp.split(predict({"params": params}, pairs.inputs), 2)
         return jnp.stack(
             [squared_error(x, y) for x, y in zip(outputs, pairs.targets, strict=True)], axis=1
         )
 
     def wanted(params: Any, batch: Batch, null: Conditioning) -> Float[Array, "b 2 h w c"]:
-        pairs = noisy_pairs(seed, batch, null, schedule, config)
-        outputs = predict({"params": params}, under_winners_prompt(pairs, batch, null))
-        return jnp.stack(jnp.split(outputs, 2), axis=1)
+        pairs = under_winners_prompt(noisy_pairs(batch, null, schedule, config), batch, null)
+        return jnp.stack(jnp.split(predict({"params": params}, pairs.inputs), 2), axis=1)
 
     def preserved(params: Any, batch: Batch, null: Conditioning) -> Float[Array, "b h w c"]:
-        rows = noisy_preserved(seed, batch, null, schedule, config)
-        return predict({"params": params}, [(rows.latents[0], rows.timesteps, rows.conditioning)])
+        rows = noisy_preserved(batch, null, schedule, config)
+        return predict({"params": params}, rows.inputs)
 
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 

@@ -52,7 +52,7 @@ def make_loss(
     """
     weights = config.loss
     preference = PREFERENCES[weights.preference]
-    seed, predict = noise_seed(config), make_predict(unet, mesh)
+    predict = make_predict(unet, mesh)
 
     def mean(of_rows: Array) -> Array:
         return of_rows.reshape(-1, experts).mean(0) if experts else of_rows.mean()
@@ -63,15 +63,14 @@ def make_loss(
         batch = jax.tree.map(full_precision, batch)
         if experts:  # row by row, so that none has to leave its device
             batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        pairs = noisy_pairs(seed, batch, null, schedule, config)
+        pairs = noisy_pairs(batch, null, schedule, config)
 
         def reference_of(inputs: Inputs) -> Any:
             return jax.lax.stop_gradient(predict({"params": base_params}, inputs))
 
-        inputs = [(x, pairs.timesteps, pairs.conditioning) for x in pairs.latents]
+        inputs = pairs.inputs
         if weights.preservation > 0:
-            preserve = noisy_preserved(seed, batch["preserve"], null, schedule, config)
-            inputs.append((preserve.latents[0], preserve.timesteps, preserve.conditioning))
+            inputs += noisy_preserved(batch["preserve"], null, schedule, config).inputs
 
         # One forward pass for all, and the reference through the same code at the same shapes: what
         # their rounding has in common cancels in the margin.
@@ -98,7 +97,7 @@ def make_loss(
             if known:
                 wanted = jnp.concatenate([*jnp.moveaxis(known["wanted"], 1, 0)])
             else:
-                wanted = reference_of(under_winners_prompt(pairs, batch, null))
+                wanted = reference_of(under_winners_prompt(pairs, batch, null).inputs)
             drawn = jnp.concatenate([winner, loser])
             terms["winner_anchor"] = mean(squared_error(drawn, wanted))
             others.append(weights.winner_anchor * terms["winner_anchor"])
@@ -134,7 +133,6 @@ def noise_seed(config: ConfigDict) -> Key[Array, ""]:
 
 
 def noisy_pairs(
-    seed: Key[Array, ""],
     batch: Batch,
     null: Conditioning,
     schedule: NoiseSchedule,
@@ -143,7 +141,7 @@ def noisy_pairs(
     """A batch's winners and losers as the UNet is to see them."""
     weights = config.loss
     return noisy_rows(
-        row_keys(seed, batch["row_id"], batch["draw"]),
+        row_keys(noise_seed(config), batch["row_id"], batch["draw"]),
         [batch["winner"], batch["loser"]],
         batch["conditioning"],
         null,
@@ -154,24 +152,20 @@ def noisy_pairs(
     )
 
 
-def under_winners_prompt(pairs: NoisyRows, batch: Batch, null: Conditioning) -> list[Any]:
-    """Winners and losers of `noisy_pairs` once more, whatever the rows' own prompts are."""
+def under_winners_prompt(pairs: NoisyRows, batch: Batch, null: Conditioning) -> NoisyRows:
+    """The rows of `noisy_pairs` once more, whatever their own prompts are."""
     prompts = where(pairs.dropped, null, batch["winner_conditioning"])
-    return [(x, pairs.timesteps, prompts) for x in pairs.latents]
+    return pairs._replace(conditioning=prompts)
 
 
 def noisy_preserved(
-    seed: Key[Array, ""],
-    rows: Batch,
-    null: Conditioning,
-    schedule: NoiseSchedule,
-    config: ConfigDict,
+    rows: Batch, null: Conditioning, schedule: NoiseSchedule, config: ConfigDict
 ) -> NoisyRows:
     """A batch's preserve rows as the UNet is to see them."""
     weights = config.loss
     # The adapter acts at every timestep, so that is where the base must be preserved.
     return noisy_rows(
-        row_keys(seed, rows["row_id"], rows["draw"]),
+        row_keys(noise_seed(config), rows["row_id"], rows["draw"]),
         [rows],
         rows["conditioning"],
         null,
@@ -236,8 +230,8 @@ def make_train_step(
       The batch, as `data.batches` yields it, holds batch_size * accumulation rows and
       preserve_batch_size * accumulation preserve rows; with "reference", what the base answers on
       them, the reference pass is left out; null, without rows, is what takes the place of a dropped
-      prompt. The gradient is the mean over the accumulated
-      batches, that of one big batch. Metrics are float32 scalars: the terms unweighted,
+      prompt. The gradient is the mean over the accumulated batches, that of one big batch. Metrics
+      are float32 scalars: the terms unweighted,
       "winner_error" and "loser_error" the policy's minus the reference's, "loser_scale" that of
       `losses.preserve_winner`, "grad_norm" before clipping.
 
