@@ -39,6 +39,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "recipes"
 CATEGORY = "hate"
 SPLITS = {"tune": 5, "test": 6}  # split -> report.seed
 COUNTS = {"num_unsafe": 64, "num_safe": 128}
+# What a point that changes it asks the base is asked by no other.
+OWN_ANSWERS = {"rows", "loss.t_min", "loss.preservation_lean", "loss.preservation_text_noise"}
 TIMESTEPS = (951, 801, 601, 401, 201)  # at which predictions are compared
 
 PAPER = {"recipe": "paper", "optimizer.learning_rate": 4e-3, "optimizer.schedule": "cosine"}
@@ -214,9 +216,9 @@ def run_point(name: str, runs: Path) -> None:
     config.guard.winner_error = 1e9  # a spoilt picture is a result here
     if name != "anchored":
         config.pairs.path = str(runs / "anchored" / "pairs")
-    if not {"rows", "loss.t_min"} & set(POINTS[name]):
-        # Most of these points ask the base the same, and share its answers. As many draws as a row
-        # has visits: then every number is the same, too.
+    if not OWN_ANSWERS & set(POINTS[name]):
+        # These points ask the base the same, and share its answers. As many draws as a row has
+        # visits: then every number is the same, too.
         config.reference.draws = visits(resolve(config))
         config.reference.path = str(runs / "reference")
     loop.run(config, workdir)
