@@ -8,7 +8,7 @@
 With --distributed all processes train one expert together: on every worker of a TPU pod, as Slurm,
 Open MPI or Kubernetes start them, or with JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and
 JAX_PROCESS_ID set. Every value of the config can be set as --config.KEY=VALUE. The same command
-goes on after a kill.
+goes on after a kill. With --workdir gs://BUCKET/FOLDER it does so on another machine, too.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from safetydpo_jax.host_memory import use_huge_pages
 def main() -> None:
     """Reads the command line and runs."""
     distributed, argv = pop_flag(sys.argv, "--distributed")
-    config, workdir = read_command_line(argv, __doc__)
+    config, workdir = read_command_line(argv, __doc__, bucket=True)
     command = shown_command("safetydpo train", sys.argv[1:])
     # Here, so that a wrong command is told at once.
     from safetydpo_jax.processes import job

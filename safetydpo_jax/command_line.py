@@ -48,15 +48,19 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_command_line(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
+def read_command_line(
+    argv: list[str], description: str, *, bucket: bool = False
+) -> tuple[ConfigDict, Path | str]:
     """The config with its overrides, and the workdir, by default runs/ and the config file's name.
 
     Args:
       argv: the command line, the program's name first.
       description: what --help prints.
+      bucket: the workdir may be an address, like gs://bucket/folder, which stays text.
 
     Raises:
-      UserError: no config, an unknown key or flag, a value of the wrong type.
+      UserError: no config, an unknown key or flag, a value of the wrong type, an address where
+        there may be none.
       Exception: what the config file's own code raised, if that is no UserError.
     """
     arguments, file = _config_first(argv[1:])
@@ -82,7 +86,15 @@ def read_command_line(argv: list[str], description: str) -> tuple[ConfigDict, Pa
         )
     if values.config is None:
         raise UserError("no config: give one, as in --config hate")
-    return values.config, Path(values.workdir or f"runs/{file.stem}")
+    workdir = values.workdir or f"runs/{file.stem}"
+    if "://" not in workdir:
+        return values.config, Path(workdir)
+    if not bucket:
+        raise UserError(
+            f"--workdir {workdir}: this script writes to this host's disk; give a folder, and copy "
+            "what it makes"
+        )
+    return values.config, workdir
 
 
 def pop_option(argv: list[str], name: str) -> tuple[str, list[str]]:
@@ -168,7 +180,7 @@ def shown_command(command: str, arguments: list[str]) -> str:
         key, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
         if value_is_prompts or (equals and key.endswith(_PROMPTS)):
             value = "..."
-        elif value.startswith(("/", "~")) or ".." in Path(value).parts:
+        elif value.startswith(("/", "~")) or "://" in value or ".." in Path(value).parts:
             value = Path(value).name
         value_is_prompts = not equals and key.endswith(_PROMPTS)
         words.append(f"{key}{equals}{value}")

@@ -35,3 +35,26 @@ def pipeline(model_folder):
     from safetydpo_jax.models.pretrained import load_pipeline
 
     return load_pipeline(model_folder)
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """The URL of a server that speaks Google Cloud Storage's protocol."""
+    from gcp_storage_emulator.server import create_server
+
+    found = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    found.start()
+    yield f"http://127.0.0.1:{found._api._httpd.server_address[1]}"
+    found.stop()
+
+
+@pytest.fixture
+def bucket(bucket_server, tmp_path, monkeypatch):
+    """A folder of a test's own in the bucket; what is fetched from it lies in tmp_path/fetched."""
+    from etils import epath
+
+    from safetydpo_jax.data.remote import CACHE_DIR
+
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket_server)
+    monkeypatch.setenv(CACHE_DIR, str(tmp_path / "fetched"))
+    return epath.Path(f"gs://bucket/{tmp_path.name}")

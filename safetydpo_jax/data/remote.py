@@ -30,7 +30,7 @@ def open_folder(folder: str | PurePath) -> Any:
     """
     if "://" not in str(folder):
         return Path(folder)
-    with _explained(folder):
+    with explained(folder):
         found = epath.Path(str(folder))
         if not found.exists():
             raise MissingFileError(f"{folder}: there is nothing at this address")
@@ -59,7 +59,7 @@ def fetched(folder: Any, remedy: str) -> Path:
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     copy = cache_home() / name
     with storage.held(copy.with_suffix(".lock")):
-        with _explained(folder):
+        with explained(folder):
             card = (folder / storage.CARD).read_bytes()
         here = copy / storage.CARD
         if not here.is_file() or here.read_bytes() != card:
@@ -90,7 +90,7 @@ def _fetch(folder: Any, copy: Path, files: dict[str, tuple[int, str]], remedy: s
         with storage.explained_writes(copy):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
         with storage.new_file(copy / name) as file:
-            for block in _blocks(folder / name):
+            for block in blocks(folder / name):
                 found.update(block)
                 with storage.explained_writes(copy / name):
                     file.write(block)
@@ -110,14 +110,15 @@ def _fetch(folder: Any, copy: Path, files: dict[str, tuple[int, str]], remedy: s
             file.unlink()
 
 
-def _blocks(file: Any) -> Iterator[bytes]:
-    with _explained(file), file.open("rb") as opened:
+def blocks(file: Any) -> Iterator[bytes]:
+    """A file's bytes, here or in a bucket, in parts that fit in memory."""
+    with explained(file), file.open("rb") as opened:
         while block := opened.read(_BLOCK):
             yield block
 
 
 @contextlib.contextmanager
-def _explained(address: Any) -> Iterator[None]:
+def explained(address: Any) -> Iterator[None]:
     """Turns what the libraries of buckets raise, which is no one kind, into a `UserError`."""
     try:
         yield
@@ -127,12 +128,12 @@ def _explained(address: Any) -> Iterator[None]:
         raise MissingFileError(f"{address}: there is no such file") from error
     except ImportError as error:
         raise UserError(
-            f"{address}: reading it takes more packages: pip install 'safetydpo-jax[gcs]' for "
+            f"{address}: to reach it takes more packages: pip install 'safetydpo-jax[gcs]' for "
             f"gs://, s3fs for s3:// ({error})"
         ) from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{address} cannot be read ({reason}): look at the address, and whether this host may "
-            "read it (gcloud auth application-default login)"
+            f"{address} cannot be reached ({reason}): look at the address, and whether this host "
+            "may read and write there (gcloud auth application-default login)"
         ) from error

@@ -9,7 +9,7 @@ import hashlib
 import pathlib
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from safetydpo_jax import host_memory, lora, processes, sharding
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora import Adapters
+from safetydpo_jax.train import notices
 from safetydpo_jax.train.expert import Expert
 from safetydpo_jax.train.flops import step_flops
 from safetydpo_jax.train.guard import Guard
@@ -37,6 +38,7 @@ class Cohort:
       mesh: that the step runs on.
       checkpoints: the folder for their common state.
       phases: to announce.
+      saved: called when a checkpoint is written.
 
     Raises:
       UserError: a setting that cannot be.
@@ -49,10 +51,11 @@ class Cohort:
         mesh: Mesh,
         checkpoints: pathlib.Path,
         phases: Phases,
+        saved: Callable[[], None],
     ):
         self.experts, self._config = experts, experts[0].config
         self._pipeline, self._mesh, self._phases = pipeline, mesh, phases
-        self._checkpoints_folder = checkpoints
+        self._checkpoints_folder, self._saved = checkpoints, saved
         several = len(experts) if self.several else None
         self._step_fn = make_train_step(
             pipeline.unet, pipeline.schedule, self._config, mesh, several
@@ -153,6 +156,7 @@ class Cohort:
             if processes.is_first():
                 logs = [stack.enter_context(self._log(e, start, flops)) for e in self.experts]
             stop = stack.enter_context(stop_signal())
+            stack.enter_context(notices.heeded(stop, progress))
             watch = stack.enter_context(processes.Watch(config.guard.hang_seconds))
             if start == 0:
                 self._save(0)
@@ -219,6 +223,8 @@ class Cohort:
             found = _fingerprint(self._state.adapters)
             processes.check_same({f"the adapters of step {step}": found})
         self._checkpoints.save(self._state)
+        if processes.is_first():
+            self._saved()
 
     def _batches(self, start: int) -> Iterator[Batch]:
         """On the mesh, the experts' batches side by side: (rows, experts, ...)."""

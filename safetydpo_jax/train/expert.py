@@ -36,9 +36,10 @@ class Expert:
       pipeline: the base model, as the step has it.
       drawing: the same, on this process's devices.
       progress: takes lines of text.
+      cache_address: where a job's other processes find the cache; "" is in the workdir.
 
     Attributes:
-      cache: what it trains on, after `make_cache`.
+      cache: what it trains on, after `open_cache`.
       reference: what the base answers, after `make_reference`; None if that is not known before.
       health: its evaluations on the way; None without them.
 
@@ -58,8 +59,10 @@ class Expert:
         pipeline: Any,
         drawing: Any,
         progress: Callable[[str], None],
+        cache_address: str = "",
     ):
         self.config, self.workdir, self.progress = config, workdir, progress
+        self._cache_address = config.cache.path or cache_address
         self._pipeline, self._drawing = pipeline, drawing
         if config.report.enabled:
             # Here, so that a run without a report needs none of what the report needs.
@@ -84,18 +87,25 @@ class Expert:
         processes.first(make)
 
     def make_cache(self) -> None:
-        """Encodes them, unless that is done: each process its share."""
+        """Encodes them, unless that is done: each process its share, if they share the workdir."""
         part = processes.part()
         arguments = self.config, self._drawing, self.workdir, self.progress
 
         def make() -> None:
             self.cache = data.make_cache(*arguments)
 
-        if part[1] > 1 and not self.config.cache.path:
+        if part[1] > 1 and not self._cache_address:
             processes.each(lambda: data.encode_part(*arguments, part=part))
         processes.first(make)
-        if not processes.is_first():
-            self.cache = data.Cache(self.config.cache.path or self.workdir / "cache")
+
+    def open_cache(self) -> None:
+        """Opens what the first process has made, in the others too."""
+
+        def open_() -> None:
+            if not processes.is_first():
+                self.cache = data.Cache(self._cache_address or self.workdir / "cache")
+
+        processes.each(open_)
         self.progress(
             f"{self.cache.num_pairs} pairs and {self.cache.num_preserve} preservation pictures"
         )

@@ -25,6 +25,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.train.base import load_base
 from safetydpo_jax.train.cohort import Cohort
 from safetydpo_jax.train.expert import Expert
+from safetydpo_jax.train.mirror import Workdir
 from safetydpo_jax.train.settings import cohorts_of, resolve_all
 from safetydpo_jax.train.workdir import Phases, lock_workdir
 
@@ -42,7 +43,8 @@ def run(
 
     Args:
       config: as `configs/common.py` makes it, or `configs/all_experts.py`.
-      workdir: the run's folder; made if needed, used by one run at a time.
+      workdir: the run's folder; made if needed, used by one run at a time. Of one like
+        gs://bucket/folder the run works in a copy (`mirror`).
       progress: takes lines of text.
       command: what the user typed, for the model cards.
 
@@ -58,12 +60,13 @@ def run(
     groups = cohorts_of(configs)
     several = "experts" in config
     shared = configs[0]
-    workdir = pathlib.Path(workdir)
     if shared.remat:
         host_memory.share_one_arena()  # before JAX starts its threads
     if not processes.is_first():
         progress = lambda line: None  # noqa: E731
     phases = Phases(progress, total=7 + 2 * len(groups))
+    home = Workdir(workdir, progress)
+    workdir = home.folder
 
     phases.begin("config and workdir")
     keep_compiled()
@@ -71,12 +74,15 @@ def run(
     mesh = sharding.make_mesh(shared.mesh.data, shared.mesh.fsdp, shared.mesh.tensor)
     with contextlib.ExitStack() as stack:
         processes.first(lambda: stack.enter_context(lock_workdir(workdir)))
-        _check_shared(workdir, configs)
+        processes.first(home.fetch)
+        if not home.address:
+            _check_shared(workdir, configs)
         devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
         if (count := jax.process_count()) > 1:
             devices += f" in {count} processes"
         what = ", ".join(c.category for c in configs)
-        progress(f"{what}, recipe {shared.recipe}, {workdir}, {devices}")
+        where = f"{home.address} ({workdir})" if home.address else workdir
+        progress(f"{what}, recipe {shared.recipe}, {where}, {devices}")
 
         phases.begin("base model")
         pipeline = load_base(
@@ -91,26 +97,33 @@ def run(
         drawing = pipeline.on_this_host(mesh, to_draw=to_draw)
 
         def expert_of(config: ConfigDict) -> Expert:
+            cache = f"{home.address}/cache" if home.address else ""
             if not several:
-                return Expert(config, workdir, pipeline, drawing, progress)
+                return Expert(config, workdir, pipeline, drawing, progress, cache)
             name = config.category
             say = lambda line: progress(f"{name}: {line}")  # noqa: E731
-            return Expert(config, workdir / name, pipeline, drawing, say)
+            cache = cache and f"{home.address}/{name}/cache"
+            return Expert(config, workdir / name, pipeline, drawing, say, cache)
 
         cohorts = []
         for i, group in enumerate(groups, 1):
             folder = workdir / "checkpoints" / (f"cohort_{i}" if several else "")
             experts = [expert_of(config) for config in group]
-            cohorts.append(Cohort(experts, pipeline, mesh, folder, phases))
+            saved = lambda: home.update(must=False)  # noqa: E731
+            cohorts.append(Cohort(experts, pipeline, mesh, folder, phases, saved))
         experts = [expert for cohort in cohorts for expert in cohort.experts]
 
         phases.begin("pairs")
         for expert in experts:
             expert.make_pairs()
+        processes.first(home.update)
 
         phases.begin("cache")
         for expert in experts:
             expert.make_cache()
+        processes.first(home.update)
+        for expert in experts:
+            expert.open_cache()
         if not evaluated:
             for loaded in (pipeline, drawing):
                 loaded.forget_all_but_unet()
@@ -130,12 +143,16 @@ def run(
         for cohort in cohorts:
             for expert, adapters in zip(cohort.experts, cohort.adapters(), strict=True):
                 expert.export(adapters)
+        home.update()
 
         phases.begin("report")
         summaries = {expert.config.category: expert.report(command) for expert in experts}
+        home.update()
         phases.end()
         for expert in experts:
             progress(expert.made())
+        if home.address:
+            progress(f"all of it     {home.address}")
         progress(phases.table())
     return summaries
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from safetydpo_jax import processes
+from safetydpo_jax.data.remote import CACHE_DIR
 from tests.train.test_kill import EXPORT, STEPS, command, lines
 
 pytestmark = pytest.mark.slow
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.slow
 class Job:
     """Its processes, `devices` in all."""
 
-    def __init__(self, count, arguments, devices=4, own=lambda i: []):
+    def __init__(self, count, arguments, devices=4, own=lambda i: [], env=lambda i: {}):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -31,7 +32,8 @@ class Job:
                 [*arguments, "--distributed", *own(i)],
                 env=os.environ
                 | {"XLA_FLAGS": flag, "JAX_COORDINATOR_ADDRESS": address}
-                | {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)},
+                | {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
+                | env(i),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -128,6 +130,22 @@ def test_killed_and_taken_up_by_another_number_of_processes(start, whole, tmp_pa
     assert codes == [0], said
     assert "going on from step" in said[0]
     assert apart(tmp_path / "other" / EXPORT, whole / EXPORT) < 1e-3
+
+
+def test_machines_that_share_nothing_but_a_bucket(begin, whole, bucket, tmp_path):
+    """Two, one of which is killed; then two others."""
+    home = f"{bucket}/run"
+    disk = lambda name: {"env": lambda i: {CACHE_DIR: str(tmp_path / f"{name}{i}")}}  # noqa: E731
+    job = begin(2, home, **disk("first"))
+    wait_for(job, tmp_path / "first0" / "runs" / home.removeprefix("gs://"), 20)
+    job.processes[1].send_signal(signal.SIGKILL)
+    job.end()
+    assert not (bucket / "run" / EXPORT).exists()
+    codes, said = begin(2, home, **disk("second")).end()
+    assert codes == [0, 0], said
+    assert f"{home}: fetching" in said[0]
+    assert "going on from step" in said[0]
+    assert (bucket / "run" / EXPORT).read_bytes() == (whole / EXPORT).read_bytes()
 
 
 def test_a_signal_to_any_process_stops_all_at_one_step(start, whole, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from safetydpo_jax import lora
+from safetydpo_jax.data.remote import CACHE_DIR
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.evaluate import detect, exam
 from safetydpo_jax.models.pretrained import load_pipeline
@@ -71,7 +72,7 @@ def run(config, small, tmp_path, monkeypatch):
 
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(changes)
-        loop.run(changed, tmp_path / name, progress)
+        loop.run(changed, name if "://" in name else tmp_path / name, progress)
         return "\n".join(lines)
 
     return run
@@ -151,6 +152,32 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(step, run, tmp_path):
         assert {k: ours[k] for k in ours.keys() - TIMING} == {
             k: theirs[k] for k in theirs.keys() - TIMING
         }
+
+
+def test_another_machine_goes_on(healthy, bucket, tmp_path, monkeypatch):
+    """With nothing of the first but what is in the bucket."""
+    healthy("whole")
+    home = f"{bucket}/run"
+
+    def vanish(line):
+        if line.startswith("step 8/"):
+            raise Killed
+
+    monkeypatch.setenv(CACHE_DIR, str(tmp_path / "first"))
+    with pytest.raises(Killed):
+        healthy(home, react=vanish)
+    monkeypatch.setenv(CACHE_DIR, str(tmp_path / "second"))
+    said = healthy(home)
+    assert f"{home}: fetching" in said
+    assert "cache: encoding" not in said
+    assert "going on from step 6" in said
+    assert f"\nall of it     {home}\n" in said
+    whole, there = tmp_path / "whole", bucket / "run"
+    assert (there / EXPORT.as_posix()).read_bytes() == (whole / EXPORT).read_bytes()
+    local = tmp_path / "second" / "runs" / home.removeprefix("gs://")
+    assert [s["step"] for s in logged_steps(local)] == [s["step"] for s in logged_steps(whole)]
+    for name in ("health/step_000004.json", "metrics.jsonl", "export/README.md"):
+        assert (there / name).read_bytes() == (local / name).read_bytes()
 
 
 @pytest.fixture

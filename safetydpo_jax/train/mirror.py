@@ -1,0 +1,233 @@
+"""A run's folder that is kept in a bucket too, so that the run outlives the machine it is on.
+
+    --workdir gs://bucket/runs/hate
+
+The run works in a folder of this host. After each phase and each checkpoint what has changed there
+is copied to the address, and last of all `mirror.json`, which lists what belongs together: a
+machine may vanish at any moment, and another goes on from what that file lists. Who deletes the
+folder in the bucket starts the run anew.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from safetydpo_jax import storage
+from safetydpo_jax.data.remote import blocks, cache_home, explained
+from safetydpo_jax.errors import UserError
+from safetydpo_jax.pace import Pace
+
+LIST = "mirror.json"
+_KNOWN = ".mirror.json"  # on this host: what the mirror's list was when they were last the same
+# What is not copied, besides hidden files: large tables that can be computed again, what is not
+# whole yet.
+_LEFT_OUT = {"reference"}
+_UNFINISHED = (".writing", ".partial", ".old")
+
+
+class Workdir:
+    """Where a run works, and its mirror in a bucket; without one nothing here does anything.
+
+    Args:
+      given: a folder of this host, or an address like gs://bucket/folder.
+      progress: takes lines of text.
+
+    Attributes:
+      folder: on this host.
+      address: of the mirror; "" without one.
+
+    Raises:
+      UserError: an address that cannot be.
+    """
+
+    def __init__(self, given: str | Path, progress: Callable[[str], None]):
+        self._progress = progress
+        self.folder, self.address = Path(given), ""
+        if "://" in str(given):
+            self.address = str(given).rstrip("/")
+            path = self.address.partition("://")[2]
+            if "/" not in path or ".." in path.split("/"):
+                raise UserError(f"--workdir {given}: write an address like gs://bucket/folder")
+            self.folder = cache_home() / "runs" / path
+
+    def fetch(self) -> None:
+        """Makes the folder what the mirror is, unless it is already that, or goes on from it.
+
+        Raises:
+          UserError: the address cannot be reached, a file is damaged, or the disk is full.
+        """
+        if not self.address:
+            return
+        listed, known = self._listed(), self._known()
+        if listed.get("id") == known.get("id"):
+            return
+        files = listed.get("files", {})
+        with storage.explained_writes(self.folder):
+            self._remove(set(self._files()) - set(files))  # of another history of this run
+            missing = {
+                name: entry["bytes"]
+                for name, entry in files.items()
+                if not (file := self.folder / name).is_file()
+                or storage.hash_file(file) != entry["sha256"]
+            }
+            for name, copied in self._told(missing, f"{self.address}: fetching"):
+                sha256 = self._download(name, copied)
+                # Logs may have gone on when the machine vanished; checkpoints never change.
+                if "checkpoints" in name.split("/") and sha256 != files[name]["sha256"]:
+                    raise UserError(
+                        f"{self.address}/{name} is damaged: it is not the file that {LIST} lists; "
+                        "delete the folder checkpoints there to train anew"
+                    )
+            for name, entry in files.items():  # by which `update` knows what has changed
+                os.utime(self.folder / name, ns=(entry["changed"], entry["changed"]))
+            self._remember(listed)
+
+    def update(self, *, must: bool = True) -> None:
+        """Brings the mirror up to date.
+
+        Args:
+          must: else an address that cannot be reached is told, and tried again the next time.
+
+        Raises:
+          UserError: another run writes there too, or it cannot be reached and must be.
+        """
+        if not self.address:
+            return
+        known = self._known()
+        files = known.get("files", {})
+        changed = {
+            name: stat.st_size
+            for name, stat in self._files().items()
+            if stat.st_mtime_ns != files.get(name, {}).get("changed")
+        }
+        gone = set(files) - set(self._files())
+        if not changed and not gone:
+            return
+        try:
+            alone = self._listed().get("id") == known.get("id")
+            if alone:
+                self._send(changed, gone, files)
+        except UserError as error:
+            if must:
+                raise
+            self._progress(f"{error}; it is tried again at the next checkpoint")
+            return
+        if not alone:
+            raise UserError(
+                f"{self.address}: another run has written there meanwhile: stop one of them, or "
+                "give each its own --workdir"
+            )
+
+    def _send(
+        self, changed: Mapping[str, int], gone: Collection[str], files: Mapping[str, Any]
+    ) -> None:
+        files = {name: entry for name, entry in files.items() if name not in gone}
+        for name, copied in self._told(changed, f"{self.address}: copying"):
+            files[name] = self._upload(name, copied)
+        listed = {"id": secrets.token_hex(8), "files": files}
+        there = epath.Path(self.address)
+        with explained(self.address):
+            (there / LIST).write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n")
+            for name in gone:
+                (there / name).unlink(missing_ok=True)
+        self._remember(listed)
+
+    def _files(self) -> dict[str, Any]:
+        """What is to be in the mirror: the files' stat by name."""
+        found = {}
+        for file in sorted(self.folder.rglob("*")):
+            parts = file.relative_to(self.folder).parts
+            unwanted = any(
+                part in _LEFT_OUT
+                or part.startswith(".")
+                or part.endswith(_UNFINISHED)
+                or "checkpoint-tmp" in part  # Orbax's
+                for part in parts
+            )
+            if not unwanted and file.is_file():
+                found["/".join(parts)] = file.stat()
+        return found
+
+    def _remove(self, names: Collection[str]) -> None:
+        for name in names:
+            file = self.folder / name
+            file.unlink()
+            for folder in file.relative_to(self.folder).parents[:-1]:
+                with contextlib.suppress(OSError):  # there are other files in it
+                    (self.folder / folder).rmdir()
+
+    def _listed(self) -> dict[str, Any]:
+        """What the mirror's list says; empty without one."""
+        file = epath.Path(self.address) / LIST
+        with explained(self.address):
+            text = file.read_text() if file.exists() else "{}"
+        try:
+            listed = json.loads(text)
+            for name in listed.get("files", {}):
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise ValueError("it lists a file outside its folder")
+        except (ValueError, AttributeError) as error:
+            raise UserError(
+                f"{file} is no list of this program ({error}): delete that folder to start anew"
+            ) from error
+        return listed
+
+    def _known(self) -> dict[str, Any]:
+        file = self.folder / _KNOWN
+        return json.loads(file.read_bytes()) if file.is_file() else {}
+
+    def _remember(self, listed: Mapping[str, Any]) -> None:
+        storage.write_file(self.folder / _KNOWN, json.dumps(listed).encode())
+
+    def _upload(self, name: str, copied: Callable[[int], None]) -> dict[str, Any]:
+        """Copies a file there; returns its entry in the list."""
+        file, found = self.folder / name, hashlib.sha256()
+        changed = file.stat().st_mtime_ns  # before it is read: what comes later is copied again
+        size = 0
+        there = epath.Path(self.address) / name
+        with explained(there), there.open("wb") as opened:
+            for block in blocks(file):
+                found.update(block)
+                opened.write(block)
+                size += len(block)
+                copied(len(block))
+        return {"bytes": size, "sha256": found.hexdigest(), "changed": changed}
+
+    def _download(self, name: str, copied: Callable[[int], None]) -> str:
+        """Copies a file here; returns its SHA-256."""
+        file, found = self.folder / name, hashlib.sha256()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with storage.new_file(file) as here:
+            for block in blocks(epath.Path(self.address) / name):
+                found.update(block)
+                here.write(block)
+                copied(len(block))
+        return found.hexdigest()
+
+    def _told(
+        self, sizes: Mapping[str, int], what: str
+    ) -> Iterator[tuple[str, Callable[[int], None]]]:
+        """Each name with what is to be called with the bytes copied; says how it goes."""
+        total, done = sum(sizes.values()), 0
+        pace = Pace(total)
+
+        def copied(count: int) -> None:
+            nonlocal done
+            done += count
+            if total > done and pace.due(done):
+                self._progress(
+                    f"{what} {done / 1e6:.0f} of {total / 1e6:.0f} MB, "
+                    f"{pace.rate(done) / 1e6:.0f} MB/s, {pace.left(done):.0f} s left"
+                )
+
+        for name in sizes:
+            yield name, copied
+        if sizes:
+            self._progress(f"{what} {len(sizes)} files, {total / 1e6:.1f} MB: done")
