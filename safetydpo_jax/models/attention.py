@@ -1,26 +1,23 @@
 """The one entry to attention: the kernel that a platform does best, and its own for the rest."""
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from safetydpo_jax import sharding
-from safetydpo_jax.models.layers import Dense, LayerNorm
+from safetydpo_jax.models.layers import Dense
+from safetydpo_jax.models.norms import LayerNorm
 from safetydpo_jax.models.parts import num_parts
 from safetydpo_jax.models.target import target
+from safetydpo_jax.models.tpu_attention import shared_mesh, splash, takes
 
 LONG = 1024  # tokens from which on a platform's kernel is asked; below it logits are small
-TILES = (512, 256, 128)  # of the TPU kernel, in tokens; one of them must divide their number
-LANES = 128  # of a TPU: heads wider than this are filled up to a multiple
 LOGITS = 2**24  # bytes of logits that the plain form has at a time on a CPU (in some copies)
 ROOMIER = 4  # times as many elsewhere, where a larger product is a faster one
 WIDEST = 2**25  # bytes of the feed-forward's widest array, where memory is to be spared
@@ -33,7 +30,7 @@ Heads = Float[Array, "b _ h _"]  # either, or one number of each
 def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False) -> Queries:
     """softmax(q k^T / sqrt(d)) v, with float32 logits and softmax.
 
-    From `LONG` tokens on by Pallas's flash attention on a TPU, each device for its own rows and
+    From `LONG` tokens on by Pallas's splash attention on a TPU, each device for its own rows and
     heads under the mesh of `jax.set_mesh`, and by cuDNN's on a GPU in half precision. All else is
     the plain form, which takes the heads in turn where their logits are many.
 
@@ -47,8 +44,8 @@ def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False)
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
     kernels: dict[str, Callable[..., Queries]] = {}
     if min(q.shape[1], k.shape[1]) >= LONG:
-        if q.shape[1] % TILES[-1] == k.shape[1] % TILES[-1] == 0:
-            kernels["tpu"] = _flash
+        if takes(q.shape[1]) and takes(k.shape[1]):
+            kernels["tpu"] = splash
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         # Asked for where there is no GPU, even as the branch not taken, it raises.
         if target() == "gpu" and half and q.shape[-1] in range(8, 129, 8):
@@ -60,75 +57,6 @@ def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False)
         if kernels
         else _plain(q, k, v)
     )
-
-
-def _flash(q: Queries, k: Keys, v: Keys) -> Queries:
-    """The TPU kernel. The compiler cannot split it, so over a mesh it is told how."""
-    if (mesh := _shared_mesh()) is None:
-        return _flash_local(q, k, v)
-    rows = sharding.BATCH if q.shape[0] % sharding.num_batch_shards(mesh) == 0 else None
-    heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
-    split = PartitionSpec(rows, None, heads)
-    return jax.shard_map(
-        _flash_local, in_specs=(split, split, split), out_specs=split, check_vma=False
-    )(q, k, v)
-
-
-def _shared_mesh() -> Any:
-    """The mesh over whose devices rows are spread, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    # In a shard_map each device has rows of its own.
-    return None if mesh.empty or mesh.are_all_axes_manual else mesh
-
-
-@jax.custom_vjp
-def _flash_local(q: Queries, k: Keys, v: Keys) -> Queries:
-    """One device's part of it; heads of 40, 64 and 80 fill up the lanes within the kernel."""
-    return _flash_forward(q, k, v)[0]
-
-
-def _flash_forward(q: Queries, k: Keys, v: Keys) -> tuple[Queries, Callable[..., Any]]:
-    with _kernels_precision(q):
-        return jax.vjp(_flash_kernel, q, k, v)
-
-
-def _flash_backward(pull_back: Callable[..., Any], dy: Queries) -> tuple[Queries, Keys, Keys]:
-    with _kernels_precision(dy):
-        return pull_back(dy)
-
-
-_flash_local.defvjp(_flash_forward, _flash_backward)
-
-
-def _kernels_precision(x: Queries) -> contextlib.AbstractContextManager[None]:
-    """A kernel's products have the precision asked of JAX; bfloat16's cannot have float32's."""
-    half = x.dtype == jnp.bfloat16
-    return jax.default_matmul_precision("bfloat16") if half else contextlib.nullcontext()
-
-
-def _flash_kernel(q: Queries, k: Keys, v: Keys) -> Queries:
-    # Here, as it takes 0.8 s, and few have a TPU.
-    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
-
-    width = q.shape[-1]
-    fill = -width % LANES if width > LANES else 0
-    tile_q, tile_k = (next(n for n in TILES if x.shape[1] % n == 0) for x in (q, k))
-    tiles = BlockSizes(
-        block_b=1,
-        block_q=tile_q,
-        block_k_major=tile_k,
-        block_k=tile_k,
-        block_q_major_dkv=tile_q,
-        block_k_major_dkv=tile_k,
-        block_k_dkv=tile_k,
-        block_q_dkv=tile_q,
-        block_k_major_dq=tile_k,
-        block_k_dq=tile_k,
-        block_q_dq=tile_q,
-    )
-    filled = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, 0), (0, fill))) for x in (q, k, v))
-    y = flash_attention(*filled, sm_scale=width**-0.5, block_sizes=tiles)
-    return y[..., :width].swapaxes(1, 2)
 
 
 @jax.custom_vjp
@@ -195,7 +123,7 @@ def _by_tokens(
 
 def _most() -> int:
     """Bytes of logits at a time, on all devices that share the rows."""
-    mesh = _shared_mesh()
+    mesh = shared_mesh()
     devices = 1 if mesh is None else sharding.num_batch_shards(mesh)
     return devices * (LOGITS if target() == "cpu" else ROOMIER * LOGITS)
 

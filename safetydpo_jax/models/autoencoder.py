@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, UInt8
 
 from safetydpo_jax.models.attention import Attention
 from safetydpo_jax.models.config import check_config, check_divisible, per_block
-from safetydpo_jax.models.layers import Conv, GroupNorm, ResnetBlock, upsample_nearest
+from safetydpo_jax.models.layers import Conv, ResnetBlock, upsample_nearest
+from safetydpo_jax.models.norms import GroupNorm
 
 _EPS = 1e-6
 

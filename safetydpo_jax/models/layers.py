@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from safetydpo_jax.models import columns, mixed, winograd
+from safetydpo_jax.models.norms import GroupNorm
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -158,49 +159,6 @@ def _convolution_backward(
 
 
 _convolution.defvjp(_convolution_forward, _convolution_backward, symbolic_zeros=True)
-
-
-class GroupNorm(nn.Module):
-    """Group normalisation over (h, w, c / groups), statistics in float32 by two passes.
-
-    The one-pass form E[x^2] - E[x]^2 loses digits where the mean is large, as in an autoencoder.
-    """
-
-    groups: int
-    eps: float
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
-        c = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones_init(), (c,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), (c,), jnp.float32)
-        g = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, c // self.groups)
-        mean = g.mean((1, 3), keepdims=True)
-        var = jnp.square(g - mean).mean((1, 3), keepdims=True)
-        # Folding the statistics into one multiply and one add a channel saves a pass over x.
-        rstd = jnp.broadcast_to(jax.lax.rsqrt(var + self.eps), (*var.shape[:-1], c // self.groups))
-        mean = jnp.broadcast_to(mean, rstd.shape)
-        gain = rstd.reshape(x.shape[0], 1, c) * scale
-        shift = bias - mean.reshape(x.shape[0], 1, c) * gain
-        y = x.astype(jnp.float32).reshape(x.shape[0], -1, c) * gain + shift
-        return y.reshape(x.shape).astype(self.dtype)
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, statistics in float32."""
-
-    eps: float = 1e-5
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return (y * scale + bias).astype(self.dtype)
 
 
 class Embedding(nn.Module):

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.attention import dot_product_attention
 from safetydpo_jax.models.config import check_config, check_divisible
-from safetydpo_jax.models.layers import Dense, Embedding, LayerNorm
+from safetydpo_jax.models.layers import Dense, Embedding
+from safetydpo_jax.models.norms import LayerNorm
 
 _ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

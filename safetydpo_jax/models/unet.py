@@ -18,11 +18,11 @@ from safetydpo_jax.models.config import check_config, check_divisible, per_block
 from safetydpo_jax.models.layers import (
     Conv,
     Dense,
-    GroupNorm,
     ResnetBlock,
     sinusoidal_embedding,
     upsample_nearest,
 )
+from safetydpo_jax.models.norms import GroupNorm
 
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from safetydpo_jax import sharding
-from safetydpo_jax.models import attention
+from safetydpo_jax.models import attention, tpu_attention
 from safetydpo_jax.models.target import compiling_for
 
 
@@ -104,12 +104,13 @@ def test_programs_for_another_platform():
     assert largest(made.jaxpr) == attention.ROOMIER * attention.LOGITS
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(256, 40), (128, 160)])
-def test_the_tpu_kernel(tokens, width):
-    """Emulated; a width below a TPU's 128 lanes and one above."""
+@pytest.mark.parametrize(("tokens", "width"), [(256, 40), (128, 160), (384, 64)])
+def test_the_tpu_kernel(tokens, width, monkeypatch):
+    """Emulated; a width below a TPU's 128 lanes and one above; keys in parts."""
+    monkeypatch.setattr(tpu_attention, "KEYS_BACKWARD", 256)
     q, k, v = qkv(1, tokens, 2, width)
     with pltpu.force_tpu_interpret_mode():
-        got = answer_and_gradients(attention._flash, q, k, v)
+        got = answer_and_gradients(tpu_attention.splash, q, k, v)
     agree(got, answer_and_gradients(jax.nn.dot_product_attention, q, k, v), 1e-4)
 
 
@@ -122,7 +123,7 @@ def test_the_tpu_kernel_on_a_mesh(rows, split):
         placed = jax.device_put(
             [q, k, v], sharding.batch_sharding(mesh) if split else sharding.replicated(mesh)
         )
-        got = jax.jit(attention._flash)(*placed)
+        got = jax.jit(tpu_attention.splash)(*placed)
     agree([got], [jax.nn.dot_product_attention(q, k, v)], 1e-4)
     assert got.sharding.is_fully_replicated != split
 
