@@ -83,14 +83,73 @@ def test_slices_that_are_not(config):
 
 
 @pytest.mark.parametrize(
-    ("batch", "accumulation", "chips", "fitted"),
-    [(8, 4, 4, (8, 4)), (6, 4, 4, (8, 3)), (4, 4, 256, (256, 1)), (5, 1, 4, (8, 1))],
+    ("given", "shards", "fitted", "said"),
+    [
+        ((8, 4, 0), 4, (8, 4, 0), ""),
+        (
+            (6, 4, 0),
+            4,
+            (8, 3, 0),
+            "--config.batch_size=8 --config.accumulation=3, so that batches divide over 4",
+        ),
+        (
+            (4, 4, 0),
+            256,
+            (256, 1, 0),
+            "--config.batch_size=256 --config.accumulation=1, so that batches divide over 256; an "
+            "update has 256 pairs and not 16",
+        ),
+        # Four turns of 6 preserve rows are three of 8.
+        (
+            (6, 4, 6),
+            4,
+            (8, 3, 8),
+            "--config.batch_size=8 --config.accumulation=3 --config.preserve_batch_size=8, so that "
+            "batches divide over 4",
+        ),
+        (
+            (8, 1, 6),
+            4,
+            (8, 1, 8),
+            "--config.preserve_batch_size=8, so that batches divide over 4; an update has 8 "
+            "preserve rows and not 6",
+        ),
+    ],
 )
-def test_batches_are_made_to_divide(config, batch, accumulation, chips, fitted):
-    config.batch_size, config.accumulation = batch, accumulation
-    said = training._fit_batch(config, chips)
-    assert (config.batch_size, config.accumulation) == fitted
-    assert (f"--config.batch_size={fitted[0]} " in said) == (fitted[0] != batch)
+def test_batches_are_made_to_divide(config, given, shards, fitted, said):
+    keys = ("batch_size", "accumulation", "preserve_batch_size")
+    config.update(dict(zip(keys, given, strict=True)))
+    assert training._fit_batch(config, shards) == said
+    assert tuple(config[key] for key in keys) == fitted
+
+
+@pytest.mark.parametrize(
+    ("given", "shards", "turns"),
+    [
+        ((16, 1, 0), 4, "--config.batch_size=8 --config.accumulation=2, the same update"),
+        ((12, 2, 0), 4, "--config.batch_size=4 --config.accumulation=6, the same update"),
+        (
+            (16, 1, 24),
+            4,
+            "--config.batch_size=8 --config.preserve_batch_size=12 --config.accumulation=2, the "
+            "same update",
+        ),
+        ((16, 1, 12), 4, None),  # 4 and 3 rows a chip: no turns are equal
+        ((4, 4, 0), 4, None),
+    ],
+)
+def test_turns_that_are_the_same_update(config, given, shards, turns):
+    config.dtype, config.remat, config.mesh.fsdp = "bfloat16", True, 2
+    config.batch_size, config.accumulation, config.preserve_batch_size = given
+    found = training._remedies(config, 8, shards)
+    assert found == [turns or "a slice whose chips have more memory"]
+
+
+def test_weights_are_split_over_what_divides_the_chips(config):
+    config.dtype, config.remat, config.batch_size = "bfloat16", True, 12
+    config.mesh.tensor, config.mesh.data = 2, 6
+    [found] = training._remedies(config, 12, 12)
+    assert found == "--config.mesh.fsdp=2 --config.mesh.data=-1, which splits the weights"
 
 
 def test_unknown_chips():
@@ -154,7 +213,8 @@ def test_what_does_not_fit(config, cached):
     assert not result["fits"]
     assert result["bytes_per_chip"]["all"] == round(17.3 * 2**30)
     config.dtype, config.remat, config.batch_size = "float32", False, 16
-    remedies = training._remedies(config, 4)
+    config.preserve_batch_size = 0
+    remedies = training._remedies(config, 4, 4)
     shown = {
         "config": "hate:sd15",
         "changed": "",
