@@ -57,7 +57,7 @@ def of_training(
     changed = _fit_batch(config, shards)
     planned = Planned(config, _checkpoint(config), mesh)
     progress(f"lowering the step of {config.category}:{config.base}")
-    found = compiled_for(planned.step(), topology, chip, progress)
+    found = compiled_for(planned.step(), topology, chip, progress, mesh.shape["data"])
     pairs = config.batch_size * config.accumulation
     plan = {
         "config": f"{config.category}:{config.base}",
@@ -67,8 +67,7 @@ def of_training(
         "pairs": pairs,
         "steps": config.steps,
         "changed": changed,
-        "collectives_partial": config.mesh.fsdp * config.mesh.tensor > 1,
-        **estimate(found, chip, len(devices), pairs, planned.flops()),
+        **estimate(found, chip, mesh.shape, pairs, planned.flops()),
     }
     if not plan["fits"]:
         return plan | {"remedies": _remedies(config, len(devices), shards)}
