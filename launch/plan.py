@@ -34,22 +34,27 @@ def main() -> None:
     if not given["--topology"]:
         raise UserError("--topology is missing: give a slice, as --topology v5e:4x4")
     price = _price(given["--price"], given["--topology"])
-    for name in ("--json", "--picture"):
-        if given[name] and not Path(given[name]).absolute().parent.is_dir():
-            raise UserError(f"{name} {given[name]}: there is no such folder")
+    if (file := given["--picture"]) and not file.lower().endswith(".png"):
+        raise UserError(f"--picture {file}: it is a PNG, so give it a name that ends in .png")
 
     from safetydpo_jax import plan
-    from safetydpo_jax.storage import write_file
+    from safetydpo_jax.storage import check_writable, write_file
 
+    for name in ("--json", "--picture"):  # now, not after minutes
+        if file := given[name]:
+            if not Path(file).absolute().parent.is_dir():
+                raise UserError(f"{name} {file}: there is no such folder")
+            check_writable(Path(file))
     plan.use_cpu()
     found = plan.of_training(config, given["--topology"], price)
     print("\n".join(["", *plan.lines(found)]))
     if file := given["--json"]:
         write_file(Path(file), (json.dumps(found, indent=1) + "\n").encode())
         print(f"written: {file}")
-    if (file := given["--picture"]) and found["fits"]:
-        plan.draw(found, Path(file))
-        print(f"written: {file}")
+    if file := given["--picture"]:
+        if found["fits"]:
+            plan.draw(found, Path(file))
+        print(f"written: {file}" if found["fits"] else f"{file}: no picture, as it does not fit")
 
 
 def _price(given: str, topology: str) -> float:

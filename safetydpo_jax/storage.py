@@ -117,13 +117,31 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
     A process killed inside leaves `path` as it was, and beside it a file that ends in ".writing".
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.writing")  # another may write it too
+    partial = _partial(path)
     try:
         with partial.open("wb") as file:
             yield file
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.writing")  # another may write it too
+
+
+def check_writable(path: Path) -> None:
+    """Finds out whether a file can be written, before the work that it is to hold.
+
+    Raises:
+      UserError: the disk is full or does not let us write, or there is a folder of this name.
+    """
+    with explained_writes(path):
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        partial = _partial(path)
+        partial.write_bytes(b"0")  # of a full disk a file's name alone might find a place
+        partial.unlink()
 
 
 @contextlib.contextmanager

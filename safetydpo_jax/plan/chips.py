@@ -16,11 +16,13 @@ class Chip:
     Attributes:
       name: as a topology's name begins.
       flops: of bfloat16 products in a second, at most.
-      memory: bytes of HBM.
+      memory: bytes of HBM that a program may have, as the compiler says when one is too large;
+        it keeps the rest for itself.
       links: bytes in a second to other chips of its slice, over all its links and one way.
       hertz: cycles in a second, of what is said of the peak: 2 x hertz x the multipliers of all
         matrix units. It turns the compiler's cycles into seconds.
       side: multipliers along a side of a matrix unit.
+      cores: TensorCores, among which the compiler divides a program; its cycles are the chip's.
     """
 
     name: str
@@ -29,19 +31,24 @@ class Chip:
     links: float
     hertz: float
     side: int
+    cores: int
 
     @property
     def units(self) -> int:
-        """How many matrix units it has."""
+        """How many matrix units' products it does in a cycle.
+
+        A v6e has two units, but its peak at this clock takes four, and so do the cycles that the
+        compiler writes: they are of half the units' clock.
+        """
         return round(self.flops / (2 * self.hertz * self.side**2))
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, 16 * 2**30, 200e9, 1.5e9, 128),
-        Chip("v5p", 459e12, 95 * 2**30, 600e9, 1.75e9, 128),
-        Chip("v6e", 918e12, 32 * 2**30, 400e9, 1.75e9, 256),
+        Chip("v5e", 197e12, round(15.75 * 2**30), 200e9, 1.5e9, 128, 1),
+        Chip("v5p", 459e12, round(95.74 * 2**30), 600e9, 1.75e9, 128, 2),
+        Chip("v6e", 918e12, round(31.25 * 2**30), 400e9, 1.75e9, 256, 1),
     )
 }
 # libtpu asks for them when it is loaded: without the first it waits for a TPU host's metadata, and

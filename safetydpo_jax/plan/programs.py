@@ -54,23 +54,41 @@ class Planned:
         null = self._conditioning(None, self._whole)
         return step_flops(pipeline.unet, pipeline.unet_params, self.latents, null, self.config)
 
-    def step(self) -> Any:
-        """The training step, lowered; see `step.make_train_step`."""
+    def arguments(self) -> tuple[Any, Any, dict[str, Any], Any]:
+        """Shapes of what a step is given, laid out: state, parameters, batch, null.
+
+        Raises:
+          UserError: a rule of `config.mesh` or a LoRA that does not fit the model.
+        """
         config, pipeline = self.config, self.pipeline
         shardings = sharding.param_shardings(self._mesh, pipeline.unet_params, config.mesh.rules)
         params = jax.tree.map(_laid_out, pipeline.unet_params, shardings)
 
         def first_state() -> TrainState:
-            key = jax.random.key(0, impl="threefry2x32")
-            options = {"rank": config.lora.rank, "targets": config.lora.targets}
-            adapters = lora.init_adapters(key, pipeline.unet_params, **options)
-            return TrainState.create(adapters, make_optimizer(config))
+            return TrainState.create(self._first_adapters(), make_optimizer(config))
 
         state = jax.tree.map(lambda x: _laid_out(x, self._whole), jax.eval_shape(first_state))
+        return state, params, self._batch(), self._conditioning(None, self._whole)
+
+    def step(self) -> Any:
+        """The training step, lowered; see `step.make_train_step`.
+
+        Raises:
+          UserError: as it does, or as `arguments`.
+        """
+        config, pipeline = self.config, self.pipeline
+        arguments = self.arguments()
         step = make_train_step(pipeline.unet, pipeline.schedule, config, self._mesh)
-        arguments = (state, params, self._batch(), self._conditioning(None, self._whole))
         with jax.set_mesh(self._mesh), jax.default_matmul_precision(config.matmul_precision):
             return _lowered(step, *arguments)
+
+    def _first_adapters(self) -> lora.Adapters:
+        """As `expert.Expert.first_adapters` has them, for their shapes."""
+        config, params = self.config.lora, self.pipeline.unet_params
+        if config.init:
+            return lora.load_lora(config.init, params)[0]
+        key = jax.random.key(0, impl="threefry2x32")
+        return lora.init_adapters(key, params, rank=config.rank, targets=config.targets)
 
     def _batch(self) -> dict[str, Any]:
         """The shapes of what `data.batches` yields."""

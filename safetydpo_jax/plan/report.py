@@ -34,7 +34,7 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         parts = [k for k in ("arguments", "temporaries", "results", "program") if k in sizes]
         detail = ", ".join(f"{name} {sizes[name] / GIB:.2f}" for name in parts)
         said.append(
-            f"memory a chip   {sizes['all'] / GIB:.2f} of {sizes['memory'] / GIB:.0f} GiB"
+            f"memory a chip   {sizes['all'] / GIB:.2f} of {sizes['memory'] / GIB:.2f} GiB"
             + (f": {detail}" if detail else "")
             + " (compiled)"
         )
@@ -53,8 +53,11 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         f"pairs           {plan['pairs_per_second'] / chips:.2f} a second and chip, "
         f"{plan['pairs_per_second']:.0f} in all (estimated)",
     ]
-    for kind, sent in plan["collectives"].items():
-        said.append(f"  {kind:18}{sent['count']} of {sent['bytes'] / 1e6:.1f} MB a step (compiled)")
+    for sent in plan["collectives"]:
+        said.append(
+            f"  {sent['kind']:18} {sent['count']} of {sent['bytes'] / 1e6:.1f} MB a step, "
+            f"among {sent['chips']} chips (compiled)"
+        )
     said += [
         f"sent            {100 * plan['collective_share']:.2f} % of the step (estimated)",
         "chips           "
@@ -63,8 +66,10 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         f"the run         {plan['steps']} steps in {plan['hours']:.2f} h (estimated); "
         f"${plan['dollars']:.2f} at ${plan['price']:.2f} for an hour of a chip (assumed)",
     ]
-    if plan["collectives_partial"]:
-        said.append("what fsdp and tensor axes send is not all counted: the step is longer")
+    for kernel, n in plan["unknown_kernels"].items():
+        said.append(f"{n} calls of the kernel {kernel} are not counted: the step is longer")
+    if plan["branches"]:
+        said.append(f"of {plan['branches']} choices made at run time the longest way is counted")
     if plan["loops_of_unknown_length"]:
         said.append(f"{plan['loops_of_unknown_length']} loops are counted as if they turned once")
     return said
@@ -93,4 +98,4 @@ def draw(plan: Mapping[str, Any], path: Path) -> None:
         pen.text((place[0] + 24, place[1] - 2), text, fill="black", font=font(16))
         x = end
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    canvas.save(path, format="PNG")

@@ -1,6 +1,7 @@
 """The plan of a training run."""
 
 import importlib.resources
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,12 @@ def of_training(
         raise UserError("this config trains no expert: give one such as --config configs/hate.py")
     config.pairs.path = config.pairs.path or "."  # nothing is drawn or read
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    changed = _fit_batch(config, sharding.num_batch_shards(mesh))
     config = resolve(config)
+    shards = sharding.num_batch_shards(mesh)
+    changed = _fit_batch(config, shards)
     planned = Planned(config, _checkpoint(config), mesh)
     progress(f"lowering the step of {config.category}:{config.base}")
-    found = compiled_for(planned.step(), topology, chip, progress)
+    found = compiled_for(planned.step(), topology, chip, progress, mesh.shape["data"])
     pairs = config.batch_size * config.accumulation
     plan = {
         "config": f"{config.category}:{config.base}",
@@ -65,26 +67,41 @@ def of_training(
         "pairs": pairs,
         "steps": config.steps,
         "changed": changed,
-        "collectives_partial": config.mesh.fsdp * config.mesh.tensor > 1,
-        **estimate(found, chip, len(devices), pairs, planned.flops()),
+        **estimate(found, chip, mesh.shape, pairs, planned.flops()),
     }
     if not plan["fits"]:
-        return plan | {"remedies": _remedies(config, len(devices))}
+        return plan | {"remedies": _remedies(config, len(devices), shards)}
     hours = config.steps * plan["estimated_step_seconds"] / 3600
     return plan | {"hours": hours, "price": price, "dollars": hours * len(devices) * price}
 
 
 def _fit_batch(config: ConfigDict, shards: int) -> str:
-    """Has the batch divide over its shards, the update's pairs being kept as far as they can be."""
-    batch, accumulation = config.batch_size, config.accumulation
-    if batch < 1 or batch % shards == 0:
-        return ""  # or it is an error, and told as one
-    config.batch_size = -(-batch // shards) * shards
-    config.accumulation = max(1, batch * accumulation // config.batch_size)
-    return (
-        f"--config.batch_size={config.batch_size} --config.accumulation={config.accumulation}, as "
-        f"{batch} does not divide over {shards}; mind the rate if an update has other pairs"
-    )
+    """Has batches divide over their shards, an update's rows being kept as far as they can be."""
+    keys = ("batch_size", "accumulation", "preserve_batch_size")
+    batch, turns, preserved = before = [config[key] for key in keys]
+    if batch % shards == preserved % shards == 0:
+        return ""
+    batch = _multiple(batch, shards)
+    turns = max(1, before[0] * turns // batch)
+    preserved = _multiple(-(-preserved * before[1] // turns), shards)
+    after = [batch, turns, preserved]
+    config.update(dict(zip(keys, after, strict=True)))
+    options = [
+        f"--config.{key}={new}"
+        for key, old, new in zip(keys, before, after, strict=True)
+        if new != old
+    ]
+    said = f"{' '.join(options)}, so that batches divide over {shards}"
+    for name, old, new in (
+        ("pairs", before[0] * before[1], batch * turns),
+        ("preserve rows", before[2] * before[1], preserved * turns),
+    ):
+        said += f"; an update has {new} {name} and not {old}" if new != old else ""
+    return said
+
+
+def _multiple(rows: int, shards: int) -> int:
+    return -(-rows // shards) * shards
 
 
 def _checkpoint(config: ConfigDict) -> str:
@@ -104,19 +121,30 @@ def _checkpoint(config: ConfigDict) -> str:
     return str(root / _SHIPPED[config.model])
 
 
-def _remedies(config: ConfigDict, chips: int) -> list[str]:
-    """What to change, the cheapest first."""
+def _remedies(config: ConfigDict, chips: int, shards: int) -> list[str]:
+    """What to change, the cheapest first; all of it is a step that can be, and the same update."""
     found = []
     if config.dtype == "float32":
         found.append("--config.dtype=bfloat16")
     if not config.remat:
         found.append("--config.remat=true")
-    if config.batch_size > chips:
-        half = max(chips, config.batch_size // 2)
+    # Rows of a chip, pairs and others, that can be taken in equal turns.
+    rows = math.gcd(config.batch_size // shards, config.preserve_batch_size // shards)
+    if turns := next((n for n in range(2, rows + 1) if rows % n == 0), 0):
         found.append(
-            f"--config.batch_size={half} --config.accumulation={2 * config.accumulation}, the same "
-            "update"
+            f"--config.batch_size={config.batch_size // turns} "
+            + (
+                f"--config.preserve_batch_size={config.preserve_batch_size // turns} "
+                if config.preserve_batch_size
+                else ""
+            )
+            + f"--config.accumulation={config.accumulation * turns}, the same update"
         )
-    if chips > 1 and config.mesh.fsdp == 1:
-        found.append(f"--config.mesh.fsdp={min(chips, 8)}, which splits the weights")
+    fsdp = math.gcd(chips // config.mesh.tensor, 8)
+    if fsdp > 1 and config.mesh.fsdp == 1:
+        found.append(
+            f"--config.mesh.fsdp={fsdp}"
+            + (" --config.mesh.data=-1" if config.mesh.data != -1 else "")
+            + ", which splits the weights"
+        )
     return found or ["a slice whose chips have more memory"]

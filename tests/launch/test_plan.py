@@ -24,17 +24,25 @@ PLAN = {
     "changed": "--config.batch_size=32",
     "fits": True,
     "flops_per_chip": 2e12,
-    "bytes_per_chip": {"arguments": 2**30, "temporaries": 2**29, "all": 2**30, "memory": 2**34},
+    "bytes_per_chip": {
+        "arguments": 2**30,
+        "temporaries": 2**29,
+        "all": 2**30,
+        "memory": 63 * 2**28,
+    },
     "cycles": {"convolution": 3e6, "norm": 1e6},
     "cycles_per_pair": 5e5,
-    "collectives": {"all-reduce": {"count": 2, "bytes": 3e6}},
+    "collectives": [
+        {"kind": "all-reduce", "chips": 4, "over_data": True, "count": 2, "bytes": 3e6}
+    ],
     "collective_share": 0.01,
     "estimated_step_seconds": 0.0025,
     "estimated_mfu": 0.4,
     "pairs_per_second": 12800.0,
     "weak_scaling": {1: 0.002, 256: 0.003},
     "loops_of_unknown_length": 1,
-    "collectives_partial": True,
+    "unknown_kernels": {"paged_attention": 3},
+    "branches": 2,
     "steps": 500,
     "hours": 0.5,
     "price": 1.2,
@@ -56,23 +64,26 @@ def launch(monkeypatch):
     def launch(*arguments):
         monkeypatch.setattr("sys.argv", ["plan.py", *CONFIG, *arguments])
         runpy.run_path(str(ROOT / "launch" / "plan.py"))["main"]()
-        return asked[-1]
+        return asked
 
+    launch.asked = asked
     return launch
 
 
 def test_what_is_said_and_written(launch, tmp_path, capsys):
     files = [f"--json={tmp_path / 'plan.json'}", "--picture", str(tmp_path / "plan.png")]
     asked = launch("--topology", "v5e:2x2", "--config.batch_size=16", *files)
-    assert asked == (16, "v5e:2x2", 1.2)
+    assert asked == [(16, "v5e:2x2", 1.2)]
     said = capsys.readouterr().out
     for words in (
         "with --config.batch_size=32",
         "fits            yes",
-        "memory a chip   1.00 of 16 GiB: arguments 1.00, temporaries 0.50 (compiled)",
+        "memory a chip   1.00 of 15.75 GiB: arguments 1.00, temporaries 0.50 (compiled)",
         "convolution        75 %",
         "$2.40 at $1.20 for an hour of a chip (assumed)",
-        "what fsdp and tensor axes send is not all counted",
+        "all-reduce         2 of 3.0 MB a step, among 4 chips (compiled)",
+        "3 calls of the kernel paged_attention are not counted: the step is longer",
+        "of 2 choices made at run time the longest way is counted",
         "1 loops are counted as if they turned once",
     ):
         assert words in said
@@ -81,7 +92,7 @@ def test_what_is_said_and_written(launch, tmp_path, capsys):
 
 
 def test_a_price_of_ones_own(launch):
-    assert launch("--topology=v6e:16x16", "--price=0.5")[2] == 0.5
+    assert launch("--topology=v6e:16x16", "--price=0.5")[0][2] == 0.5
 
 
 def test_every_chip_has_a_price():
@@ -95,8 +106,21 @@ def test_every_chip_has_a_price():
         ([], "--topology is missing"),
         (["--topology", "v5e:2x2", "--price", "free"], "--price: 'free' is no number of dollars"),
         (["--topology", "v5e:2x2", "--json", "no/such/plan.json"], "there is no such folder"),
+        (["--topology", "v5e:2x2", "--json", "{here}"], "could not write .*it is a folder"),
+        (["--topology", "v5e:2x2", "--picture", "/proc/plan.png"], "could not write /proc/plan"),
+        (["--topology", "v5e:2x2", "--picture", "plan"], "a name that ends in .png"),
     ],
 )
-def test_wrong_commands(launch, arguments, message):
+def test_wrong_commands(launch, arguments, message, tmp_path):
+    """Each is told before anything is compiled."""
     with pytest.raises(UserError, match=message):
-        launch(*arguments)
+        launch(*(argument.format(here=tmp_path) for argument in arguments))
+    assert not launch.asked
+
+
+def test_no_picture_of_what_does_not_fit(launch, tmp_path, monkeypatch, capsys):
+    sizes = {"all": 2**40, "memory": 2**34}
+    no_place = PLAN | {"fits": False, "bytes_per_chip": sizes, "remedies": ["--config.remat=true"]}
+    monkeypatch.setattr(plan, "of_training", lambda *_: no_place)
+    launch("--topology", "v5e:2x2", "--picture", str(tmp_path / "plan.png"))
+    assert "plan.png: no picture, as it does not fit" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from safetydpo_jax import sharding
 from safetydpo_jax.models import attention, tpu_attention
-from safetydpo_jax.models.target import compiling_for
+from safetydpo_jax.models.target import compiling_for, target
 
 
 def qkv(rows, tokens, heads, width, context=None, dtype=jnp.float32):
@@ -102,6 +102,14 @@ def test_programs_for_another_platform():
     with compiling_for("tpu"):
         made = jax.make_jaxpr(attention._plain)(q, k, v)
     assert largest(made.jaxpr) == attention.ROOMIER * attention.LOGITS
+
+
+def test_a_program_is_traced_anew_for_another_platform():
+    is_tpu = jax.jit(lambda x: x + (target() == "tpu"))
+    assert is_tpu(0) == 0
+    with compiling_for("tpu"):
+        assert is_tpu(0) == 1
+    assert is_tpu(0) == 0
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(256, 40), (128, 160), (384, 64)])

@@ -3,7 +3,7 @@
 import pytest
 
 from safetydpo_jax.plan.chips import CHIPS
-from safetydpo_jax.plan.cost import cost_of, flash
+from safetydpo_jax.plan.cost import cost_of, splash
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -40,21 +40,17 @@ ENTRY %main.1_spmd (a: f32[8], b: bf16[4,8]) -> f32[8] {
   %norm = bf16[2,64,64,320]{3,2,1,0} fusion(%conv), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/resnets.0/norm1/mul"}, backend_config={"window_config":{"estimated_cycles":"300"}}
   %to_q = bf16[8,320]{1,0} fusion(%b), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/attn1/to_q/dot_general"}, backend_config={"window_config":{"estimated_cycles":"20"}}
   %copy = f32[8]{0} copy(%a), backend_config={"window_config":{"estimated_cycles":"4"}}
-  %reduced = (f32[8]{0}, f32[2,4]{1,0}) all-reduce(%a, %conv), channel_id=1, to_apply=%add
-  %moved = (s32[2]{0:T(128)S(1)}, s32[2]{0:T(128)S(1)}, u32[]{:S(2)}) collective-permute-start(%b), channel_id=4
-  %done = s32[2]{0:T(128)S(1)} collective-permute-done(%moved)
-  %gathered = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%b), channel_id=5
   ROOT %r = f32[8]{0} get-tuple-element(%w), index=1
 }
 """  # noqa: E501
 
 
 def kernel(name, operands):
-    shapes = ", ".join(f"bf16[{shape}]{{3,2,1,0}}" for shape in operands)
+    shapes = ", ".join(f"bf16[{shape}]{{2,1,0}}" for shape in operands)
     return (
-        f'  %k = (bf16[1,1]) custom-call(%a), custom_call_target="tpu_custom_call", '
-        f"operand_layout_constraints={{{shapes}, f32[2,8,4096,128]{{3,2,1,0}}}}, "
-        f'metadata={{op_name="jit(step)/attn1/jit(flash_attention)/{name}"}}'
+        f"  %splash_mha_{name}.1 = (bf16[1,1]) custom-call(%a), "
+        'custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,4]{2,1,0}, '
+        f"{shapes}, f32[16,8,4096]{{2,1,0}}}}, frontend_attributes={{kernel_metadata={{"
     )
 
 
@@ -70,30 +66,61 @@ def test_cycles_by_kind_and_turn():
     assert cost.unknown_loops == 1
 
 
-def test_bytes_that_a_chip_gives():
-    cost = cost_of(PROGRAM, CHIPS["v5e"])
-    assert cost.sent == {"all-reduce": 64, "collective-permute": 8, "all-gather": 64}
-    assert cost.counts == {"all-reduce": 1, "collective-permute": 1, "all-gather": 1}
+def test_of_branches_the_longest_counts():
+    choice = (
+        "  %c = f32[8]{0} conditional(%i, %a, %a), branch_computations={%body, %longer}\n"
+        "  %d = f32[8]{0} conditional(%p, %a, %a), true_computation=%longer, "
+        "false_computation=%body\n"
+    )
+    longer = (
+        "%longer (s: f32[8]) -> f32[8] {\n"
+        '  ROOT %l = f32[8]{0} copy(%s), backend_config={"estimated_cycles":"5000"}\n}\n\n'
+    )
+    text = PROGRAM.replace("ENTRY", f"{longer}ENTRY").replace("  %copy =", f"{choice}  %copy =")
+    cost = cost_of(text, CHIPS["v5e"])
+    assert cost.branches == 2
+    assert cost.cycles["other"] == 4 + 2 * 5000
+    assert cost.cycles["attention"] == 600  # as without them
+
+
+def test_kernels_that_are_not_ours_are_named():
+    line = (
+        '  %paged_attention.3 = (bf16[1,1]) custom-call(%a), custom_call_target="tpu_custom_call", '
+        "operand_layout_constraints={bf16[8,128]{1,0}, s32[4]{0}}, "
+        'metadata={op_name="jit(step)/paged_attention/pallas_call"}'
+    )
+    text = PROGRAM.replace("  %copy =", f"{line}\n  %copy =")
+    cost = cost_of(text, CHIPS["v5e"])
+    assert cost.unknown_kernels == {"paged_attention": 1}
+    assert "attention kernels" not in cost.cycles
 
 
 @pytest.mark.parametrize(
     ("name", "products"),
-    [("pallas_call", 2), ("flash_mha_bwd_dkv_block_q=512", 4), ("flash_mha_bwd_dq", 3)],
+    [("fwd_residuals", 2), ("fwd_no_residuals", 2), ("dkv_no_residuals", 5)],
 )
 def test_kernels_by_their_formula(name, products):
-    line = kernel(name, ["2,8,4096,40"] * 3)
-    scores = 2 * 8 * 4096**2
+    line = kernel(name, ["16,40,4096"] * 3)
+    scores = 16 * 4096**2
     # Four units of 128 x 128, heads filled up to 128, 1024 exponentials a cycle.
-    assert flash(line, CHIPS["v5e"]) == scores * (products * 128 / 65536 + 1 / 1024)
+    assert splash(line, CHIPS["v5e"]) == scores * (products * 128 / 65536 + 1 / 1024)
     text = PROGRAM.replace("  %copy =", f"{line}\n  %copy =")
-    assert cost_of(text, CHIPS["v5e"]).cycles["attention kernels"] == flash(line, CHIPS["v5e"])
+    cost = cost_of(text, CHIPS["v5e"])
+    assert cost.cycles["attention kernels"] == round(splash(line, CHIPS["v5e"]))
+    assert not cost.unknown_kernels
 
 
 def test_wide_heads_and_wide_units():
-    line = kernel("pallas_call", ["1,1,1024,160", "1,1,2048,160", "1,1,2048,160"])
+    line = kernel("fwd_residuals", ["1,160,1024", "1,160,2048", "1,160,2048"])
     # Two registers wide; of a v6e's four units of 256 x 256 half is in use.
     per_score = 2 * 256 / (4 * 256 * 128) + 1 / 1024
-    assert flash(line, CHIPS["v6e"]) == 1024 * 2048 * per_score
+    assert splash(line, CHIPS["v6e"]) == 1024 * 2048 * per_score
+
+
+def test_both_cores_of_a_chip_do_exponentials():
+    line = kernel("fwd_residuals", ["2,128,1024"] * 3)
+    per_score = 2 * 128 / (8 * 128 * 128) + 1 / 2048
+    assert splash(line, CHIPS["v5p"]) == 2 * 1024**2 * per_score
 
 
 def test_the_peak_is_that_of_the_units():
