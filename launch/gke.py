@@ -29,7 +29,7 @@ WRONG = (1, 2)  # exit codes after which trying again is in vain
 
 
 def main() -> None:
-    """Reads the command line, prints the JobSet and applies it."""
+    """Reads the command line, prints the JobSet and creates it."""
     reader = parser(__doc__ or "")
     add_slice(reader)
     reader.add_argument("--image", required=True, help="made of the Dockerfile")
@@ -38,7 +38,7 @@ def main() -> None:
     args = reader.parse_args()
     found = job_set(args, parse_slice(args.topology), command_of(args.command))
     text = yaml.safe_dump(found, sort_keys=False)
-    Shell(args.dry_run).run("kubectl", "apply", "--filename", "-", given=text)
+    Shell(args.dry_run).run("kubectl", "create", "--filename", "-", given=text)
     pods = f"--selector=jobset.sigs.k8s.io/jobset-name={args.name}"
     where = f"--namespace={args.namespace}"
     first = f"{pods},batch.kubernetes.io/job-completion-index=0"

@@ -23,7 +23,9 @@ SCRIPT = """#!/bin/bash
 {options}
 srun --kill-on-bad-exit=0 {program}
 code=$?
-case $code in {codes}) scontrol requeue "$SLURM_JOB_ID" ;; esac
+if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+  case $code in {codes}) scontrol requeue "$SLURM_JOB_ID" ;; esac
+fi
 exit $code
 """
 
@@ -33,6 +35,8 @@ def main() -> None:
     reader = parser(__doc__ or "")
     reader.add_argument("--nodes", type=int, default=1, help="how many (1)")
     reader.add_argument("--gpus", type=int, default=8, help="of each node (8)")
+    reader.add_argument("--cpus", type=int, default=8, help="cores for each GPU (8)")
+    reader.add_argument("--restarts", type=int, default=50, help="at the most (50)")
     reader.add_argument("--time", help="at the most, until it is queued again: 12:00:00")
     reader.add_argument("--partition", help="the cluster's own by default")
     reader.add_argument("--account", help="the user's own by default")
@@ -47,6 +51,7 @@ def script(args: argparse.Namespace) -> str:
         "nodes": args.nodes,
         "ntasks-per-node": args.gpus,
         "gpus-per-node": args.gpus,
+        "cpus-per-task": args.cpus,
         "time": args.time,
         "partition": args.partition,
         "account": args.account,
@@ -58,7 +63,10 @@ def script(args: argparse.Namespace) -> str:
     program = shlex.join([sys.executable, "-m", "safetydpo_jax", *command_of(args.command)])
     codes = "|".join(map(str, RESTART))
     return SCRIPT.format(
-        options="\n".join([*lines, "#SBATCH --requeue"]), program=program, codes=codes
+        options="\n".join([*lines, "#SBATCH --requeue"]),
+        program=program,
+        codes=codes,
+        restarts=args.restarts,
     )
 
 

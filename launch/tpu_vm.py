@@ -30,18 +30,18 @@ INSTALL = """set -e; cd safetydpo; export PATH="$HOME/.local/bin:$PATH"
 command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 uv venv --quiet --allow-existing --python 3.11 venv
 uv pip install --quiet --python venv/bin/python "safetydpo-jax[tpu,gcs] @ file://$PWD/{wheel}\""""
-START = """cd safetydpo
-if [ -f pid ] && kill -0 "$(cat pid)" 2>/dev/null; then echo it runs already
-else rm -f exit; setsid nohup bash -c {job} >log 2>&1 </dev/null & echo $! >pid; fi"""
+START = "cd safetydpo; rm -f exit; setsid nohup bash -c {job} >log 2>&1 </dev/null & echo $! >pid"
 JOB = "venv/bin/safetydpo {command}; echo $? >exit"
-# What is killed leaves no exit.
+RUNS = 'cd safetydpo && kill -0 "$(cat pid)"'
+# What is killed leaves no exit. An exit code of 1 is gcloud's alone: the job's is told as 101.
 FOLLOW = """cd safetydpo; tail -n +1 -F --pid="$(cat pid)" log
-exit "$(cat exit 2>/dev/null || echo 137)\""""
+code="$(cat exit 2>/dev/null || echo 137)"; [ "$code" = 1 ] && code=101; exit "$code\""""
 LAST_WORDS = 'cd safetydpo; echo "== $(hostname)"; tail -n 3 log'
-STOP = 'cd safetydpo; kill -KILL -- "-$(cat pid)" 2>/dev/null; rm -f pid'
-NO_CONNECTION = 255  # ssh's
+STOP = 'mkdir -p safetydpo; cd safetydpo; kill -KILL -- "-$(cat pid)" 2>/dev/null; rm -f pid'
+BROKEN = (1, 255)  # exit codes of gcloud and of ssh, when there is no connection
+TRIES = 15  # before a slice that says it is there, and cannot be reached, is given up
 GONE = ("SUSPENDING", "SUSPENDED", "FAILED", "DELETING")  # states of a queued resource
-POLL_SECONDS = 20
+POLL_SECONDS, WAITS = 20, 6
 
 
 def main() -> None:
@@ -106,8 +106,6 @@ class Vm:
             if code not in RESTART or not left:
                 return code
             print(f"exit code {code}: it is started again, {left} times more at the most")
-            if self._state() == "ACTIVE":
-                self._ssh(STOP)  # what the other hosts have not yet ended
         raise AssertionError  # the loop returns
 
     def delete(self) -> None:
@@ -117,28 +115,46 @@ class Vm:
     def _run_once(self, wheel: Path, job: str) -> int:
         """The job's exit code; that of a lost process if the slice is taken away."""
         home = f"{self._args.name}:safetydpo/"
+        scp = [*self._tpu, "scp", str(wheel), home, "--worker=all", *self._where, "--quiet"]
         steps = (
-            lambda: self._ssh("mkdir -p safetydpo"),
-            lambda: self._shell.code(
-                *self._tpu, "scp", str(wheel), home, "--worker=all", *self._where, "--quiet"
-            ),
+            lambda: self._ssh(STOP),  # what is left of a job that has lost a process
+            lambda: self._shell.code(*scp),
             lambda: self._ssh(INSTALL.format(wheel=wheel.name)),
             lambda: self._ssh(START.format(job=shlex.quote(JOB.format(command=job)))),
         )
-        for step in steps:
-            if code := step():
-                if self._state() in GONE:
+        if self._shell.dry_run or self._ssh(RUNS, worker="0"):
+            for step in steps:
+                if (code := step()) and self._is_taken_away():
                     return RESTART[0]
-                raise UserError(
-                    f"gcloud failed ({code}), as it says above; {self._args.name} is kept, and "
-                    f"costs: start this command again, or {shlex.join(self.deletion)}"
-                )
-        while (code := self._ssh(FOLLOW, worker="0")) == NO_CONNECTION:
-            if self._state() in GONE:
+                if code:
+                    raise UserError(f"gcloud failed ({code}), as it says above; {self._kept()}")
+        for _ in range(TRIES):
+            if (code := self._ssh(FOLLOW, worker="0")) not in BROKEN:
+                return code
+            if self._is_taken_away():
                 return RESTART[0]
-            print("the connection is lost; the job goes on")
+            print("the connection is lost; the job goes on", flush=True)
+        raise UserError(f"{self._args.name} cannot be reached; {self._kept()}")
+
+    def _is_taken_away(self) -> bool:
+        """Whether it is, or is so within a while: a slice says so later than it cannot be reached.
+
+        Raises:
+          UserError: there is no such slice any more, which is nobody's doing but a user's.
+        """
+        for _ in range(WAITS):
+            if (state := self._state()) in GONE:
+                return True
+            if not state:
+                raise UserError(f"there is no slice {self._args.name} any more, or no answer")
             time.sleep(POLL_SECONDS)
-        return code
+        return False
+
+    def _kept(self) -> str:
+        return (
+            f"the slice is kept, and costs: start this command again, or "
+            f"{shlex.join(self.deletion)}"
+        )
 
     def _ssh(self, command: str, worker: str = "all") -> int:
         return self._shell.code(
@@ -161,11 +177,11 @@ class Vm:
         if self._shell.dry_run or not self._state():
             self._create()
         while (state := self._state()) != "ACTIVE":
-            if state in GONE:
+            if state in GONE and not state.endswith("ING"):  # else it would refuse
                 self.delete()
                 self._create()
             if state != said:
-                print(f"{self._args.name}: {state or 'asked for'}", flush=True)
+                print(f"{self._args.name}: {state or 'no answer'}", flush=True)
                 said = state
             time.sleep(POLL_SECONDS)
         print(f"{self._args.name} is there, after {time.monotonic() - began:.0f} s", flush=True)

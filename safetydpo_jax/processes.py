@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetydpo_jax.errors import UserError
 
 DAY_SECONDS = 86400  # the others may wait so long for what the first one does alone
+JOIN_SECONDS = 1800  # machines of a job may start so long after the first
 HEARTBEAT_SECONDS = 60  # after which a process that gives no sign of life counts as dead
 GRACE_SECONDS = 2
 LOST = 75  # exit code when another process is gone or hangs: EX_TEMPFAIL, to be started again
@@ -41,16 +42,25 @@ def connect() -> None:
     say it.
 
     Raises:
-      UserError: it is not found, or the first process cannot be reached.
+      UserError: it is not found.
+      SystemExit: LOST, as other processes did not come.
     """
     try:
         jax.distributed.initialize(
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=DAY_SECONDS,
+            initialization_timeout=JOIN_SECONDS,
             **described(),
         )
     except (ValueError, RuntimeError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if any(word in reason for word in ("DEADLINE_EXCEEDED", "UNAVAILABLE")):
+            print(
+                f"error: the other processes did not come within {JOIN_SECONDS} s ({reason}): "
+                "start the job again",
+                file=sys.stderr,
+            )
+            raise SystemExit(LOST) from None
         raise UserError(
             f"--distributed: this process cannot join a job ({reason}): start it under Slurm, Open "
             "MPI, Kubernetes or on every worker of a TPU pod, or set JAX_COORDINATOR_ADDRESS, "

@@ -44,7 +44,7 @@ def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False)
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
     kernels: dict[str, Callable[..., Queries]] = {}
     if min(q.shape[1], k.shape[1]) >= LONG:
-        if takes(q.shape[1]) and takes(k.shape[1]):
+        if all(takes(x.shape[1], x.shape[3]) for x in (q, k)):
             kernels["tpu"] = splash
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         # Asked for where there is no GPU, even as the branch not taken, it raises.

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 from safetydpo_jax import sharding
 
 TILES = (512, 256, 128)  # of tokens; one of them must divide their number
-KEYS_FORWARD = 1024  # at a time, at the most
+WIDEST = 256  # head, in features: an autoencoder has one of 512
+KEYS_FORWARD = 1024  # at a time, at the most, of heads up to 128 in bfloat16
 # Whose gradients are in the chip's fast memory at a time. Where these are all keys, those of the
 # queries are summed there, too; else they are written in parts, and read again to be summed.
 KEYS_BACKWARD = 4096
@@ -21,9 +22,9 @@ Queries = Float[Array, "b t h d"]
 Keys = Float[Array, "b s h d"]  # and values
 
 
-def takes(tokens: int) -> bool:
-    """Whether so many tokens can be split into tiles."""
-    return tokens % TILES[-1] == 0
+def takes(tokens: int, width: int) -> bool:
+    """Whether so many tokens can be split into tiles, and heads fit a chip's fast memory."""
+    return tokens % TILES[-1] == 0 and width <= WIDEST
 
 
 def splash(q: Queries, k: Keys, v: Keys) -> Queries:
@@ -55,8 +56,9 @@ def shared_mesh() -> Any:
 
 @jax.custom_vjp
 def _local(q: Queries, k: Keys, v: Keys) -> Queries:
-    """One device's part of it."""
-    return _forward(q, k, v)[0]
+    """One device's part of it. Not by `_forward`: without a gradient the kernel keeps nothing."""
+    with _precision(q):
+        return _kernel(q, k, v)
 
 
 def _forward(q: Queries, k: Keys, v: Keys) -> tuple[Queries, Callable[..., Any]]:
@@ -96,12 +98,14 @@ def _kernel(q: Queries, k: Keys, v: Keys) -> Queries:
     keys = k.shape[1]
     tile_q, tile_k = (next(n for n in TILES if count % n == 0) for count in (tokens, keys))
     layout = QKVLayout.SEQ_MINOR
+    # Wider heads and types take more of the fast memory.
+    more = -(-width // TILES[-1]) * q.dtype.itemsize // 2
     sizes = BlockSizes(
         block_q=tile_q,
-        block_kv=(forward := _largest(keys, KEYS_FORWARD, tile_k)),
+        block_kv=(forward := _largest(keys, KEYS_FORWARD // more, tile_k)),
         block_kv_compute=forward,
         block_q_dkv=tile_q,
-        block_kv_dkv=_largest(keys, KEYS_BACKWARD, tile_k),
+        block_kv_dkv=_largest(keys, KEYS_BACKWARD // more, tile_k),
         block_kv_dkv_compute=tile_k,
         use_fused_bwd_kernel=True,
         q_layout=layout,
@@ -117,5 +121,6 @@ def _kernel(q: Queries, k: Keys, v: Keys) -> Queries:
 
 
 def _largest(count: int, most: int, tile: int) -> int:
-    """The largest divisor of `count` of at most `most` that is tiles."""
-    return next(n for n in range(min(count, most) // tile * tile, 0, -tile) if count % n == 0)
+    """The largest divisor of `count` of at most `most`, or one tile, that is tiles."""
+    sizes = range(max(tile, min(count, most) // tile * tile), 0, -tile)
+    return next(n for n in sizes if count % n == 0)

@@ -223,8 +223,7 @@ class Cohort:
             found = _fingerprint(self._state.adapters)
             processes.check_same({f"the adapters of step {step}": found})
         self._checkpoints.save(self._state)
-        if processes.is_first():
-            self._saved()
+        processes.first(self._saved)
 
     def _batches(self, start: int) -> Iterator[Batch]:
         """On the mesh, the experts' batches side by side: (rows, experts, ...)."""

@@ -116,12 +116,12 @@ def run(
         phases.begin("pairs")
         for expert in experts:
             expert.make_pairs()
-        processes.first(home.update)
+            processes.first(home.update)
 
         phases.begin("cache")
         for expert in experts:
             expert.make_cache()
-        processes.first(home.update)
+            processes.first(home.update)
         for expert in experts:
             expert.open_cache()
         if not evaluated:

@@ -4,8 +4,8 @@
 
 The run works in a folder of this host. After each phase and each checkpoint what has changed there
 is copied to the address, and last of all `mirror.json`, which lists what belongs together: a
-machine may vanish at any moment, and another goes on from what that file lists. Who deletes the
-folder in the bucket starts the run anew.
+machine may vanish at any moment, and another goes on from what that file lists. What is not in the
+bucket any more is computed again; whoever deletes the folder there starts the run anew.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from etils import epath
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.remote import blocks, cache_home, explained
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.pace import Pace
 
 LIST = "mirror.json"
@@ -55,38 +55,52 @@ class Workdir:
             path = self.address.partition("://")[2]
             if "/" not in path or ".." in path.split("/"):
                 raise UserError(f"--workdir {given}: write an address like gs://bucket/folder")
-            self.folder = cache_home() / "runs" / path
+            name = hashlib.sha256(self.address.encode()).hexdigest()[:16]
+            self.folder = cache_home() / "runs" / name
 
     def fetch(self) -> None:
         """Makes the folder what the mirror is, unless it is already that, or goes on from it.
 
         Raises:
-          UserError: the address cannot be reached, a file is damaged, or the disk is full.
+          UserError: the address cannot be reached or written to, a file is damaged, or the disk is
+            full.
         """
         if not self.address:
             return
         listed, known = self._listed(), self._known()
-        if listed.get("id") == known.get("id"):
-            return
         files = listed.get("files", {})
+        same = listed.get("id") == known.get("id")
         with storage.explained_writes(self.folder):
-            self._remove(set(self._files()) - set(files))  # of another history of this run
+            if not same:
+                self._remember({"id": "half fetched"})
+                self._remove(set(self._files()) - set(files))  # of another history of this run
             missing = {
                 name: entry["bytes"]
                 for name, entry in files.items()
                 if not (file := self.folder / name).is_file()
-                or storage.hash_file(file) != entry["sha256"]
+                or (not same and storage.hash_file(file) != entry["sha256"])
             }
             for name, copied in self._told(missing, f"{self.address}: fetching"):
-                sha256 = self._download(name, copied)
+                if name not in files:
+                    continue
+                try:
+                    sha256 = self._download(name, copied)
+                except MissingFileError:
+                    if _is_of_checkpoint(name):
+                        raise
+                    self._forget_folder_of(name, files)
+                    continue
                 # Logs may have gone on when the machine vanished; checkpoints never change.
-                if "checkpoints" in name.split("/") and sha256 != files[name]["sha256"]:
+                if _is_of_checkpoint(name) and sha256 != files[name]["sha256"]:
                     raise UserError(
                         f"{self.address}/{name} is damaged: it is not the file that {LIST} lists; "
                         "delete the folder checkpoints there to train anew"
                     )
-            for name, entry in files.items():  # by which `update` knows what has changed
-                os.utime(self.folder / name, ns=(entry["changed"], entry["changed"]))
+            for name in missing.keys() & files.keys() if same else files:
+                changed = files[name]["changed"]  # by which `update` knows what has changed
+                os.utime(self.folder / name, ns=(changed, changed))
+            if not listed:  # now, not after hours: whether this host may write there
+                listed = self._list({})
             self._remember(listed)
 
     def update(self, *, must: bool = True) -> None:
@@ -112,8 +126,7 @@ class Workdir:
             return
         try:
             alone = self._listed().get("id") == known.get("id")
-            if alone:
-                self._send(changed, gone, files)
+            alone = alone and self._send(changed, gone, known)
         except UserError as error:
             if must:
                 raise
@@ -126,18 +139,40 @@ class Workdir:
             )
 
     def _send(
-        self, changed: Mapping[str, int], gone: Collection[str], files: Mapping[str, Any]
-    ) -> None:
-        files = {name: entry for name, entry in files.items() if name not in gone}
+        self, changed: Mapping[str, int], gone: Collection[str], known: Mapping[str, Any]
+    ) -> bool:
+        """Whether no other run wrote there meanwhile."""
+        files = {k: entry for k, entry in known.get("files", {}).items() if k not in gone}
+        # Of pairs and caches new files must not be taken for a part of the old.
+        if replaced := {k for k in changed.keys() & files.keys() if {"pairs", "cache"} & _parts(k)}:
+            files = {k: entry for k, entry in files.items() if k not in replaced}
+            known = self._list(files)
+            self._remember(known)
         for name, copied in self._told(changed, f"{self.address}: copying"):
             files[name] = self._upload(name, copied)
-        listed = {"id": secrets.token_hex(8), "files": files}
-        there = epath.Path(self.address)
+        if self._listed().get("id") != known.get("id"):
+            return False
+        self._remember(self._list(files))
         with explained(self.address):
-            (there / LIST).write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n")
             for name in gone:
-                (there / name).unlink(missing_ok=True)
-        self._remember(listed)
+                (epath.Path(self.address) / name).unlink(missing_ok=True)
+        return True
+
+    def _list(self, files: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes what the mirror has; returns it."""
+        listed = {"id": secrets.token_hex(8), "files": files}
+        with explained(self.address):
+            file = epath.Path(self.address) / LIST
+            file.write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n")
+        return listed
+
+    def _forget_folder_of(self, missing: str, files: dict[str, Any]) -> None:
+        """Drops what is beside a file that is gone: without it the rest is nothing whole."""
+        folder = missing.rpartition("/")[0]
+        for name in [name for name in files if name.rpartition("/")[0] == folder]:
+            del files[name]
+            (self.folder / name).unlink(missing_ok=True)
+        self._progress(f"{self.address}/{missing} is gone: what it was a part of is made again")
 
     def _files(self) -> dict[str, Any]:
         """What is to be in the mirror: the files' stat by name."""
@@ -198,6 +233,10 @@ class Workdir:
                 opened.write(block)
                 size += len(block)
                 copied(len(block))
+        with explained(there):
+            arrived = there.stat().length
+        if arrived != size:
+            raise UserError(f"{there} has {arrived} bytes of {size}: it did not arrive whole")
         return {"bytes": size, "sha256": found.hexdigest(), "changed": changed}
 
     def _download(self, name: str, copied: Callable[[int], None]) -> str:
@@ -231,3 +270,11 @@ class Workdir:
             yield name, copied
         if sizes:
             self._progress(f"{what} {len(sizes)} files, {total / 1e6:.1f} MB: done")
+
+
+def _parts(name: str) -> set[str]:
+    return set(name.split("/"))
+
+
+def _is_of_checkpoint(name: str) -> bool:
+    return "checkpoints" in _parts(name)

@@ -4,6 +4,7 @@ https://cloud.google.com/compute/docs/metadata/getting-live-migration-notice
 """
 
 import contextlib
+import http.client
 import os
 import signal
 import threading
@@ -16,7 +17,7 @@ from safetydpo_jax.train.workdir import Stop
 
 HOST = "GCE_METADATA_HOST"  # the variable that names another server, as for Google's libraries
 POLL_SECONDS = 5.0
-TRIES = 3  # in a row that may fail
+TRIES = 3  # in a row that may fail before that is told
 # What is asked, and the answer that is a notice.
 NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
 
@@ -51,13 +52,12 @@ def _watch(host: str, stop: Stop, done: threading.Event, progress: Callable[[str
         try:
             found = {name for name, notice in NOTICES.items() if _answer(host, name) == notice}
             failed = 0
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             failed += 1
             if failed == TRIES:
                 progress(
                     f"no notices of preemption or maintenance: {host} does not answer ({error})"
                 )
-                return
         else:
             if known is None:
                 known = found
@@ -73,5 +73,6 @@ def _answer(host: str, name: str) -> str:
     request = urllib.request.Request(
         f"http://{host}/computeMetadata/v1/instance/{name}", headers={"Metadata-Flavor": "Google"}
     )
-    with urllib.request.urlopen(request, timeout=2) as answer:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(request, timeout=2) as answer:
         return answer.read().decode().strip()

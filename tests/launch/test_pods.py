@@ -78,6 +78,7 @@ def tpu_vm(stand_in, tmp_path, monkeypatch, capfd):
     (tmp_path / "x.whl").write_text("")
     monkeypatch.setattr(module, "build", lambda shell, folder: tmp_path / "x.whl")
     monkeypatch.setattr(module, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(module, "WAITS", 2)
 
     def run(*ends, options=()):
         (tmp_path / "ends").write_text("".join(f"{end}\n" for end in ends))
@@ -122,6 +123,24 @@ def test_a_lost_process(tpu_vm, end):
     assert tpu_vm.calls.count("queued-resources create") == 1
 
 
+def test_a_job_that_runs_is_looked_at_again(tpu_vm, tmp_path, capfd):
+    """And neither stopped, nor installed anew, nor started twice."""
+    home = tmp_path / "host0" / "safetydpo"
+    home.mkdir(parents=True)
+    (tmp_path / "state").write_text("ACTIVE\n")
+    # Started by a shell that ends: a process that nobody waits for would still seem to run.
+    job = "setsid bash -c 'echo going; sleep 4; echo 0 >exit' >log 2>&1 & echo $! >pid"
+    subprocess.run(["bash", "-c", job], cwd=home, check=True)
+    said = tpu_vm()
+    assert "\ngoing\n" in said
+    assert " scp " not in tpu_vm.calls
+
+
+def test_a_job_that_ends_with_1(tpu_vm):
+    with pytest.raises(UserError, match="the job ended with exit code 101"):
+        tpu_vm(1)
+
+
 def test_no_more_restarts(tpu_vm):
     with pytest.raises(UserError, match="the job ended with exit code 75"):
         tpu_vm(75, 75, 75, options=["--restarts=1"])
@@ -141,7 +160,7 @@ def test_a_wrong_setting(tpu_vm, tmp_path):
 
 def test_gcloud_that_fails(tpu_vm, stand_in):
     stand_in("uv", "#!/bin/bash\nexit 7")
-    with pytest.raises(UserError, match=r"gcloud failed \(7\), as .* kept, and costs: start this"):
+    with pytest.raises(UserError, match=r"gcloud failed \(7\), .* is kept, and costs: start this"):
         tpu_vm(0)
 
 
@@ -198,7 +217,7 @@ def test_a_job_set(stand_in, tmp_path):
     assert not (tmp_path / "sent").exists()
     done = run("gke", *options, *JOB)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "call").read_text() == "apply --filename -\n"
+    assert (tmp_path / "call").read_text() == "create --filename -\n"
     sent = (tmp_path / "sent").read_text()
     assert sent in shown.stdout
     found = yaml.safe_load(sent)

@@ -14,6 +14,7 @@ import pytest
 
 from safetydpo_jax import processes
 from safetydpo_jax.data.remote import CACHE_DIR
+from safetydpo_jax.train.mirror import Workdir
 from tests.train.test_kill import EXPORT, STEPS, command, lines
 
 pytestmark = pytest.mark.slow
@@ -137,7 +138,8 @@ def test_machines_that_share_nothing_but_a_bucket(begin, whole, bucket, tmp_path
     home = f"{bucket}/run"
     disk = lambda name: {"env": lambda i: {CACHE_DIR: str(tmp_path / f"{name}{i}")}}  # noqa: E731
     job = begin(2, home, **disk("first"))
-    wait_for(job, tmp_path / "first0" / "runs" / home.removeprefix("gs://"), 20)
+    folder = Workdir(home, print).folder.name
+    wait_for(job, tmp_path / "first0" / "runs" / folder, 20)
     job.processes[1].send_signal(signal.SIGKILL)
     job.end()
     assert not (bucket / "run" / EXPORT).exists()

@@ -10,6 +10,10 @@ from safetydpo_jax.train import mirror
 from safetydpo_jax.train.mirror import LIST, Workdir
 
 
+class Killed(BaseException):
+    """Stands for the end of the machine."""
+
+
 @pytest.fixture
 def machine(bucket, tmp_path, monkeypatch):
     """A `Workdir` of the same address on a machine of this name, and what it says."""
@@ -56,7 +60,8 @@ def test_addresses_that_cannot_be(given):
 
 def test_another_machine_has_the_same(machine, bucket):
     here, said = machine("here")
-    here.fetch()
+    here.fetch()  # leaves an empty list: this host may write there
+    assert json.loads((bucket / "run" / LIST).read_text())["files"] == {}
     write(here, log="1", checkpoints__5__state="five", reference__x="large")
     write(here, **{".lock": "1", "export__lora.writing": "h"})
     here.update()
@@ -76,6 +81,61 @@ def test_another_machine_has_the_same(machine, bucket):
     there.fetch()
     there.update()
     assert len(said) == 1
+
+
+def test_what_is_lost_here_is_fetched_again(machine):
+    here, said = machine("here")
+    write(here, log="1", checkpoints__5__state="five")
+    here.update()
+    (here.folder / "checkpoints/5/state").unlink()
+    here.fetch()
+    assert contents(here.folder) == {"log": "1", "checkpoints/5/state": "five"}
+    count = len(said)
+    here.update()
+    assert len(said) == count
+
+
+def test_what_is_gone_from_the_bucket_is_made_again(machine, bucket):
+    here, _ = machine("here")
+    write(here, log="1", cache__card="c", cache__shard="s", checkpoints__5__state="five")
+    here.update()
+    (bucket / "run/cache/shard").unlink()
+    there, said = machine("there")
+    there.fetch()
+    assert contents(there.folder) == {"log": "1", "checkpoints/5/state": "five"}
+    assert any("cache/shard is gone: what it was a part of is made again" in x for x in said)
+    write(there, cache__card="c2", cache__shard="s2")
+    there.update()
+    here.fetch()
+    assert contents(here.folder)["cache/shard"] == "s2"
+
+
+def test_a_cache_is_never_half_of_another(machine, bucket, monkeypatch):
+    here, _ = machine("here")
+    write(here, log="1", cache__a="old", cache__b="old")
+    here.update()
+    write(here, cache__a="new", cache__b="new")
+    upload = here._upload
+
+    def vanish(name, copied):
+        upload(name, copied)
+        raise Killed
+
+    with monkeypatch.context() as context:
+        context.setattr(here, "_upload", vanish)
+        with pytest.raises(Killed):
+            here.update()
+    there, _ = machine("there")
+    there.fetch()
+    assert contents(there.folder) == {"log": "1"}
+
+
+def test_every_byte_arrives(machine, bucket):
+    here, _ = machine("here")
+    for i in range(256):
+        (here.folder / f"{i}").write_bytes(bytes([65, i]))
+    here.update()
+    assert all((bucket / "run" / f"{i}").read_bytes() == bytes([65, i]) for i in (10, 13, 255))
 
 
 def test_what_belongs_to_another_history_goes(machine):
@@ -114,10 +174,6 @@ def test_emptied_it_begins_anew(machine, bucket):
     here.fetch()
     assert contents(here.folder) == {}
     assert not (here.folder / "checkpoints").exists()
-
-
-class Killed(BaseException):
-    """Stands for the end of the machine."""
 
 
 def test_a_machine_that_vanishes_while_it_copies(machine, monkeypatch):

@@ -70,6 +70,8 @@ def test_no_server(monkeypatch):
     said = []
     with notices.heeded(Stop(), said.append):
         wait_for(lambda: said)
+        time.sleep(0.2)
+    assert len(said) == 1  # it goes on asking, and says it once
     assert said[0].startswith(
         "no notices of preemption or maintenance: 127.0.0.1:1 does not answer"
     )
