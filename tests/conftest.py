@@ -1,5 +1,6 @@
 """How every test runs: offline, on emulated devices, with array annotations checked."""
 
+import http.server
 import os
 from pathlib import Path
 
@@ -12,6 +13,8 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Else gcsfs asks for each file what kind of bucket it is in, which the emulator does not know.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # PyTorch's threads wait by spinning, which on two busy cores costs more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -52,7 +55,10 @@ def bucket_server():
 
     server._decode_raw_data = whole
     found = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
-    found.start()
+    with pytest.MonkeyPatch.context() as context:
+        # One connection at a time, a client that says nothing would keep the others waiting.
+        context.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
+        found.start()
     yield f"http://127.0.0.1:{found._api._httpd.server_address[1]}"
     found.stop()
 
