@@ -22,9 +22,7 @@ import yaml
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.pods import Shell, Slice, add_slice, command_of, parse_slice, parser
 
-GRACE_SECONDS = (
-    120  # between SIGTERM and SIGKILL: a step, its checkpoint and the copy in the bucket
-)
+GRACE_SECONDS = 120  # after SIGTERM: for a step, its checkpoint and the copy in the bucket
 WRONG = (1, 2)  # exit codes after which trying again is in vain
 
 

@@ -36,7 +36,6 @@ def main() -> None:
     reader.add_argument("--nodes", type=int, default=1, help="how many (1)")
     reader.add_argument("--gpus", type=int, default=8, help="of each node (8)")
     reader.add_argument("--cpus", type=int, default=8, help="cores for each GPU (8)")
-    reader.add_argument("--restarts", type=int, default=50, help="at the most (50)")
     reader.add_argument("--time", help="at the most, until it is queued again: 12:00:00")
     reader.add_argument("--partition", help="the cluster's own by default")
     reader.add_argument("--account", help="the user's own by default")

@@ -12,21 +12,21 @@ _ALL_AT_ONCE = ("train",)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Of a launcher's command line, with what all have: --name, --dry-run and the command."""
+    """Of a launcher's command line, with what all have: a name, restarts, the command."""
     found = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--name", required=True, help="of the job")
+    found.add_argument("--restarts", type=int, default=50, help="at the most (50)")
     found.add_argument("--dry-run", action="store_true", help="print what would run, run nothing")
     found.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...")
     return found
 
 
 def add_slice(found: argparse.ArgumentParser) -> None:
-    """Adds --topology, --spot and --restarts."""
+    """Adds --topology and --spot."""
     found.add_argument("--topology", required=True, help="as launch/plan.py has it: v5e:4x4")
     found.add_argument("--spot", action="store_true", help="cheaper, and may be taken away")
-    found.add_argument("--restarts", type=int, default=50, help="at the most (50)")
 
 
 def command_of(words: Sequence[str]) -> list[str]:

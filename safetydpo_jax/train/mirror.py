@@ -115,13 +115,13 @@ class Workdir:
         if not self.address:
             return
         known = self._known()
-        files = known.get("files", {})
+        files, now = known.get("files", {}), self._files()
         changed = {
             name: stat.st_size
-            for name, stat in self._files().items()
+            for name, stat in now.items()
             if stat.st_mtime_ns != files.get(name, {}).get("changed")
         }
-        gone = set(files) - set(self._files())
+        gone = set(files) - set(now)
         if not changed and not gone:
             return
         try:
