@@ -6,9 +6,9 @@
 Real checkpoints cannot be shipped, so PyTorch writes one of every published config.json with random
 weights, in the layout of diffusers, once. Both frameworks load it, one after the other in a process
 of its own, and compute the same from the same numbers, in float32: text states, one UNet forward
-pass, the autoencoder both ways, and (not SDXL) four guided steps of each sampler. Needs 16 GB of
-memory for SDXL, and 24 GB of disk for all. Writes benchmarks/results/true_size/MODEL.json; a model
-whose file is there is not measured again.
+pass, the autoencoder both ways, and (not SDXL) four guided steps of each sampler. SDXL needs 24 GB
+of memory with nothing beside it; all need 24 GB of disk. Writes
+benchmarks/results/true_size/MODEL.json; a model whose file is there is not measured again.
 """
 
 import argparse
