@@ -93,13 +93,14 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     config.harm = ""
     config.base = base
     config.license, hub_id = BASES[base]  # said in the model card
-    # "emoji", the folder of a diffusers checkpoint, the id of one on the Hugging Face hub, or a
-    # .safetensors file in the original layout.
+    # "emoji", the folder of a diffusers checkpoint or a .safetensors file in the original layout,
+    # here or at gs://, or the id of one on the Hugging Face hub.
     config.model = "emoji"
     # What such a file is: "sd15", "sd21-base", "sd21-768", "sdxl", or a folder with the configs and
     # tokenizers that go with it; "" takes what it looks like.
     config.model_config = ""
-    config.vae = ""  # another autoencoder for it: folder or hub id; "" is the model's own
+    # Another autoencoder for it: folder, here or at gs://, or hub id; "" is the model's own.
+    config.vae = ""
     config.seed = 0
 
     config.steps = 500

@@ -4,11 +4,12 @@
     python launch/plan.py --config configs/hate.py:sd15 --topology v5e:2x2 --config.batch_size=8
     safetydpo plan ...  # the same, from the installed package
 
-The training step is compiled by the TPU compiler (pip install 'safetydpo-jax[tpu]'), from shapes
-alone: no TPU and no weights are needed, but minutes. --topology is v5e, v5p or v6e and its chips
-along each axis. --json FILE writes all figures, --picture FILE.png where the time goes; --price is
-what a chip costs an hour, by default that of configs/prices.yaml. What was compiled is kept: the
-same plan is there at once the next time.
+The training step, and the programs that draw pictures and encode them before it, are compiled by
+the TPU compiler (pip install 'safetydpo-jax[tpu]'), from shapes alone: no TPU and no weights are
+needed, but minutes; --step-only leaves it at the step. --topology is v5e, v5p or v6e and its chips
+along each axis. --json FILE writes all figures, --picture FILE.png where the step's time goes;
+--price is what a chip costs an hour, by default that of configs/prices.yaml. What was compiled is
+kept: the same plan is there at once the next time.
 """
 
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 # For `configs`, and for the package if it is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from safetydpo_jax.command_line import pop_option, read_command_line, shipped
+from safetydpo_jax.command_line import pop_flag, pop_option, read_command_line, shipped
 from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.yaml_file import read_yaml
 
@@ -30,6 +31,7 @@ def main() -> None:
     given, argv = {}, sys.argv
     for name in OPTIONS:
         given[name], argv = pop_option(argv, name)
+    step_only, argv = pop_flag(argv, "--step-only")
     config, _ = read_command_line(argv, __doc__)
     if not given["--topology"]:
         raise UserError("--topology is missing: give a slice, as --topology v5e:4x4")
@@ -46,7 +48,7 @@ def main() -> None:
                 raise UserError(f"{name} {file}: there is no such folder")
             check_writable(Path(file))
     plan.use_cpu()
-    found = plan.of_training(config, given["--topology"], price)
+    found = plan.of_training(config, given["--topology"], price, not step_only)
     print("\n".join(["", *plan.lines(found)]))
     if file := given["--json"]:
         write_file(Path(file), (json.dumps(found, indent=1) + "\n").encode())

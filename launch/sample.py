@@ -42,7 +42,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_arguments(parser)
-    parser.add_argument("--vae", default="", help="another autoencoder: a folder or a hub id")
+    parser.add_argument(
+        "--vae", default="", help="another autoencoder: a folder, here or at gs://, or a hub id"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--prompts", type=Path, metavar="FILE.csv", help="columns prompt,image[,seed]"

@@ -27,7 +27,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="a diffusers directory, a hub id, a .safetensors file (original layout), or emoji",
+        help="a diffusers directory or a .safetensors file (original layout), here or at gs://, "
+        "a hub id, or emoji",
     )
     parser.add_argument(
         "--model_config",

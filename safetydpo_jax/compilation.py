@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from safetydpo_jax.data.remote import cache_home
+from safetydpo_jax.remote import cache_home
 
 MOST_BYTES = 4 * 2**30  # the ones used longest ago go
 

@@ -68,7 +68,7 @@ def bucket(bucket_server, tmp_path, monkeypatch):
     """A folder of a test's own in the bucket; what is fetched from it lies in tmp_path/fetched."""
     from etils import epath
 
-    from safetydpo_jax.data.remote import CACHE_DIR
+    from safetydpo_jax.remote import CACHE_DIR
 
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket_server)
     monkeypatch.setenv(CACHE_DIR, str(tmp_path / "fetched"))

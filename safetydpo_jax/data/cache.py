@@ -22,9 +22,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int, Shaped
 
 from safetydpo_jax import storage
-from safetydpo_jax.data.remote import fetched, open_folder
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.conditioning import Conditioning
+from safetydpo_jax.remote import fetched, open_folder
 
 FORMAT = 2
 NULL = "null_embeds.safetensors"

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.models import hub, single_file
+from safetydpo_jax.models import bucket, hub, single_file
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from safetydpo_jax.models.pipeline import TOKENIZERS
 from safetydpo_jax.models.state_dict import Table, find_weights
@@ -87,13 +87,14 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "") -> Checkpoint:
-    """Finds a checkpoint, fetching it from the hub if need be, and reads its configs.
+    """Finds a checkpoint, fetching it if need be, and reads its configs.
 
     Args:
-      path: the checkpoint's folder in the diffusers layout, its id on the Hugging Face hub, a
-        .safetensors file in the original layout, or "emoji" for the embedded pipeline.
-      vae: another autoencoder's folder or hub id, such as "madebyollin/sdxl-vae-fp16-fix"; "" is
-        the checkpoint's own.
+      path: the checkpoint's folder in the diffusers layout, a .safetensors file in the original
+        layout, either's address in a bucket like gs://bucket/folder, its id on the Hugging Face
+        hub, or "emoji" for the embedded pipeline.
+      vae: another autoencoder's folder, its address in a bucket, or hub id, such as
+        "madebyollin/sdxl-vae-fp16-fix"; "" is the checkpoint's own.
       configs: what such a file is, `single_file.config_folder`; "" takes what it looks like.
 
     Raises:
@@ -118,12 +119,14 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
     """The place of a checkpoint: a diffusers directory or a .safetensors file.
 
     Args:
-      path: either of them, a hub id, or "emoji", the embedded one. A hub id is one only where there
-        is no such folder; it is fetched if need be (`models.hub`).
+      path: either of them, the address of one in a bucket like gs://bucket/folder, a hub id, or
+        "emoji", the embedded one. A hub id is one only where there is no such folder. What is
+        elsewhere is fetched if need be (`models.bucket`, `models.hub`).
 
     Raises:
       MissingFileError: there is no such folder, file or model, or no model_index.json in it.
-      UserError: the model on the hub cannot be read, or the file is no whole safetensors file.
+      UserError: the model on the hub or in the bucket cannot be read, or the file is no whole
+        safetensors file.
     """
     if str(path) == "emoji":
         folder = pathlib.Path(
@@ -137,6 +140,8 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
             )
         return folder
     folder = pathlib.Path(path)
+    if "://" in str(path) and folder.suffix not in PICKLES:
+        folder = bucket.fetch_checkpoint(str(path), check_index)
     if folder.is_file() or folder.suffix in (".safetensors", *PICKLES):
         with opened(folder):
             return folder
@@ -159,6 +164,8 @@ def resolve_vae(path: str | pathlib.Path) -> pathlib.Path:
       UserError: the model on the hub cannot be read.
     """
     folder = pathlib.Path(path)
+    if "://" in str(path):
+        return bucket.fetch_checkpoint(str(path), read_json, index_name="config.json")
     if not folder.exists() and hub.ID.fullmatch(str(path)):
         return hub.download(str(path), read_json, index_name="config.json")
     for place in (folder, folder / "vae"):

@@ -81,7 +81,7 @@ def download(
     if index_name == INDEX:
         wanted = files_to_fetch(names, repo)
     else:
-        wanted = [index_name, *_network_files(names, repo)]
+        wanted = [index_name, *network_files(names, repo)]
     try:
         huggingface_hub.snapshot_download(repo, revision=folder.name, allow_patterns=wanted)
     except Exception as error:
@@ -98,12 +98,16 @@ def files_to_fetch(names: Iterable[str], repo: str = "") -> list[str]:
     names = sorted(names)
     chosen = [name for name in names if _SMALL.fullmatch(name)]
     for network in _NETWORKS:
-        chosen += _network_files(names, f"{repo}/{network}", f"{network}/")
+        chosen += network_files(names, f"{repo}/{network}", f"{network}/")
     return chosen
 
 
-def _network_files(names: Sequence[str], where: str, folder: str = "") -> list[str]:
-    """The weights among the files of one network, which are all in one folder."""
+def network_files(names: Sequence[str], where: str, folder: str = "") -> list[str]:
+    """The weights among the files of one network, which are all in one folder.
+
+    Raises:
+      UserError: they are there as pickles only.
+    """
     inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
     inside = [name for name in inside if "/" not in name]
     weights = choose_weights(inside)

@@ -18,6 +18,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.autoencoder import to_pixels
 from safetydpo_jax.models.conditioning import Conditioning
 
+PROMPTS_AT_ONCE = 64
 _PIXELS_AT_ONCE = 2 * 1024 * 1024
 # Folders of a checkpoint, each encoder with its tokenizer; SDXL has both, others the first.
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -145,7 +146,9 @@ class Pipeline:
         return sharding.spread(encode, self.mesh, False, True)
 
     @functools.cached_property
-    def _encode_pixels(self) -> Callable[..., Any]:
+    def encode(self) -> Callable[..., tuple[Array, Array]]:
+        """Compiled `(vae_params, uint8 (n, h, w, 3)) -> (mean, logvar)`; see `encode_images`."""
+
         def encode(params: Any, pictures: Array) -> tuple[Array, Array]:
             pixels = to_pixels(pictures)
             mean, logvar = self.vae.apply({"params": params}, pixels, method="encode")
@@ -155,7 +158,9 @@ class Pipeline:
         return sharding.spread(encode, self.mesh, False, True)
 
     @functools.cached_property
-    def _decode_latents(self) -> Callable[..., Any]:
+    def decode(self) -> Callable[..., Array]:
+        """Compiled `(vae_params, (n, h, w, c)) -> uint8 pictures`; see `decode_latents`."""
+
         def decode(params: Any, latents: Array) -> Array:
             latents = latents / self.vae.config.scaling_factor
             pixels: Any = self.vae.apply({"params": params}, latents, method="decode")
@@ -168,7 +173,7 @@ class Pipeline:
         prompts: Sequence[str],
         *,
         size: tuple[int, int] | None = None,
-        batch_size: int = 64,
+        batch_size: int = PROMPTS_AT_ONCE,
     ) -> Conditioning:
         """What prompts tell the UNet, in NumPy; they are padded or cut to the tokenizer's length.
 
@@ -208,8 +213,8 @@ class Pipeline:
         self, pictures: UInt8[np.ndarray, "n h w 3"], *, batch_size: int | None = None
     ) -> tuple[Float[np.ndarray, "n h2 w2 c"], Float[np.ndarray, "n h2 w2 c"]]:
         """Mean and log-variance of the pictures' latents, scaled by `scaling_factor`."""
-        batch_size = batch_size or _at_once(pictures.shape[1] * pictures.shape[2])
-        encode = functools.partial(self._encode_pixels, self.vae_params)
+        batch_size = batch_size or pictures_at_once(pictures.shape[1] * pictures.shape[2])
+        encode = functools.partial(self.encode, self.vae_params)
         return self._in_batches(encode, pictures, batch_size)
 
     def decode_latents(
@@ -217,8 +222,8 @@ class Pipeline:
     ) -> UInt8[np.ndarray, "n h2 w2 3"]:
         """Pictures of scaled latents."""
         pixels = latents.shape[1] * latents.shape[2] * self.vae.config.downscale**2
-        batch_size = batch_size or _at_once(pixels)
-        decode = functools.partial(self._decode_latents, self.vae_params)
+        batch_size = batch_size or pictures_at_once(pixels)
+        decode = functools.partial(self.decode, self.vae_params)
         return self._in_batches(decode, np.asarray(latents), batch_size)
 
     def _in_batches(self, fn: Callable[..., Any], inputs: Any, batch_size: int) -> Any:
@@ -246,6 +251,6 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     return np.asarray(tokens["input_ids"], np.int32)
 
 
-def _at_once(pixels: int) -> int:
+def pictures_at_once(pixels: int) -> int:
     """Pictures in one pass of the autoencoder: at 1024 px one takes gigabytes, in float32."""
     return max(1, min(32, _PIXELS_AT_ONCE // pixels))

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 
 from safetydpo_jax import storage
-from safetydpo_jax.data.remote import cache_home
 from safetydpo_jax.plan.chips import Chip
 from safetydpo_jax.plan.collectives import share
 from safetydpo_jax.plan.cost import cost_of
+from safetydpo_jax.remote import cache_home
 
 # What the compiler says of too large a program, in either of its wordings.
 _USED = re.compile(r"(?:Used |required for HLO \w+ \()([\d.]+)([KMGT])\b")

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from safetydpo_jax import lora, sharding
 from safetydpo_jax.models.checkpoint import open_checkpoint
+from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.models.pipeline import Pipeline
 from safetydpo_jax.models.target import compiling_for
 from safetydpo_jax.train.flops import step_flops
@@ -26,12 +27,13 @@ class Planned:
       mesh: the config's, over the slice's devices.
 
     Attributes:
+      config, mesh: as given.
       latents: (h, w, c) of a row.
       pipeline: with shapes in the place of parameters, in the types that training has them in.
     """
 
     def __init__(self, config: ConfigDict, model: str, mesh: Mesh):
-        self.config, self._mesh = config, mesh
+        self.config, self.mesh = config, mesh
         self._whole, self._split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
         found = open_checkpoint(model, configs=config.model_config)
         networks, types = found.in_type(jnp.dtype(config.dtype))
@@ -61,13 +63,13 @@ class Planned:
           UserError: a rule of `config.mesh` or a LoRA that does not fit the model.
         """
         config, pipeline = self.config, self.pipeline
-        shardings = sharding.param_shardings(self._mesh, pipeline.unet_params, config.mesh.rules)
-        params = jax.tree.map(_laid_out, pipeline.unet_params, shardings)
+        shardings = sharding.param_shardings(self.mesh, pipeline.unet_params, config.mesh.rules)
+        params = jax.tree.map(laid_out, pipeline.unet_params, shardings)
 
         def first_state() -> TrainState:
             return TrainState.create(self._first_adapters(), make_optimizer(config))
 
-        state = jax.tree.map(lambda x: _laid_out(x, self._whole), jax.eval_shape(first_state))
+        state = jax.tree.map(lambda x: laid_out(x, self._whole), jax.eval_shape(first_state))
         return state, params, self._batch(), self._conditioning(None, self._whole)
 
     def step(self) -> Any:
@@ -78,9 +80,15 @@ class Planned:
         """
         config, pipeline = self.config, self.pipeline
         arguments = self.arguments()
-        step = make_train_step(pipeline.unet, pipeline.schedule, config, self._mesh)
-        with jax.set_mesh(self._mesh), jax.default_matmul_precision(config.matmul_precision):
-            return _lowered(step, *arguments)
+        step = make_train_step(pipeline.unet, pipeline.schedule, config, self.mesh)
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision(config.matmul_precision):
+            return lowered(step, *arguments)
+
+    def told(self) -> Conditioning:
+        """The shapes of what one prompt tells the UNet, (1, ...), in the text encoders' types."""
+        pipeline = self.pipeline
+        inputs = token_shapes(pipeline, 1)
+        return jax.eval_shape(pipeline.encode_tokens, pipeline.text_params, inputs)
 
     def _first_adapters(self) -> lora.Adapters:
         """As `expert.Expert.first_adapters` has them, for their shapes."""
@@ -112,7 +120,7 @@ class Planned:
         if preserved:
             told = self._conditioning(preserved, self._split)
             harm = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), told)
-            harm = jax.tree.map(lambda x: _laid_out(x, self._split), harm)
+            harm = jax.tree.map(lambda x: laid_out(x, self._split), harm)
             batch["preserve"] = (
                 moments(preserved) | numbers(preserved) | {"conditioning": told, "harm": harm}
             )
@@ -132,17 +140,10 @@ class Planned:
 
     def _conditioning(self, rows: int | None, layout: NamedSharding) -> Any:
         """What so many prompts tell the UNet, as the cache holds it; None: one, without an axis."""
-        pipeline, dtype = self.pipeline, jnp.dtype(self.config.cache.dtype)
-        encoders = [pipeline.networks[name] for name in pipeline.text_params]
-        ids = [
-            jax.ShapeDtypeStruct((1, encoder.config.max_position_embeddings), np.int32)
-            for encoder in encoders
-        ]
-        sizes = jax.ShapeDtypeStruct((1, 6), np.float32)
-        one = jax.eval_shape(pipeline.encode_tokens, pipeline.text_params, (ids, sizes))
-        lead = () if rows is None else (rows,)
+        lead, dtype = () if rows is None else (rows,), jnp.dtype(self.config.cache.dtype)
         told = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), dtype, sharding=layout), one
+            lambda x: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), dtype, sharding=layout),
+            self.told(),
         )
         if told.time_ids is not None:  # pixels, whatever the cache's type
             sizes = jax.ShapeDtypeStruct((*lead, 6), np.float32, sharding=layout)
@@ -150,10 +151,22 @@ class Planned:
         return told
 
 
-def _laid_out(x: Any, layout: NamedSharding) -> Any:
+def token_shapes(pipeline: Pipeline, rows: int) -> tuple[list[Any], Any]:
+    """Of the inputs of `Pipeline.encode_tokens`: ids of each text encoder, sizes in pixels."""
+    encoders = [pipeline.networks[name] for name in pipeline.text_params]
+    ids = [
+        jax.ShapeDtypeStruct((rows, encoder.config.max_position_embeddings), np.int32)
+        for encoder in encoders
+    ]
+    return ids, jax.ShapeDtypeStruct((rows, 6), np.float32)
+
+
+def laid_out(x: Any, layout: NamedSharding) -> Any:
+    """A shape with a layout."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
 
 
-def _lowered(fn: Any, *arguments: Any) -> Any:
+def lowered(fn: Any, *arguments: Any) -> Any:
+    """A jitted function's program for TPUs, of arguments that are shapes laid out on them."""
     with compiling_for("tpu"):
         return fn.trace(*arguments).lower(lowering_platforms=("tpu",))

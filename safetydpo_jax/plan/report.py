@@ -1,12 +1,13 @@
 """A plan to read: what was compiled, what is estimated from it, and what is assumed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from safetydpo_jax.evaluate.pictures import font
+from safetydpo_jax.plan.passes import PASSES
 
 GIB = 2**30
 COLORS = {
@@ -66,13 +67,35 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         f"the run         {plan['steps']} steps in {plan['hours']:.2f} h (estimated); "
         f"${plan['dollars']:.2f} at ${plan['price']:.2f} for an hour of a chip (assumed)",
     ]
-    for kernel, n in plan["unknown_kernels"].items():
-        said.append(f"{n} calls of the kernel {kernel} are not counted: the step is longer")
+    said += _said_of_passes(plan)
+    programs = {"the step": plan, **plan.get("passes", {}).get("programs", {})}
+    for name, program in programs.items():
+        for kernel, n in program.get("unknown_kernels", {}).items():
+            said.append(f"{n} calls of the kernel {kernel} are not counted: {name} takes longer")
     if plan["branches"]:
         said.append(f"of {plan['branches']} choices made at run time the longest way is counted")
     if plan["loops_of_unknown_length"]:
         said.append(f"{plan['loops_of_unknown_length']} loops are counted as if they turned once")
     return said
+
+
+def _said_of_passes(plan: Mapping[str, Any]) -> Iterator[str]:
+    """What comes before the steps, a line each."""
+    if (passes := plan.get("passes")) is None:
+        return
+    for name, parts in PASSES.items():
+        if not passes[name]["fits"]:
+            yield f"{name:16}does NOT fit; to make it fit: {'; '.join(passes[name]['remedies'])}"
+            continue
+        rate = passes[name]["pictures_per_second"]
+        programs = [passes["programs"][part] for part in parts]
+        size = max(
+            program["bytes_per_chip"]["all"] + program["bytes_beside"] for program in programs
+        )
+        yield (
+            f"{name:16}{rate:.2f} pictures a second and chip, {rate * plan['chips']:.0f} in all "
+            f"(estimated); {size / GIB:.2f} GiB a chip (compiled)"
+        )
 
 
 def draw(plan: Mapping[str, Any], path: Path) -> None:

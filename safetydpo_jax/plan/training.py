@@ -1,4 +1,4 @@
-"""The plan of a training run."""
+"""The plan of a training run: its step, and what comes before."""
 
 import importlib.resources
 import math
@@ -12,6 +12,7 @@ from safetydpo_jax import sharding
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.plan.chips import slice_of
 from safetydpo_jax.plan.estimate import compiled_for, estimate
+from safetydpo_jax.plan.passes import of_passes
 from safetydpo_jax.plan.programs import Planned
 from safetydpo_jax.train.settings import resolve
 
@@ -28,20 +29,23 @@ def of_training(
     config: ConfigDict,
     topology: str,
     price: float = 0.0,
+    passes: bool = True,
     progress: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> dict[str, Any]:
-    """Compiles a config's training step for a slice of TPUs.
+    """Compiles a config's training step, and what comes before, for a slice of TPUs.
 
     Args:
       config: as `configs/common.py` makes it.
       topology: the slice, as `chips.slice_of` takes it.
       price: dollars for an hour of one chip.
+      passes: plan what comes before the steps, too.
       progress: takes lines of text.
 
     Returns:
       Of `estimate.estimate`, with `config`, `topology`, `chip`, `chips`, `pairs`, `steps`, what of
       the batch was `changed` for it to divide over the chips, and either `hours`, `price` and
-      `dollars`, or what to change if it does not fit, `remedies`.
+      `dollars`, with the `passes` of `passes.of_passes`, or what to change if it does not fit,
+      `remedies`.
 
     Raises:
       UserError: no such slice, no compiler, or a config that cannot be.
@@ -72,7 +76,8 @@ def of_training(
     if not plan["fits"]:
         return plan | {"remedies": _remedies(config, len(devices), shards)}
     hours = config.steps * plan["estimated_step_seconds"] / 3600
-    return plan | {"hours": hours, "price": price, "dollars": hours * len(devices) * price}
+    plan |= {"hours": hours, "price": price, "dollars": hours * len(devices) * price}
+    return plan | ({"passes": of_passes(planned, topology, chip, progress)} if passes else {})
 
 
 def _fit_batch(config: ConfigDict, shards: int) -> str:
@@ -114,7 +119,7 @@ def _checkpoint(config: ConfigDict) -> str:
         return config.model
     if config.model not in _SHIPPED:
         raise UserError(
-            f"config.model is {config.model}: there is no such folder or file; a plan fetches "
+            f"config.model is {config.model}: there is no such folder or file here; a plan fetches "
             "nothing: give a local checkpoint, or leave it out for the base's own shapes"
         )
     root = importlib.resources.files("safetydpo_jax") / "models" / "published"

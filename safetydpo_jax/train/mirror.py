@@ -13,16 +13,15 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from safetydpo_jax import storage
-from safetydpo_jax.data.remote import blocks, cache_home, explained
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.pace import Pace
+from safetydpo_jax.remote import blocks, cache_home, download, explained, told
 
 LIST = "mirror.json"
 _KNOWN = ".mirror.json"  # on this host: what the mirror's list was when they were last the same
@@ -80,11 +79,12 @@ class Workdir:
                 if not (file := self.folder / name).is_file()
                 or (not same and storage.hash_file(file) != entry["sha256"])
             }
-            for name, copied in self._told(missing, f"{self.address}: fetching"):
+            for name, copied in told(missing, f"{self.address}: fetching", self._progress):
                 if name not in files:
                     continue
                 try:
-                    sha256 = self._download(name, copied)
+                    there = epath.Path(self.address) / name
+                    sha256 = download(there, self.folder / name, copied)
                 except MissingFileError:
                     if _is_of_checkpoint(name):
                         raise
@@ -148,7 +148,7 @@ class Workdir:
             files = {k: entry for k, entry in files.items() if k not in replaced}
             known = self._list(files)
             self._remember(known)
-        for name, copied in self._told(changed, f"{self.address}: copying"):
+        for name, copied in told(changed, f"{self.address}: copying", self._progress):
             files[name] = self._upload(name, copied)
         if self._listed().get("id") != known.get("id"):
             return False
@@ -238,38 +238,6 @@ class Workdir:
         if arrived != size:
             raise UserError(f"{there} has {arrived} bytes of {size}: it did not arrive whole")
         return {"bytes": size, "sha256": found.hexdigest(), "changed": changed}
-
-    def _download(self, name: str, copied: Callable[[int], None]) -> str:
-        """Copies a file here; returns its SHA-256."""
-        file, found = self.folder / name, hashlib.sha256()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with storage.new_file(file) as here:
-            for block in blocks(epath.Path(self.address) / name):
-                found.update(block)
-                here.write(block)
-                copied(len(block))
-        return found.hexdigest()
-
-    def _told(
-        self, sizes: Mapping[str, int], what: str
-    ) -> Iterator[tuple[str, Callable[[int], None]]]:
-        """Each name with what is to be called with the bytes copied; says how it goes."""
-        total, done = sum(sizes.values()), 0
-        pace = Pace(total)
-
-        def copied(count: int) -> None:
-            nonlocal done
-            done += count
-            if total > done and pace.due(done):
-                self._progress(
-                    f"{what} {done / 1e6:.0f} of {total / 1e6:.0f} MB, "
-                    f"{pace.rate(done) / 1e6:.0f} MB/s, {pace.left(done):.0f} s left"
-                )
-
-        for name in sizes:
-            yield name, copied
-        if sizes:
-            self._progress(f"{what} {len(sizes)} files, {total / 1e6:.1f} MB: done")
 
 
 def _parts(name: str) -> set[str]:

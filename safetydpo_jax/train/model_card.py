@@ -105,13 +105,14 @@ def write_model_card(
 
 
 def base_name(config: ConfigDict) -> str:
-    """The base as it may be told to others: of a folder on this machine the last part."""
+    """The base as it may be told to others: of a folder or an address the last part."""
     return config.model if _is_on_the_hub(config) else pathlib.Path(config.model).name
 
 
 def _is_on_the_hub(config: ConfigDict) -> bool:
     place = pathlib.Path(config.model)
-    return config.model != "emoji" and not place.is_absolute() and not place.exists()
+    elsewhere = place.is_absolute() or place.exists() or "://" in config.model
+    return config.model != "emoji" and not elsewhere
 
 
 def _usage(config: ConfigDict, files: Sequence[str]) -> str:

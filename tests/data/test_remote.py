@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from safetydpo_jax import remote as fetching
 from safetydpo_jax.data import Cache, PairSet, make_cache, open_pairs
-from safetydpo_jax.data import remote as fetching
 from safetydpo_jax.data.pairs import JoinedPairs
 from safetydpo_jax.errors import MissingFileError, UserError
 
@@ -33,7 +33,7 @@ def test_a_pair_set(bucket, write, tmp_path, capsys):
         pairs = PairSet(str(bucket / "pairs"))
     said = capsys.readouterr().out
     assert said.count("fetching") == 1
-    assert said.splitlines()[-1].endswith("MB/s, 0 s left")
+    assert said.splitlines()[-1].endswith("fetching 5 files, 0.4 MB: done")
 
 
 def test_several_read_as_one(bucket, write, tmp_path):

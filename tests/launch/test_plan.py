@@ -47,6 +47,18 @@ PLAN = {
     "hours": 0.5,
     "price": 1.2,
     "dollars": 2.4,
+    "passes": {
+        "programs": {
+            name: {
+                "bytes_per_chip": {"all": 2**29},
+                "bytes_beside": 2**28,
+                "unknown_kernels": {"ring": 1} if name == "sampler" else {},
+            }
+            for name in ("text encoder", "sampler", "decoder", "encoder")
+        },
+        "drawing": {"fits": True, "pictures_per_second": 2.5},
+        "cache": {"fits": False, "remedies": ["--config.dtype=bfloat16"]},
+    },
 }
 
 
@@ -55,8 +67,8 @@ def launch(monkeypatch):
     """Runs the script on a plan that is known, and gives back what it asked for."""
     asked = []
 
-    def of_training(config, topology, price):
-        asked.append((config.batch_size, topology, price))
+    def of_training(config, topology, price, passes):
+        asked.append((config.batch_size, topology, price, passes))
         return PLAN
 
     monkeypatch.setattr(plan, "of_training", of_training)
@@ -73,7 +85,7 @@ def launch(monkeypatch):
 def test_what_is_said_and_written(launch, tmp_path, capsys):
     files = [f"--json={tmp_path / 'plan.json'}", "--picture", str(tmp_path / "plan.png")]
     asked = launch("--topology", "v5e:2x2", "--config.batch_size=16", *files)
-    assert asked == [(16, "v5e:2x2", 1.2)]
+    assert asked == [(16, "v5e:2x2", 1.2, True)]
     said = capsys.readouterr().out
     for words in (
         "with --config.batch_size=32",
@@ -82,7 +94,10 @@ def test_what_is_said_and_written(launch, tmp_path, capsys):
         "convolution        75 %",
         "$2.40 at $1.20 for an hour of a chip (assumed)",
         "all-reduce         2 of 3.0 MB a step, among 4 chips (compiled)",
-        "3 calls of the kernel paged_attention are not counted: the step is longer",
+        "3 calls of the kernel paged_attention are not counted: the step takes longer",
+        "1 calls of the kernel ring are not counted: sampler takes longer",
+        "drawing         2.50 pictures a second and chip, 10 in all (estimated); 0.75 GiB a chip",
+        "cache           does NOT fit; to make it fit: --config.dtype=bfloat16",
         "of 2 choices made at run time the longest way is counted",
         "1 loops are counted as if they turned once",
     ):
@@ -93,6 +108,10 @@ def test_what_is_said_and_written(launch, tmp_path, capsys):
 
 def test_a_price_of_ones_own(launch):
     assert launch("--topology=v6e:16x16", "--price=0.5")[0][2] == 0.5
+
+
+def test_the_step_alone(launch):
+    assert launch("--topology=v6e:16x16", "--step-only")[0][3] is False
 
 
 def test_every_chip_has_a_price():

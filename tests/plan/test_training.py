@@ -39,7 +39,7 @@ def cached(tmp_path, monkeypatch):
 @compiler
 def test_a_small_step_on_four_chips(config, cached, tmp_path):
     said = []
-    found = plan.of_training(config, "v5e:2x2", 1.2, said.append)
+    found = plan.of_training(config, "v5e:2x2", 1.2, False, said.append)
     assert found["fits"]
     assert (found["chips"], found["pairs"]) == (4, 8 * 4)
     assert found["bytes_per_chip"]["all"] < 2**28
@@ -59,7 +59,7 @@ def test_a_small_step_on_four_chips(config, cached, tmp_path):
         assert picture.size == (900, 190)
 
     said.clear()
-    assert plan.of_training(config, "v5e:2x2", 1.2, said.append) == found
+    assert plan.of_training(config, "v5e:2x2", 1.2, False, said.append) == found
     assert "compiled before" in said[1]
 
 
@@ -71,7 +71,7 @@ def test_a_small_step_on_four_chips(config, cached, tmp_path):
 def test_a_small_step_whose_weights_are_split(config, cached, fsdp, tensor, kinds):
     config.mesh.fsdp, config.mesh.tensor = fsdp, tensor
     config.accumulation = 2
-    found = plan.of_training(config, "v5e:2x2")
+    found = plan.of_training(config, "v5e:2x2", passes=False)
     inner = [x for x in found["collectives"] if x["chips"] == 2 and not x["over_data"]]
     assert kinds <= {x["kind"] for x in found["collectives"]}
     assert any(x["count"] % 2 == 0 for x in inner)  # of each of the two turns
@@ -86,7 +86,7 @@ def test_a_small_step_of_sdxl_with_known_reference(tmp_path, cached):
     config.model = str(write_tiny_pipeline(tmp_path / "sdxl", "sdxl"))
     config.recipe, config.batch_size, config.preserve_batch_size = "anchored", 4, 4
     config.reference.draws = 2
-    assert plan.of_training(config, "v5e:2x2")["fits"]
+    assert plan.of_training(config, "v5e:2x2", passes=False)["fits"]
 
 
 COPY = """\

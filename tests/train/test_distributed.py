@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from safetydpo_jax import processes
-from safetydpo_jax.data.remote import CACHE_DIR
+from safetydpo_jax.remote import CACHE_DIR
 from safetydpo_jax.train.mirror import Workdir
 from tests.train.test_kill import EXPORT, STEPS, command, lines
 

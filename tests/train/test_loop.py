@@ -14,10 +14,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from safetydpo_jax import lora
-from safetydpo_jax.data.remote import CACHE_DIR
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.evaluate import detect, exam
 from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.remote import CACHE_DIR
 from safetydpo_jax.train import base, loop
 from safetydpo_jax.train import health as health_module
 from safetydpo_jax.train.guard import Guard

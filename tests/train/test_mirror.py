@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from safetydpo_jax.data.remote import CACHE_DIR
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.remote import CACHE_DIR
 from safetydpo_jax.train import mirror
 from safetydpo_jax.train.mirror import LIST, Workdir
 

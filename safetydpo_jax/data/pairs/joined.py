@@ -8,8 +8,8 @@ from typing import Any
 from safetydpo_jax import storage
 from safetydpo_jax.data.inputs.pair import ALL
 from safetydpo_jax.data.pairs.pair_set import PairSet, Picture
-from safetydpo_jax.data.remote import open_folder
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.remote import open_folder
 
 
 class JoinedPairs:

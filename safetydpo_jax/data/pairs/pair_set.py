@@ -27,8 +27,8 @@ from PIL import Image
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.pairs.builder import SafetyPairs
-from safetydpo_jax.data.remote import fetched, open_folder
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.remote import fetched, open_folder
 
 FORMAT = 1
 SPLITS = ("unsafe", "safe", "preserve")

@@ -1,13 +1,13 @@
-"""Pair sets and caches in a bucket: fetched once to this host's disk, and read there.
+"""What lies in a bucket: fetched once to this host's disk, and read there.
 
-ArrayRecord is read from local files. What its card lists is fetched when the first record is
-asked for; who wants the card alone, as a run with a cache does of its pairs, fetches no more.
+Pair sets and caches are what their card lists, fetched when the first record is asked for; who
+wants the card alone, as a run with a cache does of its pairs, fetches no more.
 """
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -74,40 +74,77 @@ def fetched(folder: Any, remedy: str) -> Path:
 
 def _fetch(folder: Any, copy: Path, files: dict[str, tuple[int, str]], remedy: str) -> None:
     """Brings the files that are not there yet."""
-    say = lambda line: print(f"{folder}: {line}", flush=True)  # noqa: E731
     missing = {}
     for name, (size, sha256) in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{folder}: {storage.CARD} lists a file outside its folder: {remedy}")
         file = copy / name
         if not file.is_file() or file.stat().st_size != size or storage.hash_file(file) != sha256:
-            missing[name] = size, sha256
-    total, done = sum(size for size, _ in missing.values()), 0
-    say(f"fetching {len(missing)} files, {total / 1e6:.1f} MB, to {copy}")
-    pace = Pace(total)
-    for name, (_, sha256) in missing.items():
-        found = hashlib.sha256()
-        with storage.explained_writes(copy):
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        with storage.new_file(copy / name) as file:
-            for block in blocks(folder / name):
-                found.update(block)
-                with storage.explained_writes(copy / name):
-                    file.write(block)
-                done += len(block)
-                if pace.due(done):
-                    say(
-                        f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {pace.rate(done) / 1e6:.0f} "
-                        f"MB/s, {pace.left(done):.0f} s left"
-                    )
-            if found.hexdigest() != sha256:
-                raise UserError(
-                    f"{folder / name} is damaged: it is not the file that {storage.CARD} lists; "
-                    f"{remedy}"
-                )
+            missing[name] = size
+    for name, copied in told(missing, f"{folder}: fetching", _say):
+        if download(folder / name, copy / name, copied) != files[name][1]:
+            (copy / name).unlink()
+            raise UserError(
+                f"{folder / name} is damaged: it is not the file that {storage.CARD} lists; "
+                f"{remedy}"
+            )
     for file in copy.rglob("*"):  # of an older set at the same address
         if file.is_file() and file.relative_to(copy).as_posix() not in files:
             file.unlink()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def told(
+    sizes: Mapping[str, int], what: str, progress: Callable[[str], None]
+) -> Iterator[tuple[str, Callable[[int], None]]]:
+    """Each name with what is to be called with the bytes copied of it; says how it goes.
+
+    Args:
+      sizes: of the files, in bytes, by name.
+      what: is done with them; begins each line.
+      progress: takes lines of text.
+    """
+    total, done = sum(sizes.values()), 0
+    pace = Pace(total)
+
+    def copied(count: int) -> None:
+        nonlocal done
+        done += count
+        if total > done and pace.due(done):
+            progress(
+                f"{what} {done / 1e6:.0f} of {total / 1e6:.0f} MB, "
+                f"{pace.rate(done) / 1e6:.0f} MB/s, {pace.left(done):.0f} s left"
+            )
+
+    for name in sizes:
+        yield name, copied
+    if sizes:
+        progress(f"{what} {len(sizes)} files, {total / 1e6:.1f} MB: done")
+
+
+def download(there: Any, here: Path, copied: Callable[[int], None]) -> str:
+    """Copies a file to this host, whole or not at all; returns its SHA-256.
+
+    Args:
+      there: from `open_folder`, or of it.
+      here: its place; folders are made.
+      copied: is called with the bytes of each part.
+
+    Raises:
+      UserError: it cannot be read, or the disk is full.
+    """
+    found = hashlib.sha256()
+    with storage.explained_writes(here):
+        here.parent.mkdir(parents=True, exist_ok=True)
+        with storage.new_file(here) as file:
+            for block in blocks(there):
+                found.update(block)
+                file.write(block)
+                copied(len(block))
+    return found.hexdigest()
 
 
 def blocks(file: Any) -> Iterator[bytes]:
