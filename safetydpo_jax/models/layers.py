@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from safetydpo_jax.models import columns, mixed, winograd
+from safetydpo_jax.models import adapter_products, columns, mixed, winograd
 from safetydpo_jax.models.norms import GroupNorm
+from safetydpo_jax.models.target import target
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -36,37 +37,59 @@ class Dense(nn.Module):
     The adapter lives in a collection of its own, "lora", with leaves `a` (in, rank) and `b` (rank,
     features); without the collection the very same call is the frozen reference layer. `W + AB` is
     never formed: it would cost a full weight gradient and round the adapter away in bfloat16.
+
+    With `parts` above 1 the result is a tuple of so many, side by side in the layer's features.
     """
 
     features: int
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
+    parts: int = 1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __call__(self, x: Float[Array, "*batch in"]) -> Any:
         kernel = self.param(
             "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32
         )
-        x = x.astype(self.dtype)
-        # As one plain product: XLA's gradient of a batched one is four times slower on a CPU.
-        rows = x.reshape(-1, x.shape[-1])
-        if mixed.wanted():
-            y = mixed.matmul(rows, kernel).astype(self.dtype)
-        else:
-            y = rows @ kernel.astype(self.dtype)
+        bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-            y = y + bias.astype(self.dtype)
+        x, batch, on_tpu = x.astype(self.dtype), x.shape[:-1], target() == "tpu"
+        # As one plain product: XLA's gradient of a batched one is four times slower on a CPU. A
+        # TPU's layouts, in which tokens lie along the lanes, would have to be turned round for it.
+        rows = x if on_tpu else x.reshape(-1, x.shape[-1])
+        h = b = None
+        narrow = on_tpu and self.dtype == jnp.bfloat16
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             # Adapters are applied in their own precision: a small delta must survive bfloat16.
-            rows, a, b = together(rows, a, b)
-            h = rows.astype(a.dtype) @ a
+            adapted, a, b = together(rows, a, b)
+            h = adapter_products.down(adapted, a) if narrow else adapted.astype(a.dtype) @ a
             if self.has_variable("lora", "gate"):
                 gate = self.get_variable("lora", "gate")
                 h = (h.reshape(len(gate), -1, h.shape[-1]) * gate[:, None]).reshape(h.shape)
-            y = y + (h @ b).astype(self.dtype)
-        return y.reshape(*x.shape[:-1], self.features)
+
+        def product(kernel: Array, bias: Array | None, b: Array | None) -> Array:
+            if mixed.wanted():
+                y = mixed.matmul(rows, kernel).astype(self.dtype)
+            else:
+                y = rows @ kernel.astype(self.dtype)
+            if bias is not None:
+                y = y + bias.astype(self.dtype)
+            if b is not None:
+                y = y + (adapter_products.up(h, b) if narrow else (h @ b).astype(self.dtype))
+            return y.reshape(*batch, -1)
+
+        if self.parts == 1:
+            return product(kernel, bias, b)
+        if not on_tpu:
+            return tuple(jnp.split(product(kernel, bias, b), self.parts, -1))
+        # Each by itself: to take a result apart is a copy there, as is joining its gradient.
+        columns = [
+            [None] * self.parts if w is None else jnp.split(w, self.parts, -1)
+            for w in (kernel, bias, b)
+        ]
+        return tuple(product(*part) for part in zip(*columns, strict=True))
 
 
 class Conv(nn.Module):

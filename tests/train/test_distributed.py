@@ -1,12 +1,9 @@
 """launch/train.py as a job of several processes over loopback, one of which may be killed."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import time
 
 import numpy as np
@@ -15,37 +12,10 @@ import pytest
 from safetydpo_jax import processes
 from safetydpo_jax.remote import CACHE_DIR
 from safetydpo_jax.train.mirror import Workdir
+from tests.train.job import Job
 from tests.train.test_kill import EXPORT, STEPS, command, lines
 
 pytestmark = pytest.mark.slow
-
-
-class Job:
-    """Its processes, `devices` in all."""
-
-    def __init__(self, count, arguments, devices=4, own=lambda i: [], env=lambda i: {}):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        flag = f"--xla_force_host_platform_device_count={devices // count}"
-        self.processes = [
-            subprocess.Popen(
-                [*arguments, "--distributed", *own(i)],
-                env=os.environ
-                | {"XLA_FLAGS": flag, "JAX_COORDINATOR_ADDRESS": address}
-                | {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
-                | env(i),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for i in range(count)
-        ]
-
-    def end(self, timeout=900):
-        """The exit codes, and what each said."""
-        said = [process.communicate(timeout=timeout)[0] for process in self.processes]
-        return [process.returncode for process in self.processes], said
 
 
 @pytest.fixture(scope="module")
