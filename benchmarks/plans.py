@@ -24,7 +24,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "plans"
 
 
 # Base -> pairs a chip, remat.
-BASES = {"sd15": (4, False), "sdxl": (1, True)}
+BASES = {"sd15": (4, False), "sdxl": (4, True)}
 SLICES = {
     "v5e_4": "v5e:2x2",
     "v5e_256": "v5e:16x16",
