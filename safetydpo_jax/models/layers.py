@@ -76,7 +76,7 @@ class Dense(nn.Module):
                 y = rows @ kernel.astype(self.dtype)
             if bias is not None:
                 y = y + bias.astype(self.dtype)
-            if b is not None:
+            if h is not None and b is not None:
                 y = y + (adapter_products.up(h, b) if narrow else (h @ b).astype(self.dtype))
             return y.reshape(*batch, -1)
 
