@@ -5,9 +5,9 @@
 
 Runs launch/train.py on the embedded model, in float32. Curves: 50 steps on other meshes, turns and
 processes than one device; how far the first gradient is from its, and the losses of steps 1 to 20.
-Kills: jobs of 2 and of 4 processes, one of which gets SIGKILL at a random moment, are taken up by 2
-or 4 processes, and by one; whether the LoRA is that of a job that nothing befell, bit for bit, or
-how far from it. Writes benchmarks/results/meshes.json; a row that is there is not run again.
+Kills: jobs of 2 and of 4 processes, one of which gets SIGKILL at a random moment, are taken up by
+as many processes, and by one; whether the LoRA is that of a job that nothing befell, bit for bit,
+or how far from it. Writes benchmarks/results/meshes.json; a row that is there is not run again.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         result = json.loads(RESULT.read_text())
     pairs = args.runs / "alone" / "pairs"  # the first run draws them
     for name, (processes, devices, changes) in CURVES.items():
-        if name not in result["curves"] or not pairs.is_dir():
+        if name not in result["curves"] or (name == "alone" and not pairs.is_dir()):
             if name != "alone":
                 changes = {"pairs.path": pairs, **changes}
             every = {"checkpoint.every": 1, "checkpoint.keep": STEPS}
@@ -78,12 +78,13 @@ def main(argv: list[str] | None = None) -> None:
             result["curves"][name] = compare(args.runs / name, args.runs / "alone")
             keep(result)
             print(f"{name}: {result['curves'][name]}", flush=True)
-    pace = Pace(args.kills - len(result["kills"]))
-    for number in range(len(result["kills"]), args.kills):
+    before = len(result["kills"])
+    pace = Pace(args.kills - before)
+    for number in range(before, args.kills):
         result["kills"].append(kill(args.runs, number, pairs))
         keep(result)
-        done = number + 1
-        print(f"kill {done}: {result['kills'][-1]}, {pace.left(1):.0f} s a kill", flush=True)
+        left = pace.left(number + 1 - before)
+        print(f"kill {number + 1}: {result['kills'][-1]}; {left:.0f} s left", flush=True)
     print(f"written: {RESULT}")
     wrong = [name for name, row in result["curves"].items() if not curve_is_same(row)]
     wrong += [f"kill {i}" for i, row in enumerate(result["kills"]) if not kill_is_nothing(row)]

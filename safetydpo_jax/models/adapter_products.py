@@ -51,10 +51,11 @@ up.defvjp(_up_forward, _up_backward)
 
 def _parts(x: Array) -> tuple[Array, Array, Array]:
     """Three in bfloat16, the larger first, whose sum is x but for its last bit."""
-    high = x.astype(jnp.bfloat16)
-    rest = x - high.astype(jnp.float32)
-    middle = rest.astype(jnp.bfloat16)
-    return high, middle, (rest - middle.astype(jnp.float32)).astype(jnp.bfloat16)
+    # By what the compiler must keep: of a type's rounding, undone at once, it may think nothing.
+    high = jax.lax.reduce_precision(x, 8, 7)
+    middle = jax.lax.reduce_precision(x - high, 8, 7)
+    high, middle, low = (y.astype(jnp.bfloat16) for y in (high, middle, x - high - middle))
+    return high, middle, low
 
 
 def _beside(x: Array) -> Array:

@@ -20,7 +20,9 @@ from safetydpo_jax.models.tpu_attention import shared_mesh, splash, takes
 
 LONG = 1024  # tokens from which on a platform's kernel is asked; below it logits are small
 LOGITS = 2**24  # bytes of logits that the plain form has at a time on a CPU (in some copies)
-ROOMIER = 16  # times as many elsewhere, where a larger product is a faster one
+# Times as many elsewhere, where a larger product is a faster one; and a TPU copies what it takes in
+# turn.
+ROOMIER = {"gpu": 4, "tpu": 16}
 WIDEST = 2**25  # bytes of the feed-forward's widest array, where memory is to be spared
 
 Queries = Float[Array, "b t h d"]
@@ -126,7 +128,7 @@ def _most() -> int:
     """Bytes of logits at a time, on all devices that share the rows."""
     mesh = shared_mesh()
     devices = 1 if mesh is None else sharding.num_batch_shards(mesh)
-    return devices * (LOGITS if target() == "cpu" else ROOMIER * LOGITS)
+    return devices * LOGITS * ROOMIER.get(target(), 1)
 
 
 def _attend(

@@ -1,7 +1,7 @@
 """Checkpoints in a bucket, fetched to this host's disk as those on the hub are.
 
 They lie in `remote.cache_home()`, and are fetched again where the bucket's file has another size or
-another date than the one that was fetched.
+another date than the one that was fetched. (etils reads no dates of s3://: there the size decides.)
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from safetydpo_jax.models.hub import INDEX, files_to_fetch, network_files
 from safetydpo_jax.models.pipeline import TOKENIZERS
 from safetydpo_jax.remote import cache_home, download, explained, told
 
-_FETCHED = ".fetched.json"  # each file's size and date, as they were in the bucket
+_FETCHED = ".fetched.json"  # each file's size and date in the bucket, and whether it is all
 _FOLDERS = {"unet", "vae", *TOKENIZERS, *TOKENIZERS.values(), "scheduler"}
 
 
@@ -49,21 +49,26 @@ def fetch_checkpoint(
     place = copy / there.name if is_file else copy
     waiting = lambda: print(f"{there}: another process fetches it", flush=True)  # noqa: E731
     with storage.held(copy.with_suffix(".lock"), waiting):
-        before = _fetched(copy)
+        here, whole = _fetched(copy)
         try:
             names = [first] if is_file else _names(folder, index_name)
             files = {name: _size_and_date(folder / name) for name in names}
         except MissingFileError:
             raise
         except UserError as error:
-            if first not in before:
+            if not whole:
                 raise
             warnings.warn(f"{error}; using what was fetched before", stacklevel=2)
             return place
+        kept = {name: here[name] for name in here if here[name] == files.get(name)}
+        _remove_others(copy, kept)
+        if not whole or kept != files:
+            _remember(copy, kept, whole=False)  # of two versions no part may meet the other
         if not is_file:
-            _fetch(folder, copy, {first: files[first]}, before)
+            _fetch(folder, copy, {first: files[first]}, kept)
             check(copy / first)
-        _fetch(folder, copy, files, before)
+        _fetch(folder, copy, files, kept)
+        _remember(copy, kept, whole=True)
     return place
 
 
@@ -90,32 +95,40 @@ def _size_and_date(file: Any) -> list[int]:
     return [stat.length, stat.mtime]
 
 
-def _fetch(there: Any, copy: Path, files: dict[str, list[int]], before: dict[str, Any]) -> None:
-    """Brings the files that are not here as the bucket has them, and keeps `before` in step."""
-    missing = {
-        name: of_bucket[0]
-        for name, of_bucket in files.items()
-        if before.get(name) != of_bucket or not (copy / name).is_file()
-    }
+def _fetch(there: Any, copy: Path, files: dict[str, list[int]], kept: dict[str, Any]) -> None:
+    """Brings the files that are not here, and adds them to `kept`."""
+    missing = {name: size for name, (size, _) in files.items() if name not in kept}
     for name, copied in told(missing, f"{there}: fetching", lambda line: print(line, flush=True)):
-        before.pop(name, None)
-        _remember(copy, before)
         download(there / name, copy / name, copied)
         if (size := (copy / name).stat().st_size) != missing[name]:
             raise UserError(
                 f"{there / name}: {size} bytes arrived of {missing[name]}; the same command goes "
                 "on with what is missing"
             )
-        before[name] = files[name]
-        _remember(copy, before)
+        kept[name] = files[name]
+        _remember(copy, kept, whole=False)
 
 
-def _fetched(copy: Path) -> dict[str, Any]:
-    file = copy / _FETCHED
-    return json.loads(file.read_bytes()) if file.is_file() else {}
+def _remove_others(copy: Path, kept: dict[str, Any]) -> None:
+    """Removes what the bucket has no more, which a reader might prefer, and what is not whole."""
+    with storage.explained_writes(copy):
+        for file in copy.rglob("*"):
+            name = file.relative_to(copy).as_posix()
+            if file.is_file() and name not in kept and name != _FETCHED:
+                file.unlink()
 
 
-def _remember(copy: Path, files: dict[str, Any]) -> None:
+def _fetched(copy: Path) -> tuple[dict[str, Any], bool]:
+    """Which files are here, and whether they are all."""
+    if not (file := copy / _FETCHED).is_file():
+        return {}, False
+    found = json.loads(file.read_bytes())
+    here = {name: of for name, of in found["files"].items() if (copy / name).is_file()}
+    return here, found["whole"] and here == found["files"]
+
+
+def _remember(copy: Path, files: dict[str, Any], *, whole: bool) -> None:
     with storage.explained_writes(copy):
         copy.mkdir(parents=True, exist_ok=True)
-        storage.write_file(copy / _FETCHED, json.dumps(files).encode())
+        record = {"files": files, "whole": whole}
+        storage.write_file(copy / _FETCHED, json.dumps(record).encode())

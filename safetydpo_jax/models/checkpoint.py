@@ -157,24 +157,30 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def resolve_vae(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder of an autoencoder: one with config.json in it, a checkpoint's, or a hub id.
+    """The folder of an autoencoder.
+
+    Args:
+      path: one with config.json in it, a checkpoint's, either's address in a bucket, or a hub id.
 
     Raises:
       MissingFileError: there is none.
-      UserError: the model on the hub cannot be read.
+      UserError: the model on the hub or in the bucket cannot be read.
     """
     folder = pathlib.Path(path)
-    if "://" in str(path):
-        return bucket.fetch_checkpoint(str(path), read_json, index_name="config.json")
+    if "://" in str(path) and folder.suffix not in (".safetensors", *PICKLES):
+        try:
+            return bucket.fetch_checkpoint(str(path), read_json, index_name="config.json")
+        except MissingFileError:
+            return bucket.fetch_checkpoint(f"{path}/vae", read_json, index_name="config.json")
     if not folder.exists() and hub.ID.fullmatch(str(path)):
         return hub.download(str(path), read_json, index_name="config.json")
     for place in (folder, folder / "vae"):
         if (place / "config.json").is_file():
             return place
     what = "no config.json in it" if folder.is_dir() else "no such folder"
-    what = "not a folder" if folder.is_file() else what
+    what = "not a folder" if folder.is_file() or "://" in str(path) else what
     raise MissingFileError(
-        f"{folder}: {what}; give an autoencoder's folder (diffusers layout) or its hub id"
+        f"{path}: {what}; give an autoencoder's folder (diffusers layout) or its hub id"
     )
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def geglu(x: Float[Array, "*d"], gate: Float[Array, "*d"]) -> Float[Array, "*d"]:
-    """x times the exact GELU of the gate (Shazeer 2020, arXiv 2002.05202), computed in float32."""
+    """x times GELU of the gate (Shazeer 2020, arXiv 2002.05202) in PyTorch's form and float32."""
     return (_wide(x) * _wide(gate) * _normal_below(_wide(gate))).astype(x.dtype)
 
 

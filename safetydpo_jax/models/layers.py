@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Shaped
 from safetydpo_jax.models import adapter_products, columns, mixed, winograd
 from safetydpo_jax.models.norms import GroupNorm
 from safetydpo_jax.models.target import target
+from safetydpo_jax.models.tpu_attention import shared_mesh
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -78,18 +79,23 @@ class Dense(nn.Module):
                 y = y + bias.astype(self.dtype)
             if h is not None and b is not None:
                 y = y + (adapter_products.up(h, b) if narrow else (h @ b).astype(self.dtype))
-            return y.reshape(*batch, -1)
+            return y.reshape(*batch, kernel.shape[-1])
 
         if self.parts == 1:
             return product(kernel, bias, b)
-        if not on_tpu:
+        if not on_tpu or self._is_split():
             return tuple(jnp.split(product(kernel, bias, b), self.parts, -1))
         # Each by itself: to take a result apart is a copy there, as is joining its gradient.
-        columns = [
+        split = [
             [None] * self.parts if w is None else jnp.split(w, self.parts, -1)
             for w in (kernel, bias, b)
         ]
-        return tuple(product(*part) for part in zip(*columns, strict=True))
+        return tuple(product(*part) for part in zip(*split, strict=True))
+
+    def _is_split(self) -> bool:
+        """Whether features may be spread over devices, whose sums of gradients are sent."""
+        mesh = shared_mesh()
+        return mesh is not None and mesh.shape["tensor"] > 1
 
 
 class Conv(nn.Module):

@@ -4,6 +4,7 @@ Every chip runs the same programs on rows of its own and sends nothing, whatever
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from safetydpo_jax import sharding
+from safetydpo_jax.data.encode import ENCODE_BATCH
 from safetydpo_jax.diffusion import make_sampler
 from safetydpo_jax.models.pipeline import PROMPTS_AT_ONCE, pictures_at_once
 from safetydpo_jax.plan.chips import Chip
@@ -37,7 +39,8 @@ def of_passes(
       Fit for JSON. `programs`: by name what `estimate.compiled_for` says of each, and `rows` that a
       chip takes at a time, `bytes_beside` (parameters of other networks, in memory meanwhile),
       `fits`, and `estimated_seconds` that these rows take. By name of `PASSES`, `fits` and, if so,
-      `pictures_per_second` of one chip, else `remedies`.
+      `pictures_per_second` of one chip, else `remedies`. Rows that are no picture's, as batches are
+      filled up, are not counted as such.
     """
     passes = Passes(planned)
     programs = {}
@@ -62,12 +65,14 @@ def of_passes(
     for name, parts in PASSES.items():
         plan[name] = {"fits": all(programs[part]["fits"] for part in parts)}
         if plan[name]["fits"]:
-            each = {
-                part: programs[part]["estimated_seconds"] / programs[part]["rows"] for part in parts
+            batch = passes.batch(name)  # of pictures on a chip, before the next ones are taken
+            seconds = {
+                part: -(-batch // programs[part]["rows"]) * programs[part]["estimated_seconds"]
+                for part in parts
             }
-            if "encoder" in each and planned.config.cache.flip:
-                each["encoder"] *= 2
-            plan[name]["pictures_per_second"] = 1 / sum(each.values())
+            if "encoder" in seconds and planned.config.cache.flip:
+                seconds["encoder"] *= 2
+            plan[name]["pictures_per_second"] = batch / sum(seconds.values())
         else:
             large = [part for part in parts if not programs[part]["fits"]]
             plan[name]["remedies"] = _remedies(planned.config, large)
@@ -105,7 +110,22 @@ class Passes:
         mesh = sharding.make_mesh(devices=planned.mesh.devices.flatten().tolist())
         self._pipeline = dataclasses.replace(planned.pipeline, mesh=mesh)
         self._told = planned.told()
+        # Of a host's chips, which share its batches.
+        first = mesh.devices.flat[0].process_index
+        self._chips = sum(device.process_index == first for device in mesh.devices.flat)
+        shapes = planned.pipeline.unet_params
+        layouts = sharding.param_shardings(planned.mesh, shapes, planned.config.mesh.rules)
+        self._unet_bytes = sum(
+            math.prod(layout.shard_shape(x.shape)) * x.dtype.itemsize
+            for x, layout in zip(jax.tree.leaves(shapes), jax.tree.leaves(layouts), strict=True)
+        )
         self._everywhere, self._split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+
+    def batch(self, name: str) -> float:
+        """Pictures that a chip draws or encodes at a time, of a pass of this name."""
+        if name == "drawing":
+            return self._config.drawing.batch_size
+        return ENCODE_BATCH / self._chips
 
     def text_encoder(self) -> Program:
         """The text encoders, SDXL's both."""
@@ -142,7 +162,7 @@ class Passes:
     def decoder(self) -> Program:
         """The autoencoder's, of drawn latents."""
         pipeline, config = self._pipeline, self._config.drawing
-        rows = min(pictures_at_once(pipeline.resolution**2), config.batch_size)
+        rows = min(pictures_at_once(pipeline.resolution**2), config.batch_size * self._chips)
         latents = self._rows(rows, pipeline.latent_shape)
         with jax.default_matmul_precision(config.matmul_precision):
             return self._program(pipeline.decode, ("vae",), pipeline.vae_params, rows, latents)
@@ -160,8 +180,11 @@ class Passes:
     ) -> Program:
         """A function of the parameters of some networks and of inputs."""
         params = jax.tree.map(lambda x: laid_out(x, self._everywhere), params)
-        others = [tree for name, tree in self._pipeline.params.items() if name not in names]
+        others = [
+            tree for name, tree in self._pipeline.params.items() if name not in (*names, "unet")
+        ]
         beside = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(others))
+        beside += 0 if "unet" in names else self._unet_bytes  # as the mesh splits it
         return Program(lowered(fn, params, *inputs), rows, beside)
 
     def _rows(self, rows: int, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:

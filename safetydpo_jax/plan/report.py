@@ -72,10 +72,10 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
     for name, program in programs.items():
         for kernel, n in program.get("unknown_kernels", {}).items():
             said.append(f"{n} calls of the kernel {kernel} are not counted: {name} takes longer")
-    if plan["branches"]:
-        said.append(f"of {plan['branches']} choices made at run time the longest way is counted")
-    if plan["loops_of_unknown_length"]:
-        said.append(f"{plan['loops_of_unknown_length']} loops are counted as if they turned once")
+        if n := program.get("branches"):
+            said.append(f"{name}: of {n} choices made at run time the longest way is counted")
+        if n := program.get("loops_of_unknown_length"):
+            said.append(f"{name}: {n} loops are counted as if they turned once")
     return said
 
 
@@ -92,9 +92,11 @@ def _said_of_passes(plan: Mapping[str, Any]) -> Iterator[str]:
         size = max(
             program["bytes_per_chip"]["all"] + program["bytes_beside"] for program in programs
         )
+        # Pairs are drawn by one host, or by a factory on as many as one likes.
+        everywhere = f", {rate * plan['chips']:.0f} in all" if name == "cache" else ""
         yield (
-            f"{name:16}{rate:.2f} pictures a second and chip, {rate * plan['chips']:.0f} in all "
-            f"(estimated); {size / GIB:.2f} GiB a chip (compiled)"
+            f"{name:16}{rate:.2f} pictures a second and chip{everywhere} (estimated); "
+            f"{size / GIB:.2f} GiB a chip (compiled)"
         )
 
 

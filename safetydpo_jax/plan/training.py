@@ -115,7 +115,7 @@ def _checkpoint(config: ConfigDict) -> str:
     Raises:
       UserError: another id, whose shapes are not at hand.
     """
-    if config.base == "emoji" or Path(config.model).exists():
+    if config.model == "emoji" or Path(config.model).exists():
         return config.model
     if config.model not in _SHIPPED:
         raise UserError(

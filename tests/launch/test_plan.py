@@ -96,10 +96,10 @@ def test_what_is_said_and_written(launch, tmp_path, capsys):
         "all-reduce         2 of 3.0 MB a step, among 4 chips (compiled)",
         "3 calls of the kernel paged_attention are not counted: the step takes longer",
         "1 calls of the kernel ring are not counted: sampler takes longer",
-        "drawing         2.50 pictures a second and chip, 10 in all (estimated); 0.75 GiB a chip",
+        "drawing         2.50 pictures a second and chip (estimated); 0.75 GiB a chip",
         "cache           does NOT fit; to make it fit: --config.dtype=bfloat16",
-        "of 2 choices made at run time the longest way is counted",
-        "1 loops are counted as if they turned once",
+        "the step: of 2 choices made at run time the longest way is counted",
+        "the step: 1 loops are counted as if they turned once",
     ):
         assert words in said
     assert json.loads((tmp_path / "plan.json").read_text())["estimated_mfu"] == 0.4

@@ -25,7 +25,7 @@ def apart(found, wanted):
 def test_down_is_as_exact_as_float32(rng):
     x = jnp.asarray(rng.normal(size=(2, 64, 48)), jnp.bfloat16)
     a = jnp.asarray(rng.normal(size=(48, RANK)), jnp.float32)
-    h, pull_back = jax.vjp(adapter_products.down, x, a)
+    h, pull_back = jax.vjp(jax.jit(adapter_products.down), x, a)
     dh = jnp.asarray(rng.normal(size=h.shape), jnp.float32)
     dx, da = pull_back(dh)
     wide = [np.asarray(y, np.float64) for y in (x, a, dh)]
@@ -38,7 +38,7 @@ def test_down_is_as_exact_as_float32(rng):
 def test_up_is_as_exact_as_its_type(rng):
     h = jnp.asarray(rng.normal(size=(2, 64, RANK)), jnp.float32)
     b = jnp.asarray(rng.normal(size=(RANK, 48)), jnp.float32)
-    y, pull_back = jax.vjp(adapter_products.up, h, b)
+    y, pull_back = jax.vjp(jax.jit(adapter_products.up), h, b)
     dy = jnp.asarray(rng.normal(size=y.shape), jnp.bfloat16)
     dh, db = pull_back(dy)
     wide = [np.asarray(x, np.float64) for x in (h, b, dy)]

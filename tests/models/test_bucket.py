@@ -59,6 +59,10 @@ def test_another_autoencoder(bucket, model_folder):
     assert weights.read_bytes() == (model_folder / "vae" / weights.name).read_bytes()
 
 
+def test_the_autoencoder_of_a_checkpoint(model):
+    assert not (resolve_vae(str(model)) / "model_index.json").exists()
+
+
 def test_a_file_that_was_replaced(model, capsys):
     folder = resolve_checkpoint(str(model))
     assert (model / "vae" / "config.json").stat().mtime > 0
@@ -89,6 +93,37 @@ def test_goes_on_where_it_was_killed(model, monkeypatch, capsys):
     assert "model_index.json" not in fetched
 
 
+def test_what_the_bucket_has_no_more_goes(model):
+    """A reader would prefer one whole file to the parts that have come in its place."""
+    folder = resolve_checkpoint(str(model))
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    (model / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(weights.read_bytes())
+    weights.unlink()
+    assert resolve_checkpoint(str(model)) == folder
+    assert [file.name for file in (folder / "unet").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+
+
+def test_half_of_another_version_is_not_taken(model, monkeypatch):
+    resolve_checkpoint(str(model))
+    for name in ("vae", "unet"):
+        (model / name / "config.json").write_bytes(b"{ }")
+    whole = buckets.download
+
+    def killed(there, here, copied):
+        if there.parent.name == "vae":
+            raise KeyboardInterrupt
+        return whole(there, here, copied)
+
+    monkeypatch.setattr(buckets, "download", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resolve_checkpoint(str(model))
+    monkeypatch.setattr(type(model), "iterdir", unreachable)
+    with pytest.raises(UserError, match=r"tiny cannot be reached \(no route\)"):
+        resolve_checkpoint(str(model))
+
+
 def test_half_a_file(model, monkeypatch):
     monkeypatch.setattr(
         buckets, "download", lambda there, here, copied: here.write_bytes(b"{") and ""
@@ -116,8 +151,10 @@ def test_what_is_not_there(bucket, model):
         resolve_checkpoint(str(bucket / "none"))
     with pytest.raises(MissingFileError, match=r"x.safetensors: there is no such file"):
         resolve_checkpoint(str(bucket / "x.safetensors"))
-    with pytest.raises(MissingFileError, match=r"none: there is no config.json"):
+    with pytest.raises(MissingFileError, match=r"none/vae: there is no config.json"):
         resolve_vae(str(bucket / "none"))
+    with pytest.raises(MissingFileError, match=r"vae.safetensors: not a folder"):
+        resolve_vae(str(bucket / "vae.safetensors"))
 
 
 def test_nothing_large_is_fetched_of_a_pipeline_that_is_not_supported(model, capsys):

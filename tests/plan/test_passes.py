@@ -17,14 +17,12 @@ CHIP = CHIPS["v5e"]
 GIB = 2**30
 
 
-def planned(model, base="sd15", **changes):
+def planned(model, base="sd15", mesh=(8, 1, 1), **changes):
     config = hate.get_config(base)
     config.model, config.pairs.path, config.batch_size = str(model), ".", 8
     for key, value in changes.items():
         config.update_from_flattened_dict({key.replace("__", "."): value})
-    # The weights of a step may be split; here each chip has all of them.
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    return Planned(resolve(config), config.model, mesh)
+    return Planned(resolve(config), config.model, sharding.make_mesh(*mesh))
 
 
 def size(*trees):
@@ -42,7 +40,8 @@ def test_every_chip_runs_its_own_rows(base, tmp_path):
     for program, rows, beside, row in (
         (made.text_encoder(), 64, size(unet, vae), "x12xi32"),
         (made.sampler(), 3, size(text, vae), f"x{h}x{w}x{c}xf32"),
-        (made.decoder(), 3, size(text, unet), f"x{h}x{w}x{c}xf32"),
+        # The pictures of all chips come to each as a batch: it is filled up.
+        (made.decoder(), 24, size(text, unet), f"x{h}x{w}x{c}xf32"),
         (made.encoder(), 32, size(text, unet), f"x{side}x{side}x3xui8"),
     ):
         assert (program.rows, program.beside) == (rows, beside)
@@ -51,6 +50,14 @@ def test_every_chip_runs_its_own_rows(base, tmp_path):
         assert f"tensor<{rows}{row}>" in lowered  # of one
         assert "all_" not in lowered
         assert "collective_permute" not in lowered
+
+
+def test_weights_that_a_step_has_in_parts(model_folder):
+    """A chip draws with all of them; of the UNet, while others work, it has its own."""
+    whole = passes.Passes(planned(model_folder))
+    parts = passes.Passes(planned(model_folder, mesh=(2, 2, 2)))
+    assert parts.encoder().beside < whole.encoder().beside
+    assert parts.sampler().beside == whole.sampler().beside
 
 
 def test_pictures_are_encoded_as_large_as_the_cache_wants_them(model_folder):
@@ -86,10 +93,10 @@ def test_a_picture_goes_through_each_program(compiled, model_folder):
     assert found["programs"]["sampler"]["estimated_seconds"] == pytest.approx(3)
     assert found["drawing"] == {
         "fits": True,
-        "pictures_per_second": pytest.approx(1 / (0.001 + 1 + 0.2)),
+        "pictures_per_second": pytest.approx(3 / (0.064 + 3 + 0.6)),
     }
-    # A picture, its mirror image, and one text.
-    assert found["cache"]["pictures_per_second"] == pytest.approx(1 / (0.001 + 2 * 0.1))
+    # Of 128 pictures 16 on each of 8 chips, their mirror images, and one text each.
+    assert found["cache"]["pictures_per_second"] == pytest.approx(16 / (0.064 + 2 * 3.2))
 
 
 @pytest.mark.parametrize("cycles", [1.5e9, None])  # the compiler may say it, or what is beside it
@@ -123,6 +130,7 @@ def test_compiled(model_folder, tmp_path, monkeypatch):
         assert program["unknown_kernels"] == {}
         assert program["loops_of_unknown_length"] == 0
     text = "\n".join(plan.lines(found))
-    for name in ("drawing", "cache"):
-        rate = found["passes"][name]["pictures_per_second"]
-        assert f"{name:16}{rate:.2f} pictures a second and chip, {4 * rate:.0f} in all" in text
+    rate = found["passes"]["cache"]["pictures_per_second"]
+    assert f"cache           {rate:.2f} pictures a second and chip, {4 * rate:.0f} in all" in text
+    rate = found["passes"]["drawing"]["pictures_per_second"]
+    assert f"drawing         {rate:.2f} pictures a second and chip (estimated)" in text

@@ -6,7 +6,7 @@ import subprocess
 
 
 class Job:
-    """Its processes, `devices` in all."""
+    """Its processes, which have `devices` in all, as many each."""
 
     def __init__(self, count, arguments, devices=4, own=lambda i: [], env=lambda i: {}):
         with socket.socket() as free:
@@ -29,5 +29,9 @@ class Job:
 
     def end(self, timeout=900):
         """The exit codes, and what each said."""
-        said = [process.communicate(timeout=timeout)[0] for process in self.processes]
+        try:
+            said = [process.communicate(timeout=timeout)[0] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()  # if they did not end in time
         return [process.returncode for process in self.processes], said
