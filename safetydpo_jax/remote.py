@@ -81,7 +81,7 @@ def _fetch(folder: Any, copy: Path, files: dict[str, tuple[int, str]], remedy: s
         file = copy / name
         if not file.is_file() or file.stat().st_size != size or storage.hash_file(file) != sha256:
             missing[name] = size
-    for name, copied in told(missing, f"{folder}: fetching", _say):
+    for name, copied in told(missing, f"{folder}: fetching", say):
         if download(folder / name, copy / name, copied) != files[name][1]:
             (copy / name).unlink()
             raise UserError(
@@ -93,7 +93,8 @@ def _fetch(folder: Any, copy: Path, files: dict[str, tuple[int, str]], remedy: s
             file.unlink()
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Prints a line that is seen at once."""
     print(line, flush=True)
 
 

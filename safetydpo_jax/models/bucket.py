@@ -4,6 +4,7 @@ They lie in `remote.cache_home()`, and are fetched again where the bucket's file
 another date than the one that was fetched. (etils reads no dates of s3://: there the size decides.)
 """
 
+import functools
 import hashlib
 import json
 import warnings
@@ -17,7 +18,7 @@ from safetydpo_jax import storage
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.models.hub import INDEX, files_to_fetch, network_files
 from safetydpo_jax.models.pipeline import TOKENIZERS
-from safetydpo_jax.remote import cache_home, download, explained, told
+from safetydpo_jax.remote import cache_home, download, explained, say, told
 
 _FETCHED = ".fetched.json"  # each file's size and date in the bucket, and whether it is all
 _FOLDERS = {"unet", "vae", *TOKENIZERS, *TOKENIZERS.values(), "scheduler"}
@@ -47,7 +48,7 @@ def fetch_checkpoint(
     is_file = there.suffix == ".safetensors"
     folder, first = (there.parent, there.name) if is_file else (there, index_name)
     place = copy / there.name if is_file else copy
-    waiting = lambda: print(f"{there}: another process fetches it", flush=True)  # noqa: E731
+    waiting = functools.partial(say, f"{there}: another process fetches it")
     with storage.held(copy.with_suffix(".lock"), waiting):
         here, whole = _fetched(copy)
         try:
@@ -98,7 +99,7 @@ def _size_and_date(file: Any) -> list[int]:
 def _fetch(there: Any, copy: Path, files: dict[str, list[int]], kept: dict[str, Any]) -> None:
     """Brings the files that are not here, and adds them to `kept`."""
     missing = {name: size for name, (size, _) in files.items() if name not in kept}
-    for name, copied in told(missing, f"{there}: fetching", lambda line: print(line, flush=True)):
+    for name, copied in told(missing, f"{there}: fetching", say):
         download(there / name, copy / name, copied)
         if (size := (copy / name).stat().st_size) != missing[name]:
             raise UserError(
