@@ -3,6 +3,7 @@ import json
 import pytest
 
 from safetydpo_jax.data import PairSet, write_pairs
+from safetydpo_jax.data.pairs import dataset
 from safetydpo_jax.errors import MissingFileError, UserError
 
 
@@ -22,6 +23,15 @@ def test_written_pictures_are_read_back(write, capsys):
     )
     assert [p.id for p in pairs.pictures("preserve")] == ["p0", "p1", "p2"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_split_in_several_files(write, monkeypatch):
+    monkeypatch.setattr(dataset, "PICTURES", 2)
+    monkeypatch.setattr(dataset, "AT_ONCE", 3)
+    pairs = PairSet(write(), verify=True)
+    assert len(list(pairs.folder.rglob("*-unsafe.array_record*"))) == 3
+    assert [p.id for p in pairs.pictures("unsafe")] == ["u0", "u1", "u2", "u3", "u4"]
+    assert [p.id for p in pairs.pictures("unsafe", range(3, 5))] == ["u3", "u4"]
 
 
 def test_content_hash_tells_sets_apart(write):

@@ -5,6 +5,7 @@ whoever reads TFDS datasets.
 """
 
 import collections
+import functools
 import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +23,12 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
 
 VALIDATION_SHARE = 0.05
+EXAMPLES = 256  # of a file, at the most, which is in memory while it is written
 Example = dict[str, Any]
+Shard = Callable[[], Iterator[tuple[str, Example]]]
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(tfds.core.ShardBasedBuilder):
     """Configs `sd15` and `sdxl` hold the pairs that each model drew, `prompts` the test prompts.
 
     A split's examples have the same features in TFDS, and test prompts come without pictures: so
@@ -78,7 +81,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Shard]]:
         tables = Path(dl_manager.manual_dir)
         name = self._config_name
         found = read_coprov2(tables / name if (tables / name).is_dir() else tables, tables)
@@ -97,17 +100,25 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _splits(
         self, splits: Mapping[str, list], example: Callable[[Any], Example], tables: Path
-    ) -> dict[str, Iterator[tuple[str, Example]]]:
-        """Of those that are not empty, which TFDS cannot write."""
+    ) -> dict[str, list[Shard]]:
+        """Of those that are not empty, file by file.
+
+        A builder that leaves the files to TFDS imports TensorFlow for more than 1000 MB.
+        """
         if not any(splits.values()):
             raise UserError(f"{tables} holds nothing for {' or '.join(splits)}")
-        return {name: self._generate_examples(x, example) for name, x in splits.items() if x}
 
-    def _generate_examples(
-        self, items: list, example: Callable[[Any], Example]
-    ) -> Iterator[tuple[str, Example]]:
-        for item in items:
-            yield item.id, example(item)
+        def shard(items: list) -> Iterator[tuple[str, Example]]:
+            return ((item.id, example(item)) for item in items)
+
+        return {
+            name: [
+                functools.partial(shard, items[i : i + EXAMPLES])
+                for i in range(0, len(items), EXAMPLES)
+            ]
+            for name, items in splits.items()
+            if items
+        }
 
 
 def _prompt_example(prompt: TestPrompt) -> Example:

@@ -9,12 +9,10 @@ The prompts are in the dataset only: they may be hateful or violent, so nothing 
 """
 
 import collections
-import contextlib
 import functools
 import hashlib
 import io
 import itertools
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -26,7 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from safetydpo_jax import storage
-from safetydpo_jax.data.pairs.builder import SafetyPairs
+from safetydpo_jax.data.pairs.dataset import open_dataset, write_dataset
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.remote import fetched, open_folder
 
@@ -115,12 +113,8 @@ def write_pairs(
             splits[name] = itertools.chain([first], examples)
     if not {"unsafe", "safe"} <= splits.keys():
         raise UserError(f"there are no pairs to write to {folder}: give at least one")
-    tfds.disable_progress_bar()
     with storage.new_folder(folder) as partial:
-        # TFDS announces a download, of which there is none, on standard output.
-        with contextlib.redirect_stdout(io.StringIO()):
-            SafetyPairs(data_dir=partial, examples=splits).download_and_prepare()
-        shutil.rmtree(partial / "downloads", ignore_errors=True)  # of none
+        write_dataset(partial, splits)
         if counts["unsafe"] != counts["safe"]:
             raise UserError(
                 f"{counts['unsafe']} unsafe and {counts['safe']} safe pictures are no pairs: "
@@ -175,8 +169,7 @@ class PairSet:
 
     @functools.cached_property
     def _builder(self) -> Any:
-        here = fetched(self.folder, REMEDY)
-        return tfds.builder_from_directory(here / SafetyPairs.name / str(SafetyPairs.VERSION))
+        return open_dataset(fetched(self.folder, REMEDY))
 
     @property
     def sizes(self) -> dict[str, int]:
