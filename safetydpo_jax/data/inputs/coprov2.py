@@ -47,7 +47,7 @@ def read_coprov2(folder: Path, tables: Path | None = None) -> InputSet:
     if parquet := parquet_files(folder):
         pictures = _of_the_hub(ParquetRows(parquet), found)
     elif listed:
-        read = open_pictures(_pictures(folder))
+        read = open_pictures(_pictures(folder), by_name=True)
         pictures = {
             name: InputPicture(prompt, functools.partial(read, name))
             for prompt, name, _ in reversed(listed)  # of several prompts the first one counts

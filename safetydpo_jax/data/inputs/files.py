@@ -15,28 +15,32 @@ from safetydpo_jax.errors import MissingFileError, UserError
 _UNREADABLE = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError)
 
 
-def open_pictures(path: Path) -> Callable[[str], bytes]:
+def open_pictures(path: Path, *, by_name: bool = False) -> Callable[[str], bytes]:
     """A reader of the pictures in a folder, also below it, or in a .zip.
 
-    It takes a name, means the file at that path or else the only one of that name anywhere, and
+    It takes a name, means the file at that path or else the only one whose path ends in it, and
     raises a `BadPictureError` if there is none or must not or cannot be read. Threads may share it.
+
+    Args:
+      path: of the folder or zip.
+      by_name: folders before a name mean nothing, as where no two pictures are named alike.
 
     Raises:
       MissingFileError: there is neither.
       UserError: it is no zip that can be read.
     """
     if path.is_dir():
-        return _Folder(path).read
+        return _Folder(path, by_name).read
     if not path.is_file():
         raise MissingFileError(f"{path}: there is no such folder or zip of pictures")
-    return _Zip(path).read
+    return _Zip(path, by_name).read
 
 
 class _Names:
     """Which path a name means."""
 
-    def __init__(self, paths: Iterable[str]):
-        self._paths = collections.Counter(paths)
+    def __init__(self, paths: Iterable[str], by_name: bool):
+        self._paths, self._by_name_alone = collections.Counter(paths), by_name
         self._by_name = collections.defaultdict(list)
         for path in self._paths:
             self._by_name[PurePosixPath(path).name].append(path)
@@ -46,6 +50,8 @@ class _Names:
         if not name or "\0" in name or "\\" in name or path.is_absolute() or ".." in path.parts:
             raise BadPictureError("path that leads out of the pictures' folder")
         found = [str(path)] if str(path) in self._paths else self._by_name[path.name]
+        if not self._by_name_alone:  # unsafe/1.png is not to stand for a missing safe/1.png
+            found = [x for x in found if PurePosixPath(x).parts[-len(path.parts) :] == path.parts]
         if not found:
             raise BadPictureError("no such picture")
         if len(found) > 1 or self._paths[found[0]] > 1:
@@ -54,10 +60,10 @@ class _Names:
 
 
 class _Folder:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, by_name: bool):
         self._root = folder.resolve()
         files = (f for f in self._root.rglob("*") if not f.is_dir())
-        self._names = _Names(f.relative_to(self._root).as_posix() for f in files)
+        self._names = _Names((f.relative_to(self._root).as_posix() for f in files), by_name)
 
     def read(self, name: str) -> bytes:
         path = (self._root / self._names.find(name)).resolve()
@@ -76,7 +82,7 @@ class _Folder:
 class _Zip:
     """Members are read one by one, never unpacked to the disk."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, by_name: bool):
         try:
             self._zip = zipfile.ZipFile(path)
             members = [m for m in self._zip.infolist() if not m.is_dir()]
@@ -85,7 +91,7 @@ class _Zip:
                 f"{path}: no zip file, or a damaged one ({error}): download it again"
             ) from error
         self._members = {m.filename: m for m in members}
-        self._names = _Names(m.filename for m in members)
+        self._names = _Names((m.filename for m in members), by_name)
 
     def read(self, name: str) -> bytes:
         member = self._members[self._names.find(name)]

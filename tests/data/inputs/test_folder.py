@@ -46,6 +46,7 @@ def test_tables_that_are_right(folder, text):
         ("bad,good,u\0.png,s.png,", "unsafe picture: path that leads out of the"),
         ("bad,good,,s.png,", "unsafe picture: path that leads out of the"),
         ("bad,good,missing.png,s.png,", "unsafe picture: no such picture"),
+        ("bad,good,u.png,safe/u.png,", "safe picture: no such picture"),
         ("bad,good,link.png,s.png,", "unsafe picture: path that leads out of the"),
         ("bad,good,pipe,s.png,", "unsafe picture: no regular file"),
         ("bad,good,twice.png,s.png,", "unsafe picture: several pictures of this name"),
