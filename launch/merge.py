@@ -56,7 +56,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_dtype_argument(parser)
     parser.add_argument("--prompts", type=Path, metavar="FILE.csv", help="columns category,prompt")
     parser.add_argument(
-        "--num_prompts", type=int, default=16, help="of each category, where emoji makes them (16)"
+        "--num_prompts",
+        type=int,
+        metavar="N",
+        help="the first N of each category (all of the table's; 16 where emoji makes them)",
     )
     parser.add_argument("--steps", type=int, default=20, help="of the drawing, for votes (20)")
     parser.add_argument(
@@ -80,7 +83,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         from safetydpo_jax.merge.recipe import read_recipe
 
         known = {action.dest: action for action in parser._actions}
-        parser.set_defaults(**read_recipe(first.recipe, known))
+        values = read_recipe(first.recipe, known)
+        if first.experts and not first.weights:
+            values.pop("weights", None)  # they are those of the recipe's own experts
+        parser.set_defaults(**values)
     return parser.parse_args(argv)
 
 

@@ -122,9 +122,10 @@ def count_votes(
         carry = (x, jnp.zeros_like(x))
         for i in range(num_steps):
             row = jax.tree.map(lambda column, i=i: column[i], rows)
-            carry, counts, moments = step(
-                params, stacked, carry, row, told, negative, drawn_by, of_rows, moments
-            )
+            with jax.set_mesh(mesh):  # over which attention spreads a kernel of its own
+                carry, counts, moments = step(
+                    params, stacked, carry, row, told, negative, drawn_by, of_rows, moments
+                )
             band = i * BANDS // num_steps
             for layer, (of_outputs, of_ranks) in jax.device_get(counts).items():
                 np.add.at(outputs[layer][:, band], cells[index[votes_now]], of_outputs[votes_now])

@@ -59,6 +59,8 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
             f"{arguments.method} {ASKS[needs]}: give the base as --model, or --stats with what was "
             "counted before"
         )
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: it must be 0 or more")
     lessons = _lessons(arguments)
     files = [Path(file) for file in arguments.experts]
     base, shapes = shapes_for(files[0], arguments.model, arguments.model_config)
@@ -66,6 +68,9 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
     with opened_experts(files, shapes, arguments.weights) as experts:
         for name, file, weight in zip(experts.names, experts.files, experts.weights, strict=True):
             progress(f"  {name}: rank {min(file.ranks.values())}, weight {weight:g}, {file.path}")
+        with storage.explained_writes(arguments.out):
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        storage.check_writable(arguments.out)  # now, not after hours
         base_model = _Base(arguments, progress)
         statistics = _statistics(arguments, experts, needs, base_model, progress) if needs else None
         votes = _votes(arguments, statistics) if statistics else None
@@ -76,9 +81,12 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
         overlap = Overlap(len(files))
         for _, found in by_layer(experts, lambda layer: common(experts.layer(layer))):
             overlap.add(found)
-        return _write(
+        path = _write(
             arguments, experts, options, lessons, statistics, votes, merged, overlap, progress
         )
+    if lessons is not None:
+        shutil.rmtree(_lessons_folder(arguments))  # of what is in the file now
+    return path
 
 
 def _lessons(arguments: Any) -> "Lessons | None":
@@ -123,10 +131,13 @@ class _Base:
         """Those of the table, or the embedded world's own, with their categories."""
         from safetydpo_jax.merge.prompts import emoji_prompts, read_prompts
 
+        count = self._arguments.num_prompts
+        if count is not None and count < 1:
+            raise UserError(f"--num_prompts {count}: it must be 1 or more")
         if self._arguments.prompts is not None:
-            return read_prompts(self._arguments.prompts)
+            return read_prompts(self._arguments.prompts, count)
         if self._arguments.model == "emoji":
-            return emoji_prompts(self._arguments.num_prompts, self._arguments.seed, safe=safe)
+            return emoji_prompts(count or 16, self._arguments.seed, safe=safe)
         raise UserError(
             "no --prompts: give a CSV with the columns category,prompt, prompts of all the "
             "categories that the experts are for"
@@ -225,18 +236,21 @@ def _distilled(
 ) -> Merged:
     from safetydpo_jax.merge.distillation import distill
 
-    folder = arguments.out.with_suffix(".distilling")
     adapters = distill(
         base_model.pipeline,
         experts,
         merged.adapters,
         *base_model.prompts(safe=True),
         lessons,
-        folder,
+        _lessons_folder(arguments),
         progress=progress,
     )
-    shutil.rmtree(folder)
     return dataclasses.replace(merged, adapters=scaled(adapters, arguments.scale, 1))
+
+
+def _lessons_folder(arguments: Any) -> Path:
+    """Where distillation keeps what it has, beside the result."""
+    return arguments.out.with_suffix(".distilling")
 
 
 def _write(

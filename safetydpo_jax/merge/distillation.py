@@ -7,7 +7,6 @@ are wanted, only prompts; the pictures that are noised are the teachers' own.
 """
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,7 +108,7 @@ def distill(
       categories: of each prompt, an expert's name or `SAFE`; prompts of others are left out.
       lessons: how.
       folder: for the teachers' pictures, which students of other settings take too, and for
-        checkpoints, gone at the end; a run that was stopped goes on from there.
+        checkpoints; a run that was stopped goes on from there. It is the caller's to remove.
       progress: takes lines of text: done, rate, time left.
 
     Returns:
@@ -155,7 +154,8 @@ def distill(
             for i in range(first, lessons.steps):
                 index = rows_of_step(own, lessons.batch_size, lessons.seed, i)
                 rows = pictures[index], jax.tree.map(lambda x, j=index: x[j], told), own[index]
-                state, loss = step(state, teachers.weights, jax.device_put(rows, split))
+                with jax.set_mesh(mesh):  # over which attention spreads a kernel of its own
+                    state, loss = step(state, teachers.weights, jax.device_put(rows, split))
                 lost.append(loss)
                 done, last = i + 1, i + 1 == lessons.steps
                 jax.block_until_ready(lost[-2:-1])  # a step ahead, no more: a stop is to be prompt
@@ -176,9 +176,7 @@ def distill(
                 if stop.asked and not last:
                     progress(f"stopped: step {done} is saved in {folder}; the same command goes on")
                     raise SystemExit(128 + stop.asked)
-    adapters = jax.device_get(state.adapters)
-    shutil.rmtree(checkpoints.path)
-    return adapters
+    return jax.device_get(state.adapters)
 
 
 def rows_of_step(own: Int[np.ndarray, " n"], size: int, seed: int, step: int) -> np.ndarray:

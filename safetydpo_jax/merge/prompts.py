@@ -9,11 +9,12 @@ from safetydpo_jax.merge.moments import SAFE
 COLUMNS = ("category", "prompt")
 
 
-def read_prompts(path: Path) -> tuple[list[str], list[str]]:
+def read_prompts(path: Path, most: int | None = None) -> tuple[list[str], list[str]]:
     """The prompts of a CSV and the category of each.
 
     Args:
       path: a table with the columns category and prompt; others are ignored.
+      most: of each category, the first; None for all.
 
     Raises:
       UserError, MissingFileError: it is no such table, or a field is empty.
@@ -23,8 +24,10 @@ def read_prompts(path: Path) -> tuple[list[str], list[str]]:
         for column in COLUMNS:
             if not row[column].strip():
                 raise UserError(f"{where}: the column {column} is empty")
-        prompts.append(row["prompt"].strip())
-        categories.append(row["category"].strip())
+        category = row["category"].strip()
+        if most is None or categories.count(category) < most:
+            prompts.append(row["prompt"].strip())
+            categories.append(category)
     return prompts, categories
 
 

@@ -50,6 +50,9 @@ def read_recipe(path: Path, options: Mapping[str, argparse.Action]) -> dict[str,
     for key in ("stats", "prompts", "out"):
         if key in values:
             values[key] = path.parent / values[key]
+    for key in ("model", "model_config"):  # or a name
+        if key in values and (path.parent / values[key]).exists():
+            values[key] = str(path.parent / values[key])
     return values
 
 
@@ -80,6 +83,8 @@ def _converted(value: Any, option: argparse.Action, where: str) -> Any:
     def one(x: Any) -> Any:
         if isinstance(x, bool) or not isinstance(x, fits):
             raise UserError(f"{where}: it must be {wanted}, not {x!r}")
+        if option.choices is not None and x not in option.choices:
+            raise UserError(f"{where}: {x!r} is none of {', '.join(option.choices)}")
         return convert(x)
 
     if option.nargs == "+":

@@ -1,7 +1,7 @@
 """Who answers under which prompt: of a category's prompts its expert, of safe ones the base."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Teachers:
             "computed_in": str(jnp.dtype(pipeline.unet.dtype)),
         }
         self._pipeline, self._experts = pipeline, experts
-        self._split = sharding.batch_sharding(mesh)
+        self._mesh, self._split = mesh, sharding.batch_sharding(mesh)
 
     def answer(
         self,
@@ -95,10 +95,10 @@ class Teachers:
         matmul_precision: str,
         progress: Callable[[str], None],
     ) -> Float[np.ndarray, "n h w c"]:
-        """Each prompt's latents as its teacher draws them, kept in a file.
+        """Each prompt's latents as its teacher draws them, kept in a file for each batch.
 
         Args:
-          folder: of that file, whose name goes by all that the pictures depend on.
+          folder: of the files, whose names go by all that the pictures depend on.
           seed: of the initial noise.
           batch_size: pictures at a time, over all devices.
           sampler: as in `samplers.make_sampler`, with
@@ -107,44 +107,47 @@ class Teachers:
           matmul_precision: of all products.
           progress: takes a line after every batch: done, time left.
         """
-        key = {
-            **self.about,
-            "seed": seed,
-            "sampler": sampler,
-            "num_steps": num_steps,
-            "guidance_scale": guidance_scale,
-            "matmul_precision": matmul_precision,
-        }
-        file = folder / f"pictures_{storage.digest(key)[:16]}.safetensors"
-        if file.is_file():
+        options = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
+        key = {**self.about, "seed": seed, **options, "matmul_precision": matmul_precision}
+        name = f"pictures_{storage.digest(key | {'batch': batch_size})[:16]}"
+        count = len(self.own)
+        files = {i: folder / f"{name}_{i:06d}.safetensors" for i in range(0, count, batch_size)}
+        if missing := [start for start, file in files.items() if not file.is_file()]:
+            draw = self._drawer(seed, batch_size, options)
+            began = time.monotonic()
+            for done, start in enumerate(missing, 1):
+                with jax.default_matmul_precision(matmul_precision):
+                    latents = draw(start)
+                write_tensors(files[start], {"latents": latents.shape}, [("latents", latents)])
+                left = (time.monotonic() - began) / done * (len(missing) - done)
+                drawn = min(start + batch_size, count)
+                progress(f"distillation: {drawn}/{count} pictures drawn, {left:.0f} s left")
+        found = []
+        for file in files.values():
             with opened(file) as kept:
-                return kept.read("latents")
-        sample = make_sampler(
-            self._pipeline.unet,
-            self._pipeline.schedule,
-            sampler=sampler,
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-        )
-        (params, stacked), count, found = self.weights, len(self.own), []
+                found.append(kept.read("latents"))
+        return np.concatenate(found)[:count]
+
+    def _drawer(
+        self, seed: int, batch_size: int, options: Mapping[str, Any]
+    ) -> Callable[[int], np.ndarray]:
+        """Draws the batch that begins with a prompt."""
+        sample = make_sampler(self._pipeline.unet, self._pipeline.schedule, **options)
+        (params, stacked), count = self.weights, len(self.own)
         negative = jax.device_put(self._pipeline.encode_negative([""] * batch_size), self._split)
         seeds = np.random.SeedSequence(seed).generate_state(count)
-        began = time.monotonic()
-        for start in range(0, count, batch_size):
+
+        def draw(start: int) -> np.ndarray:
             # A short last batch is filled up, so that its shape needs no compilation of its own.
             index = np.minimum(np.arange(start, start + batch_size), count - 1)
             noise = initial_latents(seeds[index], self._pipeline.latent_shape)
             # Guidance doubles the rows, the empty prompt's first.
-            lora = self._experts.routed(
-                stacked, np.tile(self.own[index], 2 if guidance_scale > 1 else 1)
-            )
-            rows = jax.tree.map(lambda x, i=index: x[i], self.told)
+            twice = 2 if options["guidance_scale"] > 1 else 1
+            lora = self._experts.routed(stacked, np.tile(self.own[index], twice))
+            rows = jax.tree.map(lambda x: x[index], self.told)
             noise, rows = jax.device_put((noise, rows), self._split)
-            with jax.default_matmul_precision(matmul_precision):
-                found.append(np.asarray(sample(params, lora, noise, rows, negative)))
-            done = min(start + batch_size, count)
-            left = (time.monotonic() - began) / done * (count - done)
-            progress(f"distillation: {done}/{count} pictures drawn, {left:.0f} s left")
-        latents = np.concatenate(found)[:count]
-        write_tensors(file, {"latents": latents.shape}, [("latents", latents)])
-        return latents
+            # The mesh in context is the one over which attention spreads a kernel of its own.
+            with jax.set_mesh(self._mesh):
+                return np.asarray(sample(params, lora, noise, rows, negative))
+
+        return draw

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from launch import merge
 from safetydpo_jax import lora
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.merge.prompts import read_prompts
 
 
 @pytest.fixture
@@ -134,12 +136,13 @@ def test_regmean_and_again_from_what_was_seen(twins, pipeline, model_folder, tmp
 
 def test_a_recipe_stands_for_the_options(files, pipeline, model_folder, tmp_path):
     recipe = files[0].parent / "merge.yaml"
+    model = os.path.relpath(model_folder, recipe.parent)
     recipe.write_text(
         "experts:\n"
         f"  - {files[0].name}\n"
         f"  - {{file: {files[1].name}, weight: 0.5}}\n"
         "method: ties\ndensity: 0.5\nrank: 4\n"
-        f"model: {model_folder}\nout: merged.safetensors\n"
+        f"model: {model}\nout: merged.safetensors\n"
     )
     run("--recipe", recipe)
     other = tmp_path / "other.safetensors"
@@ -148,6 +151,9 @@ def test_a_recipe_stands_for_the_options(files, pipeline, model_folder, tmp_path
     assert (files[0].parent / "merged.safetensors").read_bytes() == other.read_bytes()
     run("--recipe", recipe, "--rank", 2, "--out", other)  # the command line counts
     assert lora.load_lora(other, pipeline.unet_params)[1]["rank"] == "2"
+    run("--recipe", recipe, "--experts", files[1], files[0], "--out", other)
+    named = json.loads(lora.load_lora(other, pipeline.unet_params)[1]["experts"])
+    assert [expert["weight"] for expert in named] == [1, 1]  # weights are of the recipe's experts
 
 
 @pytest.mark.parametrize(
@@ -162,6 +168,7 @@ def test_a_recipe_stands_for_the_options(files, pipeline, model_folder, tmp_path
         ("rank: true", "it must be a whole number"),
         ("scale: [1]", "it must be a number"),
         ("weights: 1", "merge.yaml, weights: it must be a list"),
+        ("dtype: float16", "merge.yaml, dtype: 'float16' is none of float32, bfloat16"),
         ("experts: a", "experts must be a list of files"),
         ("experts: [{weight: 1}]", "expert 1: give a file"),
         ("experts: [{file: a, wait: 1}]", "expert 1: there is no key 'wait'"),
@@ -198,6 +205,8 @@ def test_what_is_refused_before_any_work(files, prompts, model_folder, tmp_path)
         ((*experts, *out, *model, "--stats", files[0]), "holds no statistics"),
         ((*experts, *out, *model, "--weights", 1), "1 weights for 3 experts"),
         ((*experts, *out, *model, "--prompts", files[0]), "is not UTF-8 text"),
+        ((*experts, *out, *model, "--prompts", prompts, "--num_prompts", 0), "must be 1 or more"),
+        ((*experts, *out, "--method", "dare", "--seed", -1), "--seed -1: it must be 0 or more"),
     ):
         with pytest.raises(UserError, match=message):
             run(*arguments)
@@ -210,6 +219,13 @@ def test_what_is_refused_before_any_work(files, prompts, model_folder, tmp_path)
         with pytest.raises(MissingFileError, match="gone"):
             run(*arguments)
     assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_the_first_prompts_of_each_category(tmp_path):
+    table = tmp_path / "prompts.csv"
+    table.write_text("category,prompt\nhate,a\nhate,b\nsafe,c\nhate,d\n")
+    assert read_prompts(table) == (["a", "b", "c", "d"], ["hate", "hate", "safe", "hate"])
+    assert read_prompts(table, 2) == (["a", "b", "c"], ["hate", "hate", "safe"])
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from safetydpo_jax import lora
+from safetydpo_jax import lora, sharding
 from safetydpo_jax.diffusion.samplers import initial_latents, make_sampler
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.merge import merge, opened_experts
 from safetydpo_jax.merge.distillation import Lessons, distill, rows_of_step
+from safetydpo_jax.merge.teachers import Teachers
 from safetydpo_jax.tensor_file import opened
 
 PROMPTS = ["a", "b c", "d", "e f", "g", "h", "i j", "k"]
@@ -65,6 +66,20 @@ def test_pictures_are_what_each_expert_draws_alone(kept_files, pipeline, tmp_pat
         np.testing.assert_allclose(pictures[i], drawn[name], rtol=0, atol=2e-4)
         base = sample(pipeline.unet_params, None, noise, *told)[0]
         assert (np.abs(drawn[name] - base).max() > 1e-2) == (name != "safe")
+
+
+def test_pictures_that_are_there_are_not_drawn_again(kept_files, pipeline, tmp_path):
+    mesh, said = sharding.make_mesh(devices=jax.devices()[:1]), []
+    with opened_experts(kept_files, pipeline.unet_params) as experts:
+        teachers = Teachers(pipeline, experts, PROMPTS, OF, mesh)
+    options = {"seed": 0, "batch_size": 4, "progress": said.append, **LESSONS.drawing}
+    pictures = teachers.pictures(tmp_path, **options)
+    assert said[-1].startswith("distillation: 8/8 pictures drawn")
+    first, _ = sorted(tmp_path.glob("pictures_*.safetensors"))
+    first.unlink()
+    np.testing.assert_array_equal(teachers.pictures(tmp_path, **options), pictures)
+    assert said[-1].startswith("distillation: 4/8 pictures drawn")
+    assert len(said) == 3
 
 
 def test_the_expert_itself_has_nothing_to_learn_of_it(kept_files, pipeline, tmp_path):
@@ -120,7 +135,9 @@ def test_a_student_learns_and_a_stop_changes_nothing(kept_files, pipeline, tmp_p
     assert said[0] == "distillation: going on from step 50"
     assert not any("pictures" in line for line in said)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
-    assert [path.name[:9] for path in folder.iterdir()] == ["pictures_"]
+    said = []
+    jax.tree.map(np.testing.assert_array_equal, learn(folder, said), whole)  # kept until removed
+    assert said == ["distillation: going on from step 60"]
 
 
 def test_a_student_may_start_from_less(kept_files, pipeline, tmp_path):
