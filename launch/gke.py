@@ -1,7 +1,8 @@
 r"""Starts a job on a slice of a Kubernetes cluster (GKE): a JobSet, whose hosts are its pods.
 
     python launch/gke.py --name hate --image REGION-docker.pkg.dev/PROJECT/REPO/safetydpo \
-        --topology v6e:16x16 -- train --config hate:sdxl --workdir gs://BUCKET/runs/hate
+        --topology v6e:4x4 -- train --config hate:sdxl --config.pairs.path=gs://BUCKET/pairs/hate \
+        --config.batch_size=16 --config.accumulation=1 --workdir gs://BUCKET/runs/hate
 
 After -- comes a command of `safetydpo`, which the image has (Dockerfile). --dry-run prints the
 JobSet and does not send it to kubectl. The cluster needs a node pool of that slice and JobSet's

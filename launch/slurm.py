@@ -1,7 +1,8 @@
 r"""Starts a job on the GPUs of a Slurm cluster: a process for each, requeued when one is lost.
 
     python launch/slurm.py --name hate --nodes 2 --time 12:00:00 \
-        -- train --config hate:sdxl --config.dtype=bfloat16 --workdir /shared/runs/hate
+        -- train --config hate:sdxl --config.pairs.path=/shared/pairs/hate \
+        --config.batch_size=16 --config.accumulation=1 --workdir /shared/runs/hate
 
 After -- comes a command of `safetydpo`, which runs in this environment and folder on every node.
 --dry-run prints the batch script and does not send it to sbatch. Before its time is over, or it is

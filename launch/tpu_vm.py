@@ -2,7 +2,7 @@ r"""Runs a job on every host of a Cloud TPU slice, which it asks for, installs o
 
     python launch/tpu_vm.py --name hate --zone us-west4-a --topology v5e:4x4 --spot \
         -- train --config hate:sd15 --config.pairs.path=gs://BUCKET/pairs/hate \
-        --workdir gs://BUCKET/runs/hate
+        --config.batch_size=16 --config.accumulation=1 --workdir gs://BUCKET/runs/hate
 
 After -- comes a command of `safetydpo`. --dry-run prints every command of gcloud's and runs none.
 The slice is a queued resource: it may be minutes or days until there is one. The job goes on when
@@ -32,14 +32,17 @@ uv venv --quiet --allow-existing --python 3.11 venv
 uv pip install --quiet --python venv/bin/python "safetydpo-jax[tpu,gcs] @ file://$PWD/{wheel}\""""
 START = "cd safetydpo; rm -f exit; setsid nohup bash -c {job} >log 2>&1 </dev/null & echo $! >pid"
 JOB = "venv/bin/safetydpo {command}; echo $? >exit"
-RUNS = 'cd safetydpo && kill -0 "$(cat pid)"'
+# Its exit code is its own: another is that of a connection that failed.
+RUNS, RUNS_NOT = '(cd safetydpo && kill -0 "$(cat pid)") 2>/dev/null || exit 100', 100
 # What is killed leaves no exit. An exit code of 1 is gcloud's alone: the job's is told as 101.
-FOLLOW = """cd safetydpo; tail -n +1 -F --pid="$(cat pid)" log
+FOLLOW = """cd safetydpo; tail -n +1 -s 0.2 -F --pid="$(cat pid)" log
 code="$(cat exit 2>/dev/null || echo 137)"; [ "$code" = 1 ] && code=101; exit "$code\""""
 LAST_WORDS = 'cd safetydpo; echo "== $(hostname)"; tail -n 3 log'
 STOP = 'mkdir -p safetydpo; cd safetydpo; kill -KILL -- "-$(cat pid)" 2>/dev/null; rm -f pid'
 BROKEN = (1, 255)  # exit codes of gcloud and of ssh, when there is no connection
 TRIES = 15  # before a slice that says it is there, and cannot be reached, is given up
+HELD_SECONDS = 60  # a connection that lasted so long was one: what fails later is counted anew
+FAILURES = 3  # requests that Google Cloud refuses one after the other, as without a quota
 GONE = ("SUSPENDING", "SUSPENDED", "FAILED", "DELETING")  # states of a queued resource
 POLL_SECONDS, WAITS = 20, 6
 
@@ -122,18 +125,37 @@ class Vm:
             lambda: self._ssh(INSTALL.format(wheel=wheel.name)),
             lambda: self._ssh(START.format(job=shlex.quote(JOB.format(command=job)))),
         )
-        if self._shell.dry_run or self._ssh(RUNS, worker="0"):
+        runs = RUNS_NOT if self._shell.dry_run else self._reached(RUNS)
+        if runs is None:
+            return RESTART[0]
+        if runs:
             for step in steps:
                 if (code := step()) and self._is_taken_away():
                     return RESTART[0]
                 if code:
                     raise UserError(f"gcloud failed ({code}), as it says above; {self._kept()}")
-        for _ in range(TRIES):
-            if (code := self._ssh(FOLLOW, worker="0")) not in BROKEN:
+        code = self._reached(FOLLOW)
+        return RESTART[0] if code is None else code
+
+    def _reached(self, command: str) -> int | None:
+        """What a command on the first host ends with, however often the connection breaks.
+
+        None if the slice is taken away.
+
+        Raises:
+          UserError: there is no connection any more.
+        """
+        tries = 0
+        while tries < TRIES:
+            began = time.monotonic()
+            if (code := self._ssh(command, worker="0")) not in BROKEN:
                 return code
             if self._is_taken_away():
-                return RESTART[0]
-            print("the connection is lost; the job goes on", flush=True)
+                return None
+            print("the connection is lost; what runs there goes on", flush=True)
+            tries = (
+                1 if time.monotonic() - began > HELD_SECONDS + WAITS * POLL_SECONDS else tries + 1
+            )
         raise UserError(f"{self._args.name} cannot be reached; {self._kept()}")
 
     def _is_taken_away(self) -> bool:
@@ -145,8 +167,8 @@ class Vm:
         for _ in range(WAITS):
             if (state := self._state()) in GONE:
                 return True
-            if not state:
-                raise UserError(f"there is no slice {self._args.name} any more, or no answer")
+            if state == "":
+                raise UserError(f"there is no slice {self._args.name} any more")
             time.sleep(POLL_SECONDS)
         return False
 
@@ -162,27 +184,36 @@ class Vm:
             "--command", command,
         )  # fmt: skip
 
-    def _state(self) -> str:
-        """Of the queued resource; "" if there is none."""
+    def _state(self) -> str | None:
+        """Of the queued resource; "" if there is none, None without an answer."""
         if self._shell.dry_run:
             return "ACTIVE"
-        said = self._shell.ask(
-            *self._queued, "describe", self._args.name, *self._where, "--format=value(state.state)"
-        )
-        return said or ""
+        return self._shell.ask(
+            *self._queued, "list", f"--filter=name~(^|/){self._args.name}$", *self._where,
+            "--format=value(state.state)",
+        )  # fmt: skip
 
     def _wait_for_slice(self) -> None:
         """Asks for the slice, if that is not done, and waits until it is there."""
-        began, said = time.monotonic(), ""
-        if self._shell.dry_run or not self._state():
+        began, said, failures = time.monotonic(), "", 0
+        if self._shell.dry_run:
             self._create()
         while (state := self._state()) != "ACTIVE":
-            if state in GONE and not state.endswith("ING"):  # else it would refuse
+            if state and state in GONE and not state.endswith("ING"):  # else it would refuse
+                failures += state == "FAILED"
+                if failures == FAILURES:
+                    show = [*self._queued, "describe", self._args.name, *self._where]
+                    raise UserError(
+                        f"the request failed {failures} times, as without a quota for such a slice;"
+                        f" {shlex.join(show)} shows why"
+                    )
                 self.delete()
+                state = ""
+            if state == "":
                 self._create()
-            if state != said:
+            elif state != said:
                 print(f"{self._args.name}: {state or 'no answer'}", flush=True)
-                said = state
+                said = state or ""
             time.sleep(POLL_SECONDS)
         print(f"{self._args.name} is there, after {time.monotonic() - began:.0f} s", flush=True)
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.pods import parse_slice
+from safetydpo_jax.pods import RESTART, parse_slice
 
 ROOT = Path(__file__).parents[2]
 JOB = ["--", "train", "--config", "hate", "--config.steps=3", "--workdir", "gs://b/it's"]
@@ -21,11 +21,12 @@ GCLOUD = """#!/bin/bash
 cd "$STAND_IN"; echo "$*" >>calls; last="${!#}"
 hosts() { case "$*" in *--worker=all*) echo 0 1 ;; *) echo 0 ;; esac; }
 case "$*" in
-*queued-resources\\ create*) echo ACTIVE >state ;;
-*queued-resources\\ describe*) [ -f state ] || exit 1; cat state ;;
+*queued-resources\\ create*) cat next 2>/dev/null >state || echo ACTIVE >state ;;
+*queued-resources\\ list*) [ -s offline ] && sed -i 1d offline && exit 1
+  cat state 2>/dev/null; exit 0 ;;
 *queued-resources\\ delete*) rm -rf state host0 host1 ;;
 *tpu-vm\\ scp*) for i in $(hosts "$@"); do cp "$5" "host$i/safetydpo/" || exit 1; done ;;
-*tpu-vm\\ ssh*)
+*tpu-vm\\ ssh*) [ -s broken ] && sed -i 1d broken && exit 255
   for i in $(hosts "$@"); do
     mkdir -p "host$i"; (cd "host$i"; HOME="$PWD" bash -c "$last") || code=$?
   done
@@ -91,6 +92,7 @@ def tpu_vm(stand_in, tmp_path, monkeypatch, capfd):
             run.calls = calls.read_text() if calls.exists() else ""
         return capfd.readouterr().out
 
+    run.module = vars(module)
     return run
 
 
@@ -150,6 +152,30 @@ def test_a_slice_that_is_taken_away(tpu_vm):
     said = tpu_vm("taken", 0)
     assert "exit code 75: it is started again" in said
     assert tpu_vm.calls.count("queued-resources create") == 2
+
+
+def test_a_connection_that_breaks(tpu_vm, tmp_path):
+    """Neither is what runs there taken for dead, nor the slice for gone."""
+    (tmp_path / "broken").write_text("x\n" * 3)
+    (tmp_path / "offline").write_text("x\n" * 2)
+    said = tpu_vm(0)
+    assert "hate: no answer" in said
+    assert said.count("the connection is lost; what runs there goes on") == 3
+    assert tpu_vm.calls.count(" scp ") == tpu_vm.calls.count("queued-resources create") == 1
+
+
+def test_no_connection_any_more(tpu_vm, tmp_path, monkeypatch):
+    monkeypatch.setitem(tpu_vm.module, "TRIES", 2)
+    (tmp_path / "broken").write_text("x\n" * 3)
+    with pytest.raises(UserError, match="hate cannot be reached; the slice is kept, and costs"):
+        tpu_vm(0)
+
+
+def test_a_request_that_is_refused(tpu_vm, tmp_path):
+    (tmp_path / "next").write_text("FAILED\n")
+    with pytest.raises(UserError, match="the request failed 3 times, as without a quota"):
+        tpu_vm(0)
+    assert tpu_vm.calls.count("queued-resources create") == 3
 
 
 def test_a_wrong_setting(tpu_vm, tmp_path):
@@ -270,13 +296,17 @@ def test_skypilots_file(stand_in, tmp_path):
     given = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], **task["envs"]}
     nodes = {"NODE_IPS": "10.0.0.1\n10.0.0.2", "NUM_NODES": "2", "NODE_RANK": "1"}
     given |= {f"SKYPILOT_{name}": value for name, value in nodes.items()}
-    said = subprocess.run(
-        ["bash", "-euc", task["run"]], env=given, text=True, check=True, capture_output=True
-    ).stdout
-    assert said.startswith("train|--config|hate:sd15|--distributed|--workdir|runs/hate|")
+
+    def said_by(**more):
+        command, env = ["bash", "-euc", task["run"]], given | more
+        return subprocess.run(command, env=env, text=True, check=True, capture_output=True).stdout
+
+    said = said_by()
+    assert said.startswith("train|--config|hate|--distributed|--workdir|runs/hate|")
+    assert said_by(COMMAND="cache --x").startswith("cache|--x|--workdir|runs/hate|")
     for line in ("COORDINATOR_ADDRESS=10.0.0.1:8476", "NUM_PROCESSES=2", "PROCESS_ID=1"):
         assert f"JAX_{line}\n" in said
-    assert set(task["resources"]["job_recovery"]["recover_on_exit_codes"]) == {75, 134, 143}
+    assert set(task["resources"]["job_recovery"]["recover_on_exit_codes"]) == set(RESTART)
 
 
 def test_the_image_has_what_it_copies():
