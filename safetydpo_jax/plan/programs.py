@@ -25,15 +25,16 @@ class Planned:
       config: from `settings.resolve`.
       model: a checkpoint in the diffusers layout, or "emoji"; its weights are not asked for.
       mesh: the config's, over the slice's devices.
+      experts: how many are trained at once, if several; see `step.make_train_step`.
 
     Attributes:
-      config, mesh: as given.
+      config, mesh, experts: as given.
       latents: (h, w, c) of a row.
       pipeline: with shapes in the place of parameters, in the types that training has them in.
     """
 
-    def __init__(self, config: ConfigDict, model: str, mesh: Mesh):
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: ConfigDict, model: str, mesh: Mesh, experts: int | None = None):
+        self.config, self.mesh, self.experts = config, mesh, experts
         self._whole, self._split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
         found = open_checkpoint(model, configs=config.model_config)
         networks, types = found.in_type(jnp.dtype(config.dtype))
@@ -54,7 +55,9 @@ class Planned:
         """Model FLOPs of a step, on all devices together; see `flops.step_flops`."""
         pipeline = self.pipeline
         null = self._conditioning(None, self._whole)
-        return step_flops(pipeline.unet, pipeline.unet_params, self.latents, null, self.config)
+        params = pipeline.unet_params
+        one = step_flops(pipeline.unet, params, self.latents, null, self.config)
+        return one * (self.experts or 1)
 
     def arguments(self) -> tuple[Any, Any, dict[str, Any], Any]:
         """Shapes of what a step is given, laid out: state, parameters, batch, null.
@@ -66,8 +69,13 @@ class Planned:
         shardings = sharding.param_shardings(self.mesh, pipeline.unet_params, config.mesh.rules)
         params = jax.tree.map(laid_out, pipeline.unet_params, shardings)
 
+        count = self.experts or 1
+
         def first_state() -> TrainState:
-            return TrainState.create(self._first_adapters(), make_optimizer(config))
+            adapters, optimizer = self._first_adapters(), make_optimizer(config)
+            if several := self.experts is not None:
+                adapters = jax.tree.map(lambda x: jnp.stack([x] * count), adapters)
+            return TrainState.create(adapters, optimizer, several=several)
 
         state = jax.tree.map(lambda x: laid_out(x, self._whole), jax.eval_shape(first_state))
         return state, params, self._batch(), self._conditioning(None, self._whole)
@@ -80,7 +88,7 @@ class Planned:
         """
         config, pipeline = self.config, self.pipeline
         arguments = self.arguments()
-        step = make_train_step(pipeline.unet, pipeline.schedule, config, self.mesh)
+        step = make_train_step(pipeline.unet, pipeline.schedule, config, self.mesh, self.experts)
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(config.matmul_precision):
             return lowered(step, *arguments)
 
@@ -134,13 +142,17 @@ class Planned:
         return batch
 
     def _array(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
-        """Rows of a batch, in the cache's type or another."""
-        dtype = dtype or jnp.dtype(self.config.cache.dtype)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._split)
+        """Rows of a batch, in the cache's type or another; of several experts side by side."""
+        dtype, (rows, *row) = dtype or jnp.dtype(self.config.cache.dtype), shape
+        return jax.ShapeDtypeStruct((*self._lead(rows), *row), dtype, sharding=self._split)
+
+    def _lead(self, rows: int) -> tuple[int, ...]:
+        return (rows,) if self.experts is None else (rows, self.experts)
 
     def _conditioning(self, rows: int | None, layout: NamedSharding) -> Any:
         """What so many prompts tell the UNet, as the cache holds it; None: one, without an axis."""
-        lead, dtype = () if rows is None else (rows,), jnp.dtype(self.config.cache.dtype)
+        lead = () if rows is None else self._lead(rows)
+        dtype = jnp.dtype(self.config.cache.dtype)
         told = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), dtype, sharding=layout),
             self.told(),

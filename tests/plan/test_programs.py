@@ -17,13 +17,13 @@ from tests.models.test_single_file import in_original_layout
 LATENTS = (8, 8, 4)
 
 
-def planned(model, base="sd15", mesh=(-1, 1, 1), **changes):
+def planned(model, base="sd15", mesh=(-1, 1, 1), experts=None, **changes):
     config = hate.get_config(base)
     config.model, config.pairs.path = str(model), "."
     config.batch_size, config.accumulation = 8, 1
     for key, value in changes.items():
         config.update_from_flattened_dict({key.replace("__", "."): value})
-    return Planned(resolve(config), config.model, sharding.make_mesh(*mesh))
+    return Planned(resolve(config), config.model, sharding.make_mesh(*mesh), experts)
 
 
 def shapes(tree):
@@ -73,6 +73,20 @@ def test_accumulation_and_reference_tables(model_folder):
     }
     assert batch["conditioning"].prompt_embeds.shape == (rows, 12, 16)
     assert step.flops() < planned(model_folder, recipe="anchored", accumulation=3).flops()
+
+
+def test_experts_at_once(model_folder):
+    """Arrays as the cohort has them: adapters (experts, ...), batches (rows, experts, ...)."""
+    options = {"recipe": "anchored", "preserve_batch_size": 8}
+    one, three = planned(model_folder, **options), planned(model_folder, experts=3, **options)
+    (state, _, batch, null), (own, _, rows, _) = three.arguments(), one.arguments()
+    for found, leaf in zip(*map(jax.tree.leaves, (state.adapters, own.adapters)), strict=True):
+        assert found.shape == (3, *leaf.shape)
+    for found, leaf in zip(*map(jax.tree.leaves, (batch, rows)), strict=True):
+        assert found.shape == (8, 3, *leaf.shape[1:])
+    assert null.prompt_embeds.shape == (12, 16)
+    assert three.flops() == 3 * one.flops()
+    assert "stablehlo" in three.step().as_text()
 
 
 def test_weights_lie_as_the_mesh_has_them(model_folder):
