@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -94,6 +95,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+_BUGS = (NotImplementedError, RecursionError)  # RuntimeErrors that no disk is to blame for
+
+
 @contextlib.contextmanager
 def explained_writes(path: Path) -> Iterator[None]:
     """Turns a failed write, Python's or ArrayRecord's (a RuntimeError), into a `UserError`.
@@ -103,9 +107,9 @@ def explained_writes(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, UserError | jax.errors.JaxRuntimeError):
+        if isinstance(error, (UserError, jax.errors.JaxRuntimeError, *_BUGS)):
             raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"could not write {path} ({reason}): free some space or choose another place"
         ) from error
@@ -127,7 +131,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.writing")  # another may write it too
+    # Another may write it too, in a container where it has the same number.
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.writing")
 
 
 def check_writable(path: Path) -> None:

@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 
@@ -28,6 +29,14 @@ def test_main_ends_with_its_own_exit_code():
 def test_a_users_error_is_one_line_and_exit_code_2(error, capsys):
     assert run(raises(error)) == 2
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_full_disk_is_told(capsys):
+    assert run(raises(OSError(errno.ENOSPC, "No space left on device", "runs/a.png"))) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: could not write runs/a.png (No space left on device): free some")
+    with pytest.raises(PermissionError):
+        run_main(raises(PermissionError(errno.EACCES, "Permission denied")))
 
 
 def test_ctrl_c_exits_with_130(capsys):

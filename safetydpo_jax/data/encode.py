@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -178,6 +179,7 @@ def _key(config: Any, pipeline: Any, pairs: Pairs) -> str:
             "zeros_for_empty": pipeline.zeros_for_empty,
             "computed_in": [str(jax.tree.leaves(params)[0].dtype) for params in networks],
             **{k: v for k, v in config.cache.items() if k != "path"},
+            "resolution": config.cache.resolution or pipeline.resolution,
         }
     )
 
@@ -185,7 +187,7 @@ def _key(config: Any, pipeline: Any, pairs: Pairs) -> str:
 def _write_shard(
     file: Path, encoded: Iterator[tuple[np.ndarray, Conditioning]], dtype: Any
 ) -> None:
-    writing = file.with_name(f"{file.name}.{os.getpid()}.writing")
+    writing = file.with_name(f"{file.name}.{secrets.token_hex(4)}.writing")
     writer = ArrayRecordWriter(str(writing), RECORDS)
     try:
         for moments, text in encoded:

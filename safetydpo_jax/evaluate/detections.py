@@ -145,26 +145,32 @@ def detect(
     folder.mkdir(parents=True, exist_ok=True)
 
     seen: list[tuple[frozenset[str], ...]] = []  # of each picture, its names and its background
-    started, drawn = time.monotonic(), 0
-    for start in range(0, total, batch_size):
-        wanted = min(batch_size, total - start)
-        done = folder / f"{start:06d}.json"  # written last: it stands for the whole chunk
-        if not done.exists():
+    started, drawn, size = time.monotonic(), 0, min(batch_size, total)
+    chunks = {start: folder / f"{start:06d}.json" for start in range(0, total, batch_size)}
+    for start, file in chunks.items():
+        if not file.exists():
+            missing = [first for first, other in chunks.items() if not other.exists()]
+            firsts = missing[: pipeline.num_devices]  # a chunk on each
             # A short last chunk is filled up, so that its shape needs no compilation of its own.
-            index = np.minimum(np.arange(start, start + min(batch_size, total)), total - 1)
+            index = np.concatenate([np.arange(first, first + size) for first in firsts])
+            index = np.minimum(index, total - 1)
             pictures = draw(
                 pipeline, [prompts[i] for i in index], seeds[index], adapters=adapters,
                 batch_size=batch_size, **settings,
             )  # fmt: skip
-            pictures = _checked(pictures, len(index), label)[:wanted]
-            for i in set(keep) & set(range(start, start + wanted)):
-                Image.fromarray(pictures[i - start]).save(folder / f"{i:06d}.png")
-            both = zip(judge(pictures), judge.backgrounds(pictures), strict=True)
-            found = [[sorted(names) for names in pair] for pair in both]
-            storage.write_file(done, json.dumps(found).encode())
-            drawn += wanted
-        seen += [tuple(map(frozenset, pair)) for pair in json.loads(done.read_text())]
-        progress(f"{label}: {_pace(start + wanted, total, drawn, time.monotonic() - started)}")
+            pictures = _checked(pictures, len(index), label)
+            for first, chunk in zip(firsts, np.split(pictures, len(firsts)), strict=True):
+                chunk = chunk[: total - first]
+                for i in set(keep) & set(range(first, first + len(chunk))):
+                    Image.fromarray(chunk[i - first]).save(folder / f"{i:06d}.png")
+                both = zip(judge(chunk), judge.backgrounds(chunk), strict=True)
+                found = [[sorted(names) for names in pair] for pair in both]
+                # Written last: it stands for the whole chunk.
+                storage.write_file(chunks[first], json.dumps(found).encode())
+                drawn += len(chunk)
+        seen += [tuple(map(frozenset, pair)) for pair in json.loads(file.read_text())]
+        done = min(start + batch_size, total)
+        progress(f"{label}: {_pace(done, total, drawn, time.monotonic() - started)}")
     kept = {i: _read_picture(folder / f"{i:06d}.png") for i in keep}
     names, backgrounds = map(list, zip(*seen, strict=True))
     return Detections(names, backgrounds, kept, time.monotonic() - started if drawn else 0.0)

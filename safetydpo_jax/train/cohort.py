@@ -5,6 +5,7 @@ and the forward passes and nothing else; see `step.make_train_step`.
 """
 
 import contextlib
+import functools
 import hashlib
 import pathlib
 import signal
@@ -13,8 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from safetydpo_jax import host_memory, lora, processes, sharding
 from safetydpo_jax.errors import UserError
@@ -101,7 +104,7 @@ class Cohort:
         )
         if saved := self._checkpoints.restore(self._state):
             self._set_state(saved)
-        done = int(self._state.step)
+        done = self._kept = int(self._state.step)
         names = f"{', '.join(by_name)}: " if self.several else ""
         progress(f"{names}going on from step {done}" if done else f"{names}a new run")
         if done > config.steps:
@@ -181,13 +184,15 @@ class Cohort:
             stopped = self._evaluate(start, logs, stop, watch)
             if start < config.steps:
                 self._leave_if_stopped(stopped, start)
-            pending, wait_time = None, 0.0
+            pending, wait_time, held = None, 0.0, self._to_hold()
             for step in range(start + 1, config.steps + 1):
                 if self._hopeless:
                     progress(f"stopped early at step {step - 1}: the last evaluations were worse")
                     return
                 stopped_by = largest.ask(lambda: stop.asked or 0)  # a signal may come at any moment
                 self._state, metrics = compiled(self._state, params, batch, null)
+                if held:
+                    self._state = _hold(self._state, *held)
                 # While the device works on this step, read the last one's numbers and the next
                 # batch.
                 if pending:
@@ -208,7 +213,7 @@ class Cohort:
                         guard.calm or expert.hopeless
                         for guard, expert in zip(guards, self.experts, strict=True)
                     ]
-                    if last or all(calm):
+                    if step == config.steps or all(calm):
                         self._save(step)
                         watch.alive()
                 if step < config.steps:
@@ -216,6 +221,15 @@ class Cohort:
                 if evaluated:
                     stopped = self._evaluate(step, logs, stop, watch)
                     self._leave_if_stopped(stopped, step)
+                    held = self._to_hold()
+
+    def _to_hold(self) -> tuple[Any, ...]:
+        """Which experts are without hope, and a copy of the state; () if none is.
+
+        Alone each would have stopped there. What it might diverge to later would reach the others.
+        """
+        hopeless = np.array([expert.hopeless for expert in self.experts])
+        return (hopeless, jax.tree.map(jnp.copy, self._state)) if hopeless.any() else ()
 
     def _save(self, step: int) -> None:
         """Of a job, if all processes have the same: what went wrong in one must not be kept."""
@@ -223,6 +237,7 @@ class Cohort:
             found = _fingerprint(self._state.adapters)
             processes.check_same({f"the adapters of step {step}": found})
         self._checkpoints.save(self._state)
+        self._kept = step
         processes.first(self._saved)
 
     def _batches(self, start: int) -> Iterator[Batch]:
@@ -262,8 +277,9 @@ class Cohort:
 
     def _leave_if_stopped(self, stopped: int, step: int) -> None:
         if stopped:
+            wrong = f" at step {step}, which had begun to go wrong" if self._kept < step else ""
             self._phases.progress(
-                f"stopped by {signal.Signals(stopped).name}: step {step} is saved in "
+                f"stopped by {signal.Signals(stopped).name}{wrong}: step {self._kept} is saved in "
                 f"{self._checkpoints.path}; the same command goes on from there"
             )
             raise SystemExit(128 + stopped)
@@ -277,6 +293,17 @@ class Cohort:
     def _of(self, i: int, tree: Any) -> Any:
         """An expert's part of a tree of arrays on the host."""
         return jax.tree.map(lambda x: x[i], tree) if self.several else tree
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _hold(state: TrainState, which: Array, before: TrainState) -> TrainState:
+    """The state with these experts' adapters and moments as they were before."""
+
+    def held(new: Array, old: Array) -> Array:
+        return jnp.where(which.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+    learnt = (state.adapters, state.opt_state), (before.adapters, before.opt_state)
+    return TrainState(state.step, *jax.tree.map(held, *learnt))
 
 
 def _fingerprint(tree: Any) -> str:

@@ -29,6 +29,7 @@ _KNOWN = ".mirror.json"  # on this host: what the mirror's list was when they we
 # whole yet.
 _LEFT_OUT = {"reference"}
 _UNFINISHED = (".writing", ".partial", ".old")
+_WHOLE = {"pairs", "cache"}  # folders of which no file means anything without the others
 
 
 class Workdir:
@@ -69,6 +70,10 @@ class Workdir:
         listed, known = self._listed(), self._known()
         files = listed.get("files", {})
         same = listed.get("id") == known.get("id")
+        if same and (deleted := self._deleted(files)):
+            for name in deleted:  # the next `update` copies what this host has of it
+                del files[name]
+            listed = self._list(files)
         with storage.explained_writes(self.folder):
             if not same:
                 self._remember({"id": "half fetched"})
@@ -136,6 +141,9 @@ class Workdir:
             raise UserError(
                 f"{self.address}: another run has written there meanwhile: stop one of them, or "
                 "give each its own --workdir"
+                if self._listed()
+                else f"{self.address}: its {LIST} is gone, as if somebody deleted that folder "
+                "while the run went on: the same command starts anew"
             )
 
     def _send(
@@ -144,7 +152,7 @@ class Workdir:
         """Whether no other run wrote there meanwhile."""
         files = {k: entry for k, entry in known.get("files", {}).items() if k not in gone}
         # Of pairs and caches new files must not be taken for a part of the old.
-        if replaced := {k for k in changed.keys() & files.keys() if {"pairs", "cache"} & _parts(k)}:
+        if replaced := {k for k in changed.keys() & files.keys() if _WHOLE & _parts(k)}:
             files = {k: entry for k, entry in files.items() if k not in replaced}
             known = self._list(files)
             self._remember(known)
@@ -167,12 +175,30 @@ class Workdir:
         return listed
 
     def _forget_folder_of(self, missing: str, files: dict[str, Any]) -> None:
-        """Drops what is beside a file that is gone: without it the rest is nothing whole."""
-        folder = missing.rpartition("/")[0]
-        for name in [name for name in files if name.rpartition("/")[0] == folder]:
+        """Drops what belongs to a file that is gone: without it the rest is nothing whole.
+
+        That is what is beside it, and of pairs and caches all that there is.
+        """
+        *folders, _ = missing.split("/")
+        tops = [i for i, folder in enumerate(folders, 1) if folder in _WHOLE]
+        depth = tops[0] if tops else None
+
+        def place(name: str) -> list[str]:
+            return name.split("/")[:-1][:depth]
+
+        for name in [name for name in files if place(name) == folders[:depth]]:
             del files[name]
             (self.folder / name).unlink(missing_ok=True)
         self._progress(f"{self.address}/{missing} is gone: what it was a part of is made again")
+
+    def _deleted(self, files: Collection[str]) -> list[str]:
+        """Of pairs and caches, which others read there, the files that are not there any more."""
+        with explained(self.address):
+            return [
+                name
+                for name in files
+                if _WHOLE & _parts(name) and not (epath.Path(self.address) / name).exists()
+            ]
 
     def _files(self) -> dict[str, Any]:
         """What is to be in the mirror: the files' stat by name."""

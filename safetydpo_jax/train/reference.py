@@ -46,6 +46,7 @@ from safetydpo_jax.train.step import (
     under_winners_prompt,
 )
 
+TOLD_BYTES = 2**26
 Answer = Callable[[Any, Batch, Conditioning], Float[Array, "b *answer"]]
 
 
@@ -105,11 +106,21 @@ def reference_tables(
         ask = functools.partial(answers[name], pipeline.unet_params)
         _complete(name, table, files, ask, config, cache, mesh, progress)
         found[name] = np.zeros((len(table.rows), draws, *table.shape), np.float32)
-        if processes.is_first():
-            for i, file in enumerate(files):
+        for i, file in enumerate(files):
+            if processes.is_first():
                 with opened(file) as kept:
                     found[name][:, i] = kept.read(name)
-    return processes.first_arrays(found)
+            _tell(found[name][:, i])
+    return found
+
+
+def _tell(answers: np.ndarray) -> None:
+    """Gives all processes the first one's, so many rows at a time as device memory has room for."""
+    if jax.process_count() == 1:
+        return
+    rows = max(1, TOLD_BYTES // answers[0].nbytes)
+    for start in range(0, len(answers), rows):
+        answers[start : start + rows] = processes.first_arrays(answers[start : start + rows])
 
 
 def _complete(

@@ -110,20 +110,25 @@ def resolve_all(config: ConfigDict) -> list[ConfigDict]:
         with expert.unlocked():
             for key in ("experts", "presets"):
                 del expert[key]
-        expert.category = name
+        expert.category, shared = name, ""
         if config.pairs.path:
-            expert.pairs.path = f"{config.pairs.path.rstrip('/')}/{name}"
-            if Path(config.pairs.path).is_dir() and not Path(expert.pairs.path).is_dir():
-                raise UserError(
-                    f"{config.pairs.path} has no folder {name}: train the categories that are "
-                    "there one by one, as in --config hate with the folder of its pairs"
-                )
+            expert.pairs.path = shared = f"{config.pairs.path.rstrip('/')}/{name}"
         if config.cache.path:
             expert.cache.path = f"{config.cache.path.rstrip('/')}/{name}/cache"
         for key in set(own) & set(_OF_THE_RUN):
             raise UserError(f"config.experts.{name}.{key}: all experts of a run have the same")
         _set(expert, own, f"config.experts.{name}")
         _set(expert, config.presets.get(name, {}), f"config.presets.{name}", only_open=True)
+        if (
+            shared
+            and expert.pairs.path == shared
+            and Path(config.pairs.path).is_dir()
+            and not Path(shared).is_dir()
+        ):
+            raise UserError(
+                f"{config.pairs.path} has no folder {name}: train the categories that are "
+                "there one by one, as in --config hate with the folder of its pairs"
+            )
         found.append(resolve(expert))
     return found
 

@@ -15,6 +15,7 @@ def pipeline(weights=1.0):
         unet_params={"conv": {"kernel": np.full((2, 2), weights, np.float32)}},
         vae_params={},
         text_params={},
+        num_devices=1,
     )
 
 
@@ -35,7 +36,7 @@ class Drawer:
             raise KeyboardInterrupt
         self.batches += 1
         self.settings = settings
-        assert len(prompts) == len(seeds) <= batch_size
+        assert len(prompts) == len(seeds) <= batch_size * pipeline.num_devices
         pictures = []
         for text, seed in zip(prompts, seeds, strict=True):
             picture = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)

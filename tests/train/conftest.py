@@ -83,6 +83,7 @@ class SmallPipeline:
     text_params: dict
 
     resolution = 16
+    num_devices = 1
     vae = types.SimpleNamespace(config=types.SimpleNamespace(downscale=2))
 
     def encode_images(self, pictures):

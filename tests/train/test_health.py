@@ -59,6 +59,7 @@ class Pipeline:
 
     unet_params = {"to_q": {"kernel": np.ones((2, 2), np.float32)}}  # noqa: RUF012
     vae_params = text_params = unet_params
+    num_devices = 1
 
 
 @pytest.fixture

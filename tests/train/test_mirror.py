@@ -110,6 +110,40 @@ def test_what_is_gone_from_the_bucket_is_made_again(machine, bucket):
     assert contents(here.folder)["cache/shard"] == "s2"
 
 
+def test_of_a_pair_set_nothing_is_left_either(machine, bucket):
+    here, _ = machine("here")
+    write(here, log="1", pairs__card="c", pairs__set__1="one", pairs__set__2="two")
+    here.update()
+    (bucket / "run/pairs/set/1").unlink()
+    there, _ = machine("there")
+    there.fetch()
+    assert contents(there.folder) == {"log": "1"}
+
+
+def test_what_is_deleted_there_is_copied_again_by_who_has_it(machine, bucket):
+    here, _ = machine("here")
+    write(here, log="1", cache__card="c", cache__shard="s")
+    here.update()
+    for name in ("card", "shard"):
+        (bucket / "run/cache" / name).unlink()
+    here.fetch()
+    here.update()
+    assert (bucket / "run/cache/shard").read_text() == "s"
+    there, _ = machine("there")
+    there.fetch()
+    assert contents(there.folder) == contents(here.folder)
+
+
+def test_a_folder_that_is_deleted_while_a_run_goes_on(machine, bucket):
+    here, _ = machine("here")
+    write(here, log="1")
+    here.update()
+    (bucket / "run" / LIST).unlink()
+    write(here, log="1 2")
+    with pytest.raises(UserError, match=f"{LIST} is gone, as if somebody deleted that folder"):
+        here.update()
+
+
 def test_a_cache_is_never_half_of_another(machine, bucket, monkeypatch):
     here, _ = machine("here")
     write(here, log="1", cache__a="old", cache__b="old")
@@ -132,10 +166,11 @@ def test_a_cache_is_never_half_of_another(machine, bucket, monkeypatch):
 
 def test_every_byte_arrives(machine, bucket):
     here, _ = machine("here")
-    for i in range(256):
+    endings = (0, 9, 10, 13, 32, 127, 255)
+    for i in endings:
         (here.folder / f"{i}").write_bytes(bytes([65, i]))
     here.update()
-    assert all((bucket / "run" / f"{i}").read_bytes() == bytes([65, i]) for i in (10, 13, 255))
+    assert all((bucket / "run" / f"{i}").read_bytes() == bytes([65, i]) for i in endings)
 
 
 def test_what_belongs_to_another_history_goes(machine):
