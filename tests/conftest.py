@@ -18,10 +18,29 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # PyTorch's threads wait by spinning, which on two busy cores costs more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("safetydpo_jax", "tests.check")
+
+
+def pytest_configure(config):
+    """Most tests compile more than they compute: for them LLVM leaves out what takes it long."""
+    if config.option.markexpr == "not slow":
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def optimised():
+    """For tests of what the compiler makes of a program, or that compute more than they compile.
+
+    And of the same bits from two programs, one of which LLVM would round in another order.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -282,8 +282,13 @@ def init_inputs(networks: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 def param_shapes(networks: Mapping[str, Any]) -> dict[str, Any]:
     """The shapes of each network's parameters, by its name; nothing is computed."""
-    inputs = init_inputs(networks)
     return {
-        name: jax.eval_shape(network.init, jax.random.key(0), *inputs[name])["params"]
+        name: jax.tree.map(lambda x: x, _param_shapes(name, network))  # dicts of the caller's own
         for name, network in networks.items()
     }
+
+
+@functools.lru_cache(maxsize=16)  # tracing a large network takes seconds
+def _param_shapes(name: str, network: Any) -> Any:
+    inputs = init_inputs({name: network})[name]
+    return jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]

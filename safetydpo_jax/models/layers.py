@@ -150,18 +150,19 @@ class Conv(nn.Module):
         self, x: Float[Array, "b h w in"], kernel: Float[Array, "kh kw in out"]
     ) -> Float[Array, "b h2 w2 out"]:
         pad = self.padding
-        return _convolution(
+        return convolution(
             x, kernel, self.strides, ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
         )
 
 
 def _convolve(x: Array, kernel: Array, strides: int, padding: Padding) -> Array:
+    """By XLA, with its own gradient; NHWC and HWIO."""
     return jax.lax.conv_general_dilated(
         x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-_convolution = jax.custom_vjp(_convolve, nondiff_argnums=(2, 3))
+convolution = jax.custom_vjp(_convolve, nondiff_argnums=(2, 3))
 
 
 def _convolution_forward(
@@ -187,7 +188,7 @@ def _convolution_backward(
     return dx, dkernel
 
 
-_convolution.defvjp(_convolution_forward, _convolution_backward, symbolic_zeros=True)
+convolution.defvjp(_convolution_forward, _convolution_backward, symbolic_zeros=True)
 
 
 class Embedding(nn.Module):

@@ -5,6 +5,8 @@ from safetydpo_jax.emoji.backgrounds import backgrounds
 from safetydpo_jax.emoji.scenes import render, sample_scene
 from safetydpo_jax.models.pretrained import load_pipeline
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.fixture(scope="module")
 def scenes():

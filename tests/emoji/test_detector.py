@@ -12,6 +12,8 @@ from safetydpo_jax.emoji.concepts import CONCEPTS, INDEX, NONE
 from safetydpo_jax.emoji.junk import JUNK, degrade
 from safetydpo_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.fixture(scope="module")
 def shipped():

@@ -14,6 +14,8 @@ from safetydpo_jax.emoji.prompts import safe_prompts
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.pretrain.autoencoder import psnr
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "emoji_base.json"
 
 

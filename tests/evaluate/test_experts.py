@@ -13,6 +13,8 @@ from safetydpo_jax.lora import init_adapters, save_lora
 from safetydpo_jax.models.pretrained import load_pipeline
 from tests.diffusion.tiny_pipeline import write_tiny_pipeline
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "experts.py"
 
 

@@ -31,20 +31,29 @@ def pairs(tmp_path):
     return tmp_path / "pairs"
 
 
-def command(pairs, workdir, *more):
-    options = ["--config", "hate", f"--config.pairs.path={pairs}", "--workdir", str(workdir)]
+def command(model_folder, pairs, workdir, *more):
+    options = [f"--config.model={model_folder}", f"--config.pairs.path={pairs}"]
+    options = ["--config", "hate", *options, "--workdir", str(workdir)]
     return [sys.executable, str(ROOT / "launch" / "cache.py"), *options, *more]
 
 
-def test_two_processes_make_what_one_does(pairs, tmp_path, monkeypatch):
+@pytest.fixture
+def config(model_folder, pairs):
     config = common.get_config("hate")
-    config.pairs.path = str(pairs)
+    config.model, config.pairs.path = str(model_folder), str(pairs)
+    return config
+
+
+@pytest.mark.usefixtures("optimised")
+def test_two_processes_make_what_one_does(config, model_folder, pairs, tmp_path):
     said = []
     one = run(config, tmp_path / "one", progress=said.append)
     assert any(line.startswith("cache         ") for line in said)
     several = [
         subprocess.Popen(
-            command(pairs, tmp_path / "two", f"--part={i}/2"), stdout=subprocess.PIPE, text=True
+            command(model_folder, pairs, tmp_path / "two", f"--part={i}/2"),
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for i in range(2)
     ]
@@ -58,7 +67,7 @@ def test_two_processes_make_what_one_does(pairs, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, one.read(records), two.read(records))
 
 
-def test_the_unets_weights_are_not_read(pairs, tmp_path, monkeypatch):
+def test_the_unets_weights_are_not_read(config, tmp_path, monkeypatch):
     loaded = []
 
     def noted(*args, **options):
@@ -67,8 +76,6 @@ def test_the_unets_weights_are_not_read(pairs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(base, "load_pipeline", noted)
     monkeypatch.setattr(encoding, "ENCODE_BATCH", 16)
-    config = common.get_config("hate")
-    config.pairs.path = str(pairs)
     assert run(config, tmp_path / "run", (0, 2), lambda line: None) is None
     assert loaded[0].params.keys() == {"vae", "text_encoder"}
 
@@ -92,9 +99,9 @@ def test_an_option_of_its_own():
             pop_option(argv, "--part")
 
 
-def test_no_pairs(tmp_path):
+def test_no_pairs(model_folder, tmp_path):
     done = subprocess.run(
-        command("none", tmp_path / "run"), capture_output=True, text=True, check=False
+        command(model_folder, "none", tmp_path / "run"), capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: none has no card.json")

@@ -78,7 +78,7 @@ def test_a_layer_is_the_same_on_every_platform(rng, dtype, bound, parts, gated):
         y = jnp.concatenate(y, -1) if parts > 1 else y
         return (y.astype(jnp.float32) * directions).sum(), y
 
-    here = jax.grad(loss, (0, 1), has_aux=True)(lora, x)
+    here = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(lora, x)
     with compiling_for("tpu"):
-        there = jax.grad(loss, (0, 1), has_aux=True)(lora, x)
+        there = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(lora, x)
     jax.tree.map(lambda y, z: np.testing.assert_array_less(apart(z, y), bound), here, there)

@@ -10,6 +10,8 @@ from safetydpo_jax.lora import init_adapters
 from safetydpo_jax.models import attention, layers
 from safetydpo_jax.train.step import KEEP_BARRIERS, SPARING
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.mark.parametrize("widest", [attention.WIDEST, 2**14])
 def test_recomputing_changes_the_work_alone(pipeline, monkeypatch, widest):

@@ -12,6 +12,8 @@ from safetydpo_jax.plan import chips, collectives
 from safetydpo_jax.plan.chips import CHIPS
 from safetydpo_jax.plan.cost import cost_of
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="no TPU compiler: pip install 'safetydpo-jax[tpu]'",

@@ -5,6 +5,8 @@ import pytest
 from safetydpo_jax.plan.chips import CHIPS
 from safetydpo_jax.plan.cost import cost_of, splash
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
 

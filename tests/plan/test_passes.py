@@ -13,6 +13,8 @@ from safetydpo_jax.plan.programs import Planned
 from safetydpo_jax.train.settings import resolve
 from tests.diffusion.tiny_pipeline import write_tiny_pipeline
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 CHIP = CHIPS["v5e"]
 GIB = 2**30
 

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import pytest
 from PIL import Image
 
-from configs import hate
+from configs import all_experts, hate
 from safetydpo_jax import plan
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models import attention
 from safetydpo_jax.models.target import compiling_for
 from safetydpo_jax.plan import chips, cost, estimate, training
 from tests.diffusion.tiny_pipeline import write_tiny_pipeline
+
+pytestmark = pytest.mark.usefixtures("optimised")
 
 compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -226,6 +228,15 @@ def test_weights_are_split_over_what_divides_the_chips(config):
     config.mesh.tensor, config.mesh.data = 2, 6
     [found] = training._remedies(config, 12, 12)
     assert found == "--config.mesh.fsdp=2 --config.mesh.data=-1, which splits the weights"
+
+
+def test_experts_that_share_a_step_and_such_that_do_not():
+    config = all_experts.get_config("sd15")
+    one, count = training._one_step(config)
+    assert (one.batch_size, count) == (4, 7)
+    config.experts.hate.steps = 3
+    with pytest.raises(UserError, match="these experts have 2 different settings"):
+        training._one_step(config)
 
 
 def test_unknown_chips():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from safetydpo_jax import processes
+from safetydpo_jax.data import open_pairs
 from safetydpo_jax.remote import CACHE_DIR
 from safetydpo_jax.train.mirror import Workdir
 from tests.train.job import Job
@@ -118,6 +119,24 @@ def test_machines_that_share_nothing_but_a_bucket(begin, whole, bucket, tmp_path
     assert f"{home}: fetching" in said[0]
     assert "going on from step" in said[0]
     assert (bucket / "run" / EXPORT).read_bytes() == (whole / EXPORT).read_bytes()
+
+
+def test_the_first_draws_while_the_others_wait(tmp_path):
+    """The embedded model's pictures; the same as one process draws by itself."""
+    few = {"steps": 1, "pairs.num_pairs": 6, "pairs.preserve_count": 4, "reference.draws": 0}
+    found = []
+    for count in (2, 1):
+        workdir = tmp_path / str(count)
+        options = [f"--config.{key}={value}" for key, value in few.items()]
+        codes, said = Job(count, [*command("emoji", "", workdir), *options]).end()
+        assert codes == [0] * count, said
+        assert "pictures/s" in said[0]
+        pairs = open_pairs(str(workdir / "pairs"))
+        pixels = [x.pixels for split in pairs.sizes for x in pairs.pictures(split)]
+        found.append((pairs.card, np.stack(pixels)))
+    (card, pixels), (card_of_one, pixels_of_one) = found
+    assert card == card_of_one
+    np.testing.assert_array_equal(pixels, pixels_of_one)
 
 
 def test_a_signal_to_any_process_stops_all_at_one_step(start, whole, tmp_path):

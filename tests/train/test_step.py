@@ -87,6 +87,7 @@ def test_policy_is_the_reference_at_the_start(
         assert (term in metrics) == (recipe == "anchored")
 
 
+@pytest.mark.usefixtures("optimised")
 def test_a_batch_in_half_precision_is_computed_with_in_full(config, small, adapters, batch, null):
     def to(tree, dtype):
         floats = lambda x: np.issubdtype(x.dtype, np.floating)  # noqa: E731
