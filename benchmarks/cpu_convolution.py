@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from benchmarks.machine import machine
 from safetydpo_jax.host_memory import use_huge_pages
 from safetydpo_jax.models import columns, winograd
-from safetydpo_jax.models.layers import _convolution
+from safetydpo_jax.models.layers import convolution
 from safetydpo_jax.storage import write_file
 
 RESULT = Path(__file__).with_name("results") / "cpu_convolution.json"
@@ -49,7 +49,7 @@ SHAPES = [
     (40, 8, 384, 192),
 ]
 FORMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "xla": lambda x, kernel: _convolution(x, kernel, 1, ((1, 1), (1, 1))),
+    "xla": lambda x, kernel: convolution(x, kernel, 1, ((1, 1), (1, 1))),
     "columns": columns.conv3x3,
     "winograd": winograd.conv3x3,
     "winograd_bfloat16": functools.partial(winograd.conv3x3, half=True),

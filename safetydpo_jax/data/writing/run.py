@@ -13,6 +13,7 @@ from safetydpo_jax.data.writing.concepts import read_concepts
 from safetydpo_jax.data.writing.endpoint import Endpoint
 from safetydpo_jax.data.writing.journal import Journal
 from safetydpo_jax.data.writing.local_model import LocalModel
+from safetydpo_jax.data.writing.packages import needed
 from safetydpo_jax.data.writing.settings import (
     Request,
     Settings,
@@ -41,6 +42,7 @@ def write_prompts(settings: Settings, progress: Callable[[str], None]) -> dict[s
       MissingFileError, UserError: a wrong setting, concepts file or template, an endpoint that is
         not there or refuses, a journal of other settings, no pair at all, or a full disk.
     """
+    needed("datasketch")  # by the tables, in the end: now, not after hours
     concepts = read_concepts(settings.concepts)
     requests = requests_for(settings, concepts)
     depends = about(settings)
