@@ -150,12 +150,10 @@ class Vm:
             began = time.monotonic()
             if (code := self._ssh(command, worker="0")) not in BROKEN:
                 return code
+            tries = 1 if time.monotonic() - began > HELD_SECONDS else tries + 1
             if self._is_taken_away():
                 return None
             print("the connection is lost; what runs there goes on", flush=True)
-            tries = (
-                1 if time.monotonic() - began > HELD_SECONDS + WAITS * POLL_SECONDS else tries + 1
-            )
         raise UserError(f"{self._args.name} cannot be reached; {self._kept()}")
 
     def _is_taken_away(self) -> bool:
@@ -195,7 +193,8 @@ class Vm:
 
     def _wait_for_slice(self) -> None:
         """Asks for the slice, if that is not done, and waits until it is there."""
-        began, said, failures = time.monotonic(), "", 0
+        began, failures = time.monotonic(), 0
+        said: str | None = ""
         if self._shell.dry_run:
             self._create()
         while (state := self._state()) != "ACTIVE":
@@ -213,7 +212,7 @@ class Vm:
                 self._create()
             elif state != said:
                 print(f"{self._args.name}: {state or 'no answer'}", flush=True)
-                said = state or ""
+                said = state
             time.sleep(POLL_SECONDS)
         print(f"{self._args.name} is there, after {time.monotonic() - began:.0f} s", flush=True)
 

@@ -121,7 +121,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
     A process killed inside leaves `path` as it was, and beside it a file that ends in ".writing".
     """
-    partial = _partial(path)
+    partial = unfinished(path)
     try:
         with partial.open("wb") as file:
             yield file
@@ -130,7 +130,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
-def _partial(path: Path) -> Path:
+def unfinished(path: Path) -> Path:
+    """Where a file is written that is to become this one; another name at each call."""
     # Another may write it too, in a container where it has the same number.
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.writing")
 
@@ -144,7 +145,7 @@ def check_writable(path: Path) -> None:
     with explained_writes(path):
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
-        partial = _partial(path)
+        partial = unfinished(path)
         partial.write_bytes(b"0")  # of a full disk a file's name alone might find a place
         partial.unlink()
 

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -187,7 +186,7 @@ def _key(config: Any, pipeline: Any, pairs: Pairs) -> str:
 def _write_shard(
     file: Path, encoded: Iterator[tuple[np.ndarray, Conditioning]], dtype: Any
 ) -> None:
-    writing = file.with_name(f"{file.name}.{secrets.token_hex(4)}.writing")
+    writing = storage.unfinished(file)
     writer = ArrayRecordWriter(str(writing), RECORDS)
     try:
         for moments, text in encoded:
