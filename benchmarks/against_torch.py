@@ -145,7 +145,7 @@ def ours(checkpoint: Path, pixels: int, remat: bool) -> Works:
     apply, batch = jax.jit(pipe.unet.apply), case.batch
     latents = np.concatenate([batch["winner"]["mean"], batch["loser"]["mean"]])
     told = jax.tree.map(lambda x: np.concatenate([x, x]), batch["conditioning"])
-    step = case.step.lower(case.state, pipe.unet_params, batch, null).compile()
+    step = case.step.lower(case.state, pipe.unet_params, batch, null, case.numbers).compile()
     give_back()  # as training does
 
     def forward() -> None:
@@ -153,7 +153,7 @@ def ours(checkpoint: Path, pixels: int, remat: bool) -> Works:
         jax.block_until_ready(apply(variables, latents, np.full(2, 500), *told))
 
     def train() -> None:
-        case.state, metrics = step(case.state, pipe.unet_params, batch, null)
+        case.state, metrics = step(case.state, pipe.unet_params, batch, null, case.numbers)
         jax.block_until_ready(metrics)
 
     return {"forward": forward, "step": train}

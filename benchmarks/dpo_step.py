@@ -38,7 +38,7 @@ from safetydpo_jax.storage import write_file
 from safetydpo_jax.train.flops import step_flops
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
-from safetydpo_jax.train.step import make_loss, make_train_step
+from safetydpo_jax.train.step import Numbers, make_loss, make_train_step, numbers_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = [("paper", "float32"), ("anchored", "float32"), ("anchored", "bfloat16")]
@@ -95,6 +95,7 @@ class Case:
     step: Any
     state: TrainState
     batch: dict[str, Any]
+    numbers: Numbers
     mesh: jax.sharding.Mesh
 
 
@@ -131,6 +132,7 @@ def make_case(
         make_train_step(pipeline.unet, pipeline.schedule, config, mesh, experts),
         jax.device_put(state, sharding.replicated(mesh)),
         batch,
+        numbers_of(config)(0),
         mesh,
     )
 
@@ -145,28 +147,30 @@ def measure(
 ) -> dict[str, Any]:
     """One case: the median step of `steps`, the floor at the products' rate, and the memory."""
     case = make_case(pipeline, null, recipe, pixels)
-    config, state, batch = case.config, case.state, case.batch
+    config, state, batch, numbers = case.config, case.state, case.batch, case.numbers
     count = 2 * config.batch_size + config.preserve_batch_size
     with jax.default_matmul_precision(precision):
         rate = product_rate(precision)
         started = time.perf_counter()
-        compiled = case.step.lower(state, pipeline.unet_params, batch, null).compile()
+        compiled = case.step.lower(state, pipeline.unet_params, batch, null, numbers).compile()
         compile_seconds = time.perf_counter() - started
         host_memory.give_back()  # as training does
         with Memory() as memory:
-            state, metrics = compiled(state, pipeline.unet_params, batch, null)
+            state, metrics = compiled(state, pipeline.unet_params, batch, null, numbers)
             jax.block_until_ready(metrics)
             seconds = []
             for _ in range(steps):
                 started = time.perf_counter()
-                state, metrics = compiled(state, pipeline.unet_params, batch, null)
+                state, metrics = compiled(state, pipeline.unet_params, batch, null, numbers)
                 jax.block_until_ready(metrics)
                 seconds.append(time.perf_counter() - started)
     loss = make_loss(pipeline.unet, pipeline.schedule, config, case.mesh)
     weights, trained = (
         sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (pipeline.unet_params, state)
     )
-    kept = kept_bytes(lambda x: loss(x, pipeline.unet_params, batch, null), state.adapters, count)
+    kept = kept_bytes(
+        lambda x: loss(x, pipeline.unet_params, batch, null, numbers), state.adapters, count
+    )
     needed = (weights + trained + kept) // 10**6
     shape = batch["winner"]["mean"].shape[1:]
     flops = step_flops(pipeline.unet, pipeline.unet_params, shape, null, config)

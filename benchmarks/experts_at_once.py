@@ -62,13 +62,15 @@ def compare(pipeline: Any, null: Any, cases: list[Case], rounds: int) -> dict[st
     steps = []
     for case in cases:
         with jax.default_matmul_precision(case.config.matmul_precision):
-            arguments = (case.state, pipeline.unet_params, case.batch, null)
+            arguments = (case.state, pipeline.unet_params, case.batch, null, case.numbers)
             steps.append(case.step.lower(*arguments).compile())
     seconds = np.empty((rounds + 1, len(cases)))
     for times in seconds:
         for i, (case, step) in enumerate(zip(cases, steps, strict=True)):
             started = time.perf_counter()
-            case.state, metrics = step(case.state, pipeline.unet_params, case.batch, null)
+            case.state, metrics = step(
+                case.state, pipeline.unet_params, case.batch, null, case.numbers
+            )
             jax.block_until_ready(metrics)
             times[i] = (time.perf_counter() - started) / case.batch["row_id"].size
     one, seven = np.median(seconds[1:], axis=0)  # the first round warms up

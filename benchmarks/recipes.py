@@ -6,8 +6,9 @@
 
 Every point is the hate expert on the embedded model, trained with the recipe's numbers but one, and
 judged on the prompts for tuning and on the test's. One core a training: on two cores that is 1.3
-times faster than two cores each; only the first, whose pairs and tables of the base's answers the
-others share, has all to itself. All of it resumes: runs from their checkpoints, pictures from
+times faster than two cores each; only the first, whose pairs, cache and tables of the base's
+answers the others share, has all to itself. Those that take longest come first, so that no core is
+left with one at the end. All of it resumes: runs from their checkpoints, pictures from
 `RUNS/drawn`, finished points from benchmarks/results/recipes/POINT.json, which hold the settings
 they are of. Writes those, docs/recipes.png and docs/recipes_table.md.
 """
@@ -132,7 +133,7 @@ def run_missing(runs: Path, jobs: int) -> None:
     if not 1 <= jobs <= (os.cpu_count() or 1):
         raise UserError(f"--jobs is {jobs}: it must be from 1 to the number of cores")
     first, *others = POINTS
-    missing = [name for name in others if not is_done(name)]
+    missing = sorted(itertools.filterfalse(is_done, others), key=work_of, reverse=True)
     makes_pairs = missing and not (runs / first / "pairs").is_dir()
     if makes_pairs or not is_done(first):
         missing.insert(0, first)
@@ -162,6 +163,13 @@ def run_missing(runs: Path, jobs: int) -> None:
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(run, name) for name in missing if name != first]:
             future.result()
+
+
+def work_of(name: str) -> float:
+    """How long a point's training takes, in steps of `anchored` with tables; for the order."""
+    config = config_of(name)
+    step = 0.5 if config.recipe == "paper" else 1.0
+    return config.steps * step * (1.4 if OWN_ANSWERS & set(POINTS[name]) else 1.0)
 
 
 def config_of(name: str) -> Any:
@@ -216,6 +224,7 @@ def run_point(name: str, runs: Path) -> None:
     config.guard.winner_error = 1e9  # a spoilt picture is a result here
     if name != "anchored":
         config.pairs.path = str(runs / "anchored" / "pairs")
+        config.cache.path = str(runs / "anchored" / "cache")
     if not OWN_ANSWERS & set(POINTS[name]):
         # These points ask the base the same, and share its answers. As many draws as a row has
         # visits: then every number is the same, too.
@@ -227,7 +236,7 @@ def run_point(name: str, runs: Path) -> None:
     adapters, _ = load_lora(export, pipeline.unet_params)
     result: dict[str, Any] = {"changes": POINTS[name], "settings": settings_of(name)}
     result["last"] = last_metrics(workdir)
-    result["residual"] = residual(pipeline, adapters, workdir)
+    result["residual"] = residual(pipeline, adapters, runs / "anchored" / "cache")
     result["drift"] = drift(pipeline, adapters, config, runs / "unseen.safetensors")
     for split, seed in SPLITS.items():
         config.report.update({"split": split, "seed": seed, **COUNTS})
@@ -279,18 +288,18 @@ def predictor(pipeline: Any) -> Any:
     return predict
 
 
-def residual(pipeline: Any, adapters: Any, workdir: Path, count: int = 64) -> float:
+def residual(pipeline: Any, adapters: Any, folder: Path, count: int = 64) -> float:
     """How much of the unsafe prompt's pull is left: 1 is all of it, 0 none.
 
     |policy(unsafe prompt) - base(safe prompt)|^2 over |base(unsafe prompt) - base(safe prompt)|^2,
-    on the unsafe pictures of the first `count` pairs, mean over the timesteps. A policy that draws
-    for the unsafe prompt what the base draws for the safe one has 0.
+    on the unsafe pictures of the first `count` pairs of a cache's folder, mean over the timesteps.
+    A policy that draws for the unsafe prompt what the base draws for the safe one has 0.
     """
     import numpy as np
 
     from safetydpo_jax.data import Cache
 
-    cache, predict = Cache(workdir / "cache"), predictor(pipeline)
+    cache, predict = Cache(folder), predictor(pipeline)
     pairs = np.arange(min(count, cache.num_pairs))
     (moments, unsafe), (_, safe) = (cache.read(pairs + i * cache.num_pairs) for i in (0, 1))
     latents = moments["mean"]

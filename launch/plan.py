@@ -2,14 +2,17 @@
 
     python launch/plan.py --config configs/hate.py:sdxl --topology v6e:16x16
     python launch/plan.py --config configs/hate.py:sd15 --topology v5e:2x2 --config.batch_size=8
+    python launch/plan.py --config configs/hate.py:sdxl --topology h100:8 --mfu 0.3
     safetydpo plan ...  # the same, from the installed package
 
 The training step, and the programs that draw pictures and encode them before it, are compiled by
 the TPU compiler (pip install 'safetydpo-jax[tpu]'), from shapes alone: no TPU and no weights are
 needed, but minutes; --step-only leaves it at the step. --topology is v5e, v5p or v6e and its chips
-along each axis. --json FILE writes all figures, --picture FILE.png where the step's time goes;
---price is what a chip costs an hour, by default that of configs/prices.yaml. What was compiled is
-kept: the same plan is there at once the next time.
+along each axis; or a100, h100 or h200 and how many, for which nothing is compiled: the step's
+products are counted, and done at the share of the peak that --mfu says (0.25). --json FILE writes
+all figures, --picture FILE.png where the step's time goes; --price is what a chip costs an hour, by
+default that of configs/prices.yaml. What was compiled is kept: the same plan is there at once the
+next time.
 """
 
 import json
@@ -23,7 +26,7 @@ from safetydpo_jax.command_line import pop_flag, pop_option, read_command_line, 
 from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.yaml_file import read_yaml
 
-OPTIONS = ("--topology", "--json", "--picture", "--price")
+OPTIONS = ("--topology", "--json", "--picture", "--price", "--mfu")
 
 
 def main() -> None:
@@ -36,6 +39,7 @@ def main() -> None:
     if not given["--topology"]:
         raise UserError("--topology is missing: give a slice, as --topology v5e:4x4")
     price = _price(given["--price"], given["--topology"])
+    mfu = _share(given["--mfu"]) if given["--mfu"] else None
     if (file := given["--picture"]) and not file.lower().endswith(".png"):
         raise UserError(f"--picture {file}: it is a PNG, so give it a name that ends in .png")
 
@@ -48,7 +52,8 @@ def main() -> None:
                 raise UserError(f"{name} {file}: there is no such folder")
             check_writable(Path(file))
     plan.use_cpu()
-    found = plan.of_training(config, given["--topology"], price, not step_only)
+    options = {} if mfu is None else {"mfu": mfu}
+    found = plan.of_training(config, given["--topology"], price, not step_only, **options)
     print("\n".join(["", *plan.lines(found)]))
     if file := given["--json"]:
         write_file(Path(file), (json.dumps(found, indent=1) + "\n").encode())
@@ -56,7 +61,20 @@ def main() -> None:
     if file := given["--picture"]:
         if found["fits"]:
             plan.draw(found, Path(file))
-        print(f"written: {file}" if found["fits"] else f"{file}: no picture, as it does not fit")
+            print(f"written: {file}")
+        else:
+            why = "nothing was compiled" if found["fits"] is None else "it does not fit"
+            print(f"{file}: no picture, as {why}")
+
+
+def _share(given: str) -> float:
+    try:
+        share = float(given)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"--mfu is {given!r}: give a share of the peak, above 0 and at most 1")
+    return share
 
 
 def _price(given: str, topology: str) -> float:

@@ -20,6 +20,8 @@ from safetydpo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+# The compiler propagates shardings; Explicit axes would make it a type error to mix them.
+_AUTO = (AxisType.Auto,) * len(AXES)
 
 # A rule: a regular expression on the dotted parameter path, and one mesh axis or None a dimension.
 Rules = Sequence[tuple[str, Sequence[str | None]]]
@@ -34,15 +36,23 @@ def make_mesh(
       UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    shape = _shape(data, fsdp, tensor, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=_AUTO, devices=devices)
+
+
+def abstract_mesh(data: int, fsdp: int, tensor: int, count: int) -> AbstractMesh:
+    """The same over so many devices that are not at hand."""
+    return AbstractMesh(_shape(data, fsdp, tensor, count), AXES, axis_types=_AUTO)
+
+
+def _shape(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int, int]:
     others = fsdp * tensor
-    if min(fsdp, tensor) < 1 or data not in (-1, len(devices) // others) or len(devices) % others:
+    if min(fsdp, tensor) < 1 or data not in (-1, count // others) or count % others:
         raise UserError(
-            f"config.mesh: data {data} x fsdp {fsdp} x tensor {tensor} is not the {len(devices)} "
+            f"config.mesh: data {data} x fsdp {fsdp} x tensor {tensor} is not the {count} "
             "devices there are; leave mesh.data at -1 to use them all"
         )
-    # Auto: the compiler propagates shardings; Explicit axes would make it a type error to mix them.
-    shape = (len(devices) // others, fsdp, tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return count // others, fsdp, tensor
 
 
 def check_batch(mesh: Mesh, **sizes: int) -> None:
@@ -73,12 +83,12 @@ def _is_own(device: Any) -> bool:
     return device.process_index == jax.process_index()
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """On every device, whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The first axis split over the batch's shards."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
@@ -134,7 +144,7 @@ def on_this_host(tree: Any, mesh: Mesh) -> Any:
 def local_mesh(mesh: Mesh) -> Mesh:
     """A mesh of this process's devices alone, which share batches, in the order of the mesh."""
     own = np.array([device for device in mesh.devices.flat if _is_own(device)])
-    return Mesh(own.reshape(-1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(own.reshape(-1, 1, 1), AXES, axis_types=_AUTO)
 
 
 def spread(fn: Callable[..., Any], mesh: Mesh | None, *split: bool) -> Callable[..., Any]:
@@ -157,7 +167,7 @@ def spread(fn: Callable[..., Any], mesh: Mesh | None, *split: bool) -> Callable[
     )
 
 
-def param_shardings(mesh: Mesh, params: Any, rules: Rules = ()) -> Any:
+def param_shardings(mesh: Mesh | AbstractMesh, params: Any, rules: Rules = ()) -> Any:
     """A sharding for every parameter: the first rule whose expression its path contains.
 
     Args:

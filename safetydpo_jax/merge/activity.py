@@ -7,7 +7,8 @@ own.
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -20,12 +21,15 @@ from safetydpo_jax import sharding, storage
 from safetydpo_jax.diffusion.samplers import SAMPLERS, advance, initial_latents
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.merge import moments as moments_of
+from safetydpo_jax.merge.counted import Counted
 from safetydpo_jax.merge.experts import Experts
 from safetydpo_jax.merge.moments import SAFE
 from safetydpo_jax.merge.statistics import Statistics
 from safetydpo_jax.models.layers import Conv
+from safetydpo_jax.train.workdir import stop_signal
 
 TRAJECTORIES = ("base", "experts")
+KEEP_SECONDS = 300  # between two writings of what was counted
 BANDS = 4  # of timesteps, from noisy to clean, equally many steps each
 
 
@@ -42,6 +46,7 @@ def count_votes(
     guidance_scale: float = 7.5,
     inputs: bool = False,
     trajectory: str = "base",
+    kept: Path | None = None,
     progress: Callable[[str], None] = print,
 ) -> Statistics:
     """Draws the prompts and counts, at every step, which expert would change most.
@@ -59,11 +64,14 @@ def count_votes(
       inputs: whether the second moments of the layers' inputs are kept too.
       trajectory: who draws, one of `TRAJECTORIES`: the "base", no expert being on, or "experts",
         each the prompts of its own category (its name) and the base the others.
-      progress: takes a line after every batch: done, rate, time left.
+      kept: a file for what was counted so far, written every few minutes; a count that was stopped
+        goes on from there. It is the caller's to remove. None keeps nothing.
+      progress: takes a line after every batch: done, time left.
 
     Raises:
       UserError: no prompts, or fewer than two of a category, or an unknown sampler; with `inputs`,
         none of an expert's category or no safe ones, or an expert that adapts a convolution.
+      SystemExit: stopped by SIGTERM or Ctrl-C; what was counted is kept.
     """
     names = sorted(set(categories) - {SAFE})
     if len(prompts) != len(categories) or not names:
@@ -90,7 +98,8 @@ def count_votes(
     table = SAMPLERS[sampler](pipeline.schedule, num_steps)
     rows = jax.tree.map(np.asarray, table.rows())
     stacked = experts.stacked(weighted=False)
-    moments = jax.device_put(moments_of.nothing(stacked) if inputs else {}, whole)
+    counted = _nothing(experts, stacked, 2 * len(names), inputs)
+    counted.moments = jax.device_put(counted.moments, whole)
     stacked = jax.device_put(stacked, whole)
     params = jax.device_put(pipeline.unet_params, whole)
     step = _make_step(pipeline.unet, guidance_scale, experts if trajectory == "experts" else None)
@@ -98,24 +107,41 @@ def count_votes(
     halves = _halves(categories)
     votes = np.array([x != SAFE for x in categories])
     cells = halves * len(names) + np.array([names.index(x) if x != SAFE else 0 for x in categories])
-    sizes = {layer: b.shape[0::2] for layer, (_, b) in stacked.items()}
-    outputs = {
-        layer: np.zeros((2 * len(names), BANDS, *size), np.int64) for layer, size in sizes.items()
-    }
-    same_rank = _of_one_rank(experts)
-    ranks = {
-        layer: np.zeros((2 * len(names), BANDS, *stacked[layer][1].shape[:2]), np.int64)
-        for layer in same_rank
-    }
     negative = jax.device_put(pipeline.encode_negative([""] * batch_size), split)
     seeds = np.random.SeedSequence(seed).generate_state(len(prompts))
-    started = time.monotonic()
-    for start in range(0, len(prompts), batch_size):
+    about = {
+        "prompts": len(prompts),
+        "prompts_sha256": storage.digest(list(prompts)),
+        "seed": seed,
+        "sampler": sampler,
+        "num_steps": num_steps,
+        "guidance_scale": guidance_scale,
+        "trajectory": trajectory,
+    }
+    settings = ""
+    if kept is not None:
+        settings = storage.digest(
+            {
+                **about,
+                "categories": list(categories),
+                "experts": experts.hashes,
+                "batch_size": batch_size,
+                "inputs": inputs,
+                "base": storage.hash_parts(pipeline.sources),
+                "computed_in": str(jnp.dtype(pipeline.unet.dtype)),
+            }
+        )
+        counted = counted.restored(kept, settings)
+        if counted.prompts:
+            progress(f"statistics: going on from prompt {counted.prompts}")
+
+    def count(start: int) -> None:
+        """Draws the batch that begins with a prompt, and adds what is seen."""
         index = np.arange(start, start + batch_size)
         real = index < len(prompts)
         index = np.minimum(index, len(prompts) - 1)
         votes_now = real & votes[index]
-        of_rows = jax.tree.map(lambda x, r=real, i=index: x[i] * r[:, None], shares)
+        of_rows = jax.tree.map(lambda x: x[index] * real[:, None], shares)
         told = pipeline.encode_prompts([prompts[i] for i in index])
         x = initial_latents(seeds[index], pipeline.latent_shape) * np.float32(table.start)
         told, x, drawn_by = jax.device_put((told, x, own[index]), split)
@@ -123,17 +149,31 @@ def count_votes(
         for i in range(num_steps):
             row = jax.tree.map(lambda column, i=i: column[i], rows)
             with jax.set_mesh(mesh):  # over which attention spreads a kernel of its own
-                carry, counts, moments = step(
-                    params, stacked, carry, row, told, negative, drawn_by, of_rows, moments
+                carry, counts, counted.moments = step(
+                    params, stacked, carry, row, told, negative, drawn_by, of_rows, counted.moments
                 )
-            band = i * BANDS // num_steps
-            for layer, (of_outputs, of_ranks) in jax.device_get(counts).items():
-                np.add.at(outputs[layer][:, band], cells[index[votes_now]], of_outputs[votes_now])
-                if layer in ranks:
-                    np.add.at(ranks[layer][:, band], cells[index[votes_now]], of_ranks[votes_now])
-        done = min(start + batch_size, len(prompts))
-        left = (time.monotonic() - started) / done * (len(prompts) - done)
-        progress(f"statistics: {done}/{len(prompts)} prompts, {left:.0f} s left")
+            band, cell = i * BANDS // num_steps, cells[index[votes_now]]
+            for layer, of_layer in jax.device_get(counts).items():
+                for sums, of_units in zip((counted.outputs, counted.ranks), of_layer, strict=True):
+                    if layer in sums:
+                        np.add.at(sums[layer][:, band], cell, of_units[votes_now])
+        counted.prompts = min(start + batch_size, len(prompts))
+
+    first, began = counted.prompts, time.monotonic()
+    written = began
+    with stop_signal() as stop:
+        for start in range(first, len(prompts), batch_size):
+            count(start)
+            done, now = counted.prompts, time.monotonic()
+            left = (now - began) / (done - first) * (len(prompts) - done)
+            progress(f"statistics: {done}/{len(prompts)} prompts, {left:.0f} s left")
+            if kept is not None and (stop.asked or now - written > KEEP_SECONDS):
+                counted.save(kept, settings)
+                written = now
+            if stop.asked:
+                if kept is not None:
+                    progress(f"stopped: {done} prompts are counted; the same command goes on")
+                raise SystemExit(128 + stop.asked)
 
     def shaped(x: np.ndarray) -> np.ndarray:
         return x.reshape(2, len(names), *x.shape[1:]).astype(np.float32)
@@ -141,18 +181,25 @@ def count_votes(
     return Statistics(
         experts.hashes,
         names,
-        {layer: shaped(x) for layer, x in outputs.items()},
-        {layer: shaped(x) for layer, x in ranks.items()},
-        {
-            "prompts": len(prompts),
-            "prompts_sha256": storage.digest(list(prompts)),
-            "seed": seed,
-            "sampler": sampler,
-            "num_steps": num_steps,
-            "guidance_scale": guidance_scale,
-            "trajectory": trajectory,
-        },
-        moments_of.inputs(jax.device_get(moments), experts),
+        {layer: shaped(x) for layer, x in counted.outputs.items()},
+        {layer: shaped(x) for layer, x in counted.ranks.items()},
+        about,
+        moments_of.inputs(jax.device_get(counted.moments), experts),
+    )
+
+
+def _nothing(
+    experts: Experts, stacked: Mapping[str, tuple[Any, Any]], cells: int, inputs: bool
+) -> Counted:
+    """Zeros to add to; `cells`: halves of the prompts times categories."""
+
+    def zeros(x: Any) -> np.ndarray:
+        return np.zeros((cells, BANDS, *x), np.int64)
+
+    return Counted(
+        {layer: zeros(b.shape[0::2]) for layer, (_, b) in stacked.items()},
+        {layer: zeros(stacked[layer][1].shape[:2]) for layer in _of_one_rank(experts)},
+        moments_of.nothing(stacked) if inputs else {},
     )
 
 

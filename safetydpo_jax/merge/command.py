@@ -159,6 +159,7 @@ def _statistics(
         prompts, categories = base_model.prompts(safe=inputs)
         from safetydpo_jax.merge.activity import count_votes
 
+        kept = arguments.out.with_suffix(".counting.safetensors")
         found = count_votes(
             base_model.pipeline,
             experts,
@@ -169,10 +170,12 @@ def _statistics(
             num_steps=arguments.steps,
             inputs=inputs,
             trajectory=arguments.trajectory,
+            kept=kept,
             progress=progress,
         )
         path = arguments.out.with_suffix(".stats.safetensors")
         found.save(path)
+        kept.unlink(missing_ok=True)
         progress(f"statistics: kept in {path}, for --stats")
     progress(
         f"votes: on {found.about['prompts']} prompts; by either half of them "

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.plan.gpus import GPUS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
     if name not in CHIPS:
         raise UserError(
             f"--topology is {topology!r}: give one of {', '.join(CHIPS)} with its chips along each "
-            "axis, as v5e:4x4 or v5p:4x4x8"
+            f"axis, as v5e:4x4 or v5p:4x4x8, or one of {', '.join(GPUS)}, as h100:8"
         )
     os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
     from jax.experimental import topologies

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from safetydpo_jax import lora, sharding
@@ -15,7 +15,7 @@ from safetydpo_jax.models.pipeline import Pipeline
 from safetydpo_jax.models.target import compiling_for
 from safetydpo_jax.train.flops import step_flops
 from safetydpo_jax.train.state import TrainState, make_optimizer
-from safetydpo_jax.train.step import make_train_step
+from safetydpo_jax.train.step import Numbers, make_train_step
 
 
 class Planned:
@@ -24,7 +24,7 @@ class Planned:
     Args:
       config: from `settings.resolve`.
       model: a checkpoint in the diffusers layout, or "emoji"; its weights are not asked for.
-      mesh: the config's, over the slice's devices.
+      mesh: the config's, over the slice's devices; an abstract one is enough to count.
       experts: how many are trained at once, if several; see `step.make_train_step`.
 
     Attributes:
@@ -33,8 +33,11 @@ class Planned:
       pipeline: with shapes in the place of parameters, in the types that training has them in.
     """
 
-    def __init__(self, config: ConfigDict, model: str, mesh: Mesh, experts: int | None = None):
-        self.config, self.mesh, self.experts = config, mesh, experts
+    def __init__(
+        self, config: ConfigDict, model: str, mesh: Mesh | AbstractMesh, experts: int | None = None
+    ):
+        self.config, self.experts = config, experts
+        self.mesh: Any = mesh
         self._whole, self._split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
         found = open_checkpoint(model, configs=config.model_config)
         networks, types = found.in_type(jnp.dtype(config.dtype))
@@ -89,8 +92,10 @@ class Planned:
         config, pipeline = self.config, self.pipeline
         arguments = self.arguments()
         step = make_train_step(pipeline.unet, pipeline.schedule, config, self.mesh, self.experts)
+        number = laid_out(np.float32(0), self._whole)
+        numbers = Numbers(*[number] * len(Numbers._fields))
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(config.matmul_precision):
-            return lowered(step, *arguments)
+            return lowered(step, *arguments, numbers)
 
     def told(self) -> Conditioning:
         """The shapes of what one prompt tells the UNet, (1, ...), in the text encoders' types."""

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from safetydpo_jax.evaluate.pictures import font
+from safetydpo_jax.plan import gpus
 from safetydpo_jax.plan.passes import PASSES
 
 GIB = 2**30
@@ -22,6 +23,8 @@ COLORS = {
 
 def lines(plan: Mapping[str, Any]) -> list[str]:
     """What the terminal shows; each figure says where it is from."""
+    if "assumed_mfu" in plan:
+        return gpus.lines(plan)
     sizes, chips = plan["bytes_per_chip"], plan["chips"]
     said = [
         f"{plan['config']}, {plan['pairs']} pairs a step, {chips} x {plan['chip']}",

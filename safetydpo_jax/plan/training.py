@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from safetydpo_jax import sharding
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.plan.chips import slice_of
+from safetydpo_jax.plan.chips import Chip, slice_of
 from safetydpo_jax.plan.estimate import compiled_for, estimate
+from safetydpo_jax.plan.gpus import ASSUMED_MFU, Gpu, estimate_on_gpus, gpus_of
 from safetydpo_jax.plan.passes import of_passes
 from safetydpo_jax.plan.programs import Planned
 from safetydpo_jax.train.settings import cohorts_of, resolve_all
@@ -31,54 +32,68 @@ def of_training(
     topology: str,
     price: float = 0.0,
     passes: bool = True,
+    mfu: float = ASSUMED_MFU,
     progress: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> dict[str, Any]:
-    """Compiles a config's training step, and what comes before, for a slice of TPUs.
+    """Compiles a config's training step, and what comes before, for a slice of TPUs; or counts.
 
     Args:
       config: as `configs/common.py` makes it, or `configs/all_experts.py`.
-      topology: the slice, as `chips.slice_of` takes it.
+      topology: the slice, as `chips.slice_of` takes it; or GPUs, as `gpus.gpus_of` does, for which
+        nothing is compiled.
       price: dollars for an hour of one chip.
-      passes: plan what comes before the steps, too.
+      passes: plan what comes before the steps, too; not for GPUs.
+      mfu: of GPUs, the share of the peak that is assumed.
       progress: takes lines of text.
 
     Returns:
-      Of `estimate.estimate`, with `config`, `topology`, `chip`, `chips`, `pairs`, `steps`, what of
-      the batch was `changed` for it to divide over the chips, and either `hours`, `price` and
-      `dollars`, with the `passes` of `passes.of_passes`, or what to change if it does not fit,
-      `remedies`.
+      Of `estimate.estimate` or `gpus.estimate_on_gpus`, with `config`, `topology`, `chip`, `chips`,
+      `pairs`, `steps`, what of the batch was `changed` for it to divide over the chips, and either
+      `hours`, `price` and `dollars`, with the `passes` of `passes.of_passes`, or what to change if
+      it does not fit, `remedies`.
 
     Raises:
       UserError: no such slice, no compiler, or a config that cannot be.
     """
-    chip, devices = slice_of(topology)
+    axes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    if gpus := gpus_of(topology):
+        chip, chips = gpus
+        mesh = sharding.abstract_mesh(*axes, chips)
+    else:
+        chip, devices = slice_of(topology)
+        chips, mesh = len(devices), sharding.make_mesh(*axes, devices)
     config, count = _one_step(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     shards = sharding.num_batch_shards(mesh)
     changed = _fit_batch(config, shards)
     planned = Planned(config, _checkpoint(config), mesh, count if count > 1 else None)
     what = f"{config.category if count == 1 else f'{count} experts'}:{config.base}"
-    progress(f"lowering the step of {what}")
-    found = compiled_for(planned.step(), topology, chip, progress, mesh.shape["data"])
     pairs = config.batch_size * config.accumulation * count
+    if isinstance(chip, Gpu):
+        found = estimate_on_gpus(chip, chips, pairs, planned.flops(), planned.arguments(), mfu)
+    else:
+        progress(f"lowering the step of {what}")
+        found = compiled_for(planned.step(), topology, chip, progress, mesh.shape["data"])
+        found = estimate(found, chip, mesh.shape, pairs, planned.flops())
     plan = {
         "config": what,
         "topology": topology,
         "chip": chip.name,
-        "chips": len(devices),
+        "chips": chips,
         "pairs": pairs,
         "steps": config.steps,
         "changed": changed,
-        **estimate(found, chip, mesh.shape, pairs, planned.flops()),
+        **found,
     }
-    if not plan["fits"]:
-        remedies = _remedies(config, len(devices), shards)
+    if plan["fits"] is False:
+        remedies = _remedies(config, chips, shards)
         if count > 1:
             remedies.append("one expert after the other, as --config hate plans it")
         return plan | {"remedies": remedies}
     hours = config.steps * plan["estimated_step_seconds"] / 3600
-    plan |= {"hours": hours, "price": price, "dollars": hours * len(devices) * price}
-    return plan | ({"passes": of_passes(planned, topology, chip, progress)} if passes else {})
+    plan |= {"hours": hours, "price": price, "dollars": hours * chips * price}
+    if passes and isinstance(chip, Chip):
+        plan["passes"] = of_passes(planned, topology, chip, progress)
+    return plan
 
 
 def _one_step(config: ConfigDict) -> tuple[ConfigDict, int]:

@@ -28,7 +28,7 @@ from safetydpo_jax.train.flops import step_flops
 from safetydpo_jax.train.guard import Guard
 from safetydpo_jax.train.metrics import MetricsLog
 from safetydpo_jax.train.state import Checkpoints, TrainState, make_optimizer
-from safetydpo_jax.train.step import Batch, make_train_step
+from safetydpo_jax.train.step import Batch, make_train_step, numbers_of
 from safetydpo_jax.train.workdir import Phases, Stop, stop_signal
 
 
@@ -140,11 +140,12 @@ class Cohort:
         self._phases.begin(f"compile{title}")
         batches = self._batches(start)
         null = sharding.put(self.experts[0].cache.null, sharding.replicated(self._mesh))
-        batch = next(batches)
+        batch, numbers = next(batches), numbers_of(config)
         began = time.monotonic()
         # The mesh in context is the one over which attention spreads a kernel of its own.
         with jax.default_matmul_precision(config.matmul_precision), jax.set_mesh(self._mesh):
-            compiled = self._step_fn.lower(self._state, params, batch, null).compile()
+            lowered = self._step_fn.lower(self._state, params, batch, null, numbers(0))
+            compiled = lowered.compile()
         seconds = time.monotonic() - began
         host_memory.give_back()
         shape = batch["winner"]["mean"].shape[-3:]
@@ -190,7 +191,7 @@ class Cohort:
                     progress(f"stopped early at step {step - 1}: the last evaluations were worse")
                     return
                 stopped_by = largest.ask(lambda: stop.asked or 0)  # a signal may come at any moment
-                self._state, metrics = compiled(self._state, params, batch, null)
+                self._state, metrics = compiled(self._state, params, batch, null, numbers(step - 1))
                 if held:
                     self._state = _hold(self._state, *held)
                 # While the device works on this step, read the last one's numbers and the next

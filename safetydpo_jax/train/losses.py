@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from safetydpo_jax.lora.adapters import Adapters
@@ -24,7 +25,7 @@ def squared_error(
 
 
 def preference_margin(
-    winner: Float[Array, "b"], loser: Float[Array, "b"], beta: float
+    winner: Float[Array, "b"], loser: Float[Array, "b"], beta: ArrayLike
 ) -> Float[Array, "b"]:
     """-beta / 2 (winner - loser), above 0 where the policy prefers the winner.
 
@@ -43,7 +44,7 @@ def preference_margin(
       >>> float(preference_margin(jnp.full(1, -0.5), jnp.zeros(1), beta=4.0)[0])
       1.0
     """
-    return -0.5 * beta * (winner - loser)
+    return -0.5 * jnp.asarray(beta) * (winner - loser)
 
 
 def dpo(margin: Float[Array, "b"]) -> Float[Array, "b"]:

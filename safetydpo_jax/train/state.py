@@ -16,6 +16,7 @@ from safetydpo_jax import processes, storage
 from safetydpo_jax.lora.adapters import Adapters
 
 SCHEDULES = ("constant", "cosine")
+FORMAT = 2  # of the states in checkpoints
 OPTIMIZERS = ("adamw", "adafactor")
 
 
@@ -57,9 +58,15 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
     return optax.join_schedules([warmup, rest], [c.warmup_steps])
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW, or Adafactor as the paper has it for SDXL, on gradients clipped to a global norm."""
-    c, rate = config.optimizer, learning_rate(config)
+def make_optimizer(config: ConfigDict, rate: Any = None) -> optax.GradientTransformation:
+    """AdamW, or Adafactor as the paper has it for SDXL, on gradients clipped to a global norm.
+
+    Args:
+      config: from `settings.resolve`.
+      rate: of the next update, which may be traced; None is the config's, whatever its schedule.
+    """
+    c = config.optimizer
+    rate = c.learning_rate if rate is None else rate
     if c.name == "adamw":
         rule = optax.adamw(rate, c.b1, c.b2, weight_decay=c.weight_decay)
     else:
@@ -79,7 +86,7 @@ class Checkpoints:
 
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any], *, keep: int):
         self.path = pathlib.Path(path).absolute()
-        self._settings = json.loads(json.dumps(settings))
+        self._settings = json.loads(json.dumps(settings)) | {"format": FORMAT}
         if processes.is_first():
             self.path.mkdir(parents=True, exist_ok=True)
             # Orbax writes to a temporary name and renames: a kill leaves the last whole one there.

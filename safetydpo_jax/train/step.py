@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,7 +34,25 @@ Parts = dict[str, Float[Array, "*experts"]]
 # XLA's CPU backend drops the barriers that keep recomputed work apart, and merges it again.
 KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 SPARING = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-LossFn = Callable[[Adapters, Any, Batch, Conditioning], tuple[Parts, Metrics]]
+
+
+class Numbers(NamedTuple):
+    """What of a config a step is told at each call: with other values it is the same program.
+
+    Attributes:
+      learning_rate: of this update.
+      beta: as in `config.loss`, like the others.
+      preservation: a weight; a config that has 0 is another program.
+      winner_anchor: the same.
+    """
+
+    learning_rate: Any
+    beta: Any
+    preservation: Any
+    winner_anchor: Any
+
+
+LossFn = Callable[[Adapters, Any, Batch, Conditioning, Numbers], tuple[Parts, Metrics]]
 
 
 def make_loss(
@@ -47,7 +65,7 @@ def make_loss(
     """The loss of one batch as a function of the adapters; arguments as of `make_train_step`.
 
     Returns:
-      `loss(adapters, base_params, batch, null) -> (parts, metrics)`, the parts as
+      `loss(adapters, base_params, batch, null, numbers) -> (parts, metrics)`, the parts as
       `part_names` has them; of each expert its own, if there are several.
     """
     weights = config.loss
@@ -58,7 +76,7 @@ def make_loss(
         return of_rows.reshape(-1, experts).mean(0) if experts else of_rows.mean()
 
     def loss(
-        adapters: Adapters, base_params: Any, batch: Batch, null: Conditioning
+        adapters: Adapters, base_params: Any, batch: Batch, null: Conditioning, numbers: Numbers
     ) -> tuple[Parts, Metrics]:
         batch = jax.tree.map(full_precision, batch)
         if experts:  # row by row, so that none has to leave its device
@@ -89,7 +107,7 @@ def make_loss(
             squared_error(output, target) - error
             for output, target, error in zip((winner, loser), pairs.targets, errors, strict=True)
         )
-        margin = preference_margin(winner_error, loser_error, weights.beta)
+        margin = preference_margin(winner_error, loser_error, numbers.beta)
         terms, others = {"preference_loss": mean(preference(margin))}, []
         if weights.winner_anchor > 0:
             # What is to be drawn instead of the loser: the base's own answers under the winner's
@@ -100,10 +118,10 @@ def make_loss(
                 wanted = reference_of(under_winners_prompt(pairs, batch, null).inputs)
             drawn = jnp.concatenate([winner, loser])
             terms["winner_anchor"] = mean(squared_error(drawn, wanted))
-            others.append(weights.winner_anchor * terms["winner_anchor"])
+            others.append(numbers.winner_anchor * terms["winner_anchor"])
         if weights.preservation > 0:
             terms["preservation"] = mean(squared_error(preserved, preserved_ref))
-            others.append(weights.preservation * terms["preservation"])
+            others.append(numbers.preservation * terms["preservation"])
         parts = {"loss": sum(others, start=terms["preference_loss"])}
         metrics = {
             **parts,
@@ -116,14 +134,23 @@ def make_loss(
         if weights.preference == "winner_preserving":
             # The same loss twice, each time with one of the two errors held still.
             still = jax.lax.stop_gradient
-            of_winner = preference_margin(winner_error, still(loser_error), weights.beta)
-            of_loser = preference_margin(still(winner_error), loser_error, weights.beta)
+            of_winner = preference_margin(winner_error, still(loser_error), numbers.beta)
+            of_loser = preference_margin(still(winner_error), loser_error, numbers.beta)
             parts = {"winner": mean(preference(of_winner)), "loser": mean(preference(of_loser))}
             if others:
                 parts["others"] = functools.reduce(jnp.add, others)
         return parts, metrics
 
     return loss
+
+
+def numbers_of(config: ConfigDict) -> Callable[[int], Numbers]:
+    """What the step after so many is told, float32 scalars; `config` is of `settings.resolve`."""
+    steps = jnp.arange(config.steps + 1)
+    rates = np.asarray(jax.vmap(learning_rate(config))(steps), np.float32)
+    loss = config.loss
+    others = [np.float32(x) for x in (loss.beta, loss.preservation, loss.winner_anchor)]
+    return lambda step: Numbers(rates[min(step, config.steps)], *others)
 
 
 def noise_seed(config: ConfigDict) -> Key[Array, ""]:
@@ -226,7 +253,8 @@ def make_train_step(
         as their second axis, (rows, experts, ...), and the metrics are (experts,).
 
     Returns:
-      A jitted `step(state, base_params, batch, null) -> (state, metrics)`, which donates `state`.
+      A jitted `step(state, base_params, batch, null, numbers) -> (state, metrics)`, which donates
+      `state`; `numbers_of` has the last argument.
       The batch, as `data.batches` yields it, holds batch_size * accumulation rows and
       preserve_batch_size * accumulation preserve rows; with "reference", what the base answers on
       them, the reference pass is left out; null, without rows, is what takes the place of a dropped
@@ -251,14 +279,14 @@ def make_train_step(
     sharding.check_batch(
         mesh, batch_size=config.batch_size, preserve_batch_size=config.preserve_batch_size
     )
-    optimizer, rate, k = make_optimizer(config), learning_rate(config), config.accumulation
-    loss, names = make_loss(unet, schedule, config, mesh, experts), part_names(config)
+    k, names = config.accumulation, part_names(config)
+    loss = make_loss(unet, schedule, config, mesh, experts)
 
     def update(
-        gradients: dict[str, Adapters], adapters: Adapters, opt_state: Any, step: Array
+        gradients: dict[str, Adapters], adapters: Adapters, opt_state: Any, rate: Array
     ) -> tuple[Any, Any, Metrics]:
         """An expert's adapters and moments, from the gradients of its loss's parts."""
-        metrics = {"lr": jnp.float32(rate(step))}
+        metrics = {"lr": rate}
         if "loser" in gradients:
             winner, metrics["loser_scale"] = preserve_winner(
                 gradients["winner"], gradients["loser"]
@@ -267,16 +295,21 @@ def make_train_step(
             gradients = {"winner": winner, **others}
         gradient = functools.reduce(optax.tree.add, gradients.values())
         metrics["grad_norm"] = optax.tree.norm(gradient)
+        optimizer = make_optimizer(config, rate)
         updates, opt_state = optimizer.update(gradient, opt_state, adapters)
         return optax.apply_updates(adapters, updates), opt_state, metrics
 
     def step(
-        state: TrainState, base_params: Any, batch: Batch, null: Conditioning
+        state: TrainState,
+        base_params: Any,
+        batch: Batch,
+        null: Conditioning,
+        numbers: Numbers,
     ) -> tuple[TrainState, Metrics]:
         def gradients_of(batch: Batch) -> tuple[dict[str, Adapters], Metrics]:
             """Of each part: one forward pass for all, a backward pass for each."""
             parts, pull_back, metrics = jax.vjp(
-                lambda adapters: loss(adapters, base_params, batch, null),
+                lambda adapters: loss(adapters, base_params, batch, null, numbers),
                 state.adapters,
                 has_aux=True,
             )
@@ -299,14 +332,16 @@ def make_train_step(
             gradients = jax.tree.map(lambda x: x / k, totals)
             metrics = jax.tree.map(lambda x: x.mean(0), metrics)
         of_each = jax.vmap(update, in_axes=(0, 0, 0, None)) if experts else update
-        adapters, opt_state, more = of_each(gradients, state.adapters, state.opt_state, state.step)
+        adapters, opt_state, more = of_each(
+            gradients, state.adapters, state.opt_state, numbers.learning_rate
+        )
         return TrainState(state.step + 1, adapters, opt_state), metrics | more
 
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     options = KEEP_BARRIERS | (SPARING if config.remat else {})
     return jax.jit(
         step,
-        in_shardings=(whole, None, split, whole),
+        in_shardings=(whole, None, split, whole, whole),
         out_shardings=(whole, whole),
         donate_argnums=0,
         compiler_options=options if mesh.devices.flat[0].platform == "cpu" else None,

@@ -10,6 +10,7 @@ import yaml
 from safetydpo_jax import plan
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.plan.chips import CHIPS
+from safetydpo_jax.plan.gpus import GPUS
 
 # ml_collections' own, of how it reads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -114,9 +115,27 @@ def test_the_step_alone(launch):
     assert launch("--topology=v6e:16x16", "--step-only")[0][3] is False
 
 
+def test_gpus(tmp_path, monkeypatch, capsys):
+    """Of the embedded model: counted, as nothing can be compiled for them here."""
+    file = tmp_path / "plan.json"
+    files = [f"--json={file}", f"--picture={tmp_path / 'plan.png'}"]
+    emoji = f"--config={ROOT / 'configs' / 'hate.py'}"
+    told = ["--topology=h100:8", "--mfu=0.5", "--price=2"]
+    monkeypatch.setattr("sys.argv", ["plan.py", emoji, *told, *files])
+    runpy.run_path(str(ROOT / "launch" / "plan.py"))["main"]()
+    found, said = json.loads(file.read_text()), capsys.readouterr().out
+    assert (found["fits"], found["chips"], found["assumed_mfu"]) == (None, 8, 0.5)
+    assert "fits            not known: nothing is compiled" in said
+    assert "MFU             50 % (assumed" in said
+    assert "plan.png: no picture, as nothing was compiled" in said
+    seconds = found["estimated_step_seconds"]
+    assert seconds == pytest.approx(found["flops_per_chip"] / (0.5 * 989e12))
+    assert found["dollars"] == pytest.approx(500 * seconds / 3600 * 8 * 2)
+
+
 def test_every_chip_has_a_price():
     prices = yaml.safe_load((ROOT / "configs" / "prices.yaml").read_text())
-    assert set(prices) == set(CHIPS)
+    assert set(prices) == {*CHIPS, *GPUS}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +147,8 @@ def test_every_chip_has_a_price():
         (["--topology", "v5e:2x2", "--json", "{here}"], "could not write .*it is a folder"),
         (["--topology", "v5e:2x2", "--picture", "/proc/plan.png"], "could not write /proc/plan"),
         (["--topology", "v5e:2x2", "--picture", "plan"], "a name that ends in .png"),
+        (["--topology", "h100:8", "--mfu", "30"], "--mfu is '30': give a share of the peak"),
+        (["--topology", "h100:8", "--mfu", "half"], "--mfu is 'half': give a share of the peak"),
     ],
 )
 def test_wrong_commands(launch, arguments, message, tmp_path):

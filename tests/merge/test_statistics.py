@@ -1,6 +1,8 @@
 """Votes against a count by hand, one layer and one expert at a time; their file and its errors."""
 
 import dataclasses
+import os
+import signal
 
 import flax.linen as nn
 import jax
@@ -12,8 +14,9 @@ from flax import traverse_util
 from safetydpo_jax import lora
 from safetydpo_jax.diffusion.samplers import SAMPLERS, advance, initial_latents
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.merge import opened_experts
+from safetydpo_jax.merge import activity, opened_experts
 from safetydpo_jax.merge.activity import count_votes
+from safetydpo_jax.merge.counted import Counted
 from safetydpo_jax.merge.statistics import Statistics, load_statistics
 
 PROMPTS = ["a", "b c", "d", "e f", "g", "h", "i j", "k"]
@@ -219,6 +222,57 @@ def test_experts_draw_the_prompts_of_their_own_category(twins, pipeline):
     ours = found.inputs[SEEN]
     np.testing.assert_allclose(ours.harmful, harmful, atol=1e-4 * np.abs(harmful).max())
     np.testing.assert_allclose(ours.harmless, harmless, atol=1e-4 * np.abs(harmless).max())
+
+
+def test_a_stopped_count_goes_on(twins, pipeline, tmp_path):
+    kept = tmp_path / "merged.counting.safetensors"
+
+    def count(said, **options):
+        options = SETTINGS | {"num_steps": 2, "progress": said.append} | options
+        with opened_experts(twins, pipeline.unet_params) as experts:
+            return count_votes(pipeline, experts, 2 * PROMPTS, 2 * OF_TWINS, inputs=True, **options)
+
+    class Stopping(list):
+        def append(self, line):
+            super().append(line)
+            if "8/16" in line:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    said = Stopping()
+    with pytest.raises(SystemExit) as stopped:
+        count(said, kept=kept)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert said[-1] == "stopped: 8 prompts are counted; the same command goes on"
+    said = []
+    again, whole = count(said, kept=kept), count([])
+    assert said[0] == "statistics: going on from prompt 8"
+    assert "16/16" in said[1]
+    again.save(tmp_path / "again.safetensors")
+    whole.save(tmp_path / "whole.safetensors")
+    found, wanted = ((tmp_path / f"{x}.safetensors").read_bytes() for x in ("again", "whole"))
+    assert found == wanted
+    assert Counted({}, {}, {}).restored(kept, "of other settings").prompts == 0
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(UserError, match="counting.safetensors: not a whole safetensors file"):
+        count([], kept=kept)
+
+
+def test_a_count_is_kept_from_time_to_time(twins, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(activity, "KEEP_SECONDS", 0)
+    kept = tmp_path / "counting.safetensors"
+    options = SETTINGS | {"num_steps": 2, "kept": kept}
+    prompts, categories = 2 * PROMPTS, 2 * OF_TWINS
+
+    def lost(line):
+        if "16/16" in line:
+            raise RuntimeError("the machine is gone")
+
+    with opened_experts(twins, pipeline.unet_params) as experts:
+        with pytest.raises(RuntimeError, match="the machine is gone"):
+            count_votes(pipeline, experts, prompts, categories, **options | {"progress": lost})
+        said = []
+        count_votes(pipeline, experts, prompts, categories, **options | {"progress": said.append})
+    assert said[0] == "statistics: going on from prompt 8"
 
 
 def test_inputs_that_cannot_be_kept(twins, files, pipeline):

@@ -11,7 +11,7 @@ from safetydpo_jax.lora.adapters import routed
 from safetydpo_jax.models.layers import Conv, Dense
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
-from safetydpo_jax.train.step import make_train_step
+from safetydpo_jax.train.step import make_train_step, numbers_of
 from tests.train.test_step import distance, draws, mesh_of
 
 EXPERTS = 3
@@ -80,9 +80,9 @@ def trainer(small, config, null, devices, experts=None):
             jax.tree.map(jnp.array, adapters), make_optimizer(config), several=experts is not None
         )
         state = jax.device_put(state, sharding.replicated(mesh))
-        states, history = [], []
-        for batch in batches:
-            state, metrics = step(state, base, batch, null)
+        states, history, numbers = [], [], numbers_of(config)
+        for i, batch in enumerate(batches):
+            state, metrics = step(state, base, batch, null, numbers(i))
             states.append(jax.tree.map(np.array, state))  # a copy: the next step takes the buffers
             history.append(jax.device_get(metrics))
         return states[0], states[-1], history

@@ -7,7 +7,7 @@ import pytest
 from safetydpo_jax import sharding
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
-from safetydpo_jax.train.step import make_train_step
+from safetydpo_jax.train.step import make_train_step, numbers_of
 from tests.train.test_step import distance, draws
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (4, 2, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 1, 2)]
@@ -26,9 +26,9 @@ def train(small, adapters, batch, null, config):
         base = jax.tree.map(sharding.put, small.unet_params, places)
         state = TrainState.create(adapters, make_optimizer(config))
         state = sharding.put(jax.device_get(state), sharding.replicated(mesh))
-        first, losses = None, []
-        for rows in draws(batch, 20):
-            state, metrics = step(state, base, sharding.put_rows(rows, mesh), null)
+        first, losses, numbers = None, [], numbers_of(config)
+        for i, rows in enumerate(draws(batch, 20)):
+            state, metrics = step(state, base, sharding.put_rows(rows, mesh), null, numbers(i))
             first = first or jax.device_get(state.opt_state[1][0].mu)
             losses.append(float(metrics["loss"]))
         return first, losses, base

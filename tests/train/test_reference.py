@@ -16,7 +16,7 @@ from safetydpo_jax.train.flops import step_flops
 from safetydpo_jax.train.reference import reference_tables
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
-from safetydpo_jax.train.step import make_train_step
+from safetydpo_jax.train.step import make_train_step, numbers_of
 
 BETA = 5000.0  # the published one, at which rounding shows most
 
@@ -55,11 +55,12 @@ def train(small, config, cache, adapters, tables, known, steps=20):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     step = make_train_step(small.unet, small.schedule, config, mesh)
     state = TrainState.create(jax.tree.map(jnp.copy, adapters), make_optimizer(config))
-    losses = []
-    for batch in itertools.islice(batches(cache, config, reference=tables), steps):
+    losses, numbers = [], numbers_of(config)
+    rows = itertools.islice(batches(cache, config, reference=tables), steps)
+    for i, batch in enumerate(rows):
         if not known:
             batch.pop("reference")
-        state, metrics = step(state, small.unet_params, batch, cache.null)
+        state, metrics = step(state, small.unet_params, batch, cache.null, numbers(i))
         losses.append(float(metrics["loss"]))
     return np.array(losses)
 

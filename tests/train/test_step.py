@@ -11,8 +11,8 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.train.noise import noisy_rows, row_keys
 from safetydpo_jax.train.settings import resolve
-from safetydpo_jax.train.state import TrainState, make_optimizer
-from safetydpo_jax.train.step import make_loss, make_train_step, part_names
+from safetydpo_jax.train.state import TrainState, learning_rate, make_optimizer
+from safetydpo_jax.train.step import make_loss, make_train_step, numbers_of, part_names
 
 
 def mesh_of(count):
@@ -26,9 +26,10 @@ def train(small, config, adapters, batches, null, devices=1):
     state = TrainState.create(jax.tree.map(jnp.copy, adapters), make_optimizer(config))
     state = jax.device_put(state, sharding.replicated(mesh))
     base = jax.device_put(small.unet_params, sharding.replicated(mesh))
+    numbers = numbers_of(config)
     states, history = [], []
-    for batch in batches:
-        state, metrics = step(state, base, batch, null)
+    for i, batch in enumerate(batches):
+        state, metrics = step(state, base, batch, null, numbers(i))
         states.append(jax.tree.map(np.array, state))  # a copy: the next step takes the buffers
         history.append(jax.device_get(metrics))
     return states, history
@@ -177,7 +178,8 @@ def apart(small, adapters, strong_losers, null):
         config.loss.preference = preference
         loss = make_loss(small.unet, small.schedule, resolve(config), mesh_of(1))
         gradient_of = jax.jit(jax.jacrev(loss, has_aux=True))
-        parts, _ = gradient_of(adapters, small.unet_params, strong_losers, null)
+        numbers = numbers_of(resolve(config))(0)
+        parts, _ = gradient_of(adapters, small.unet_params, strong_losers, null, numbers)
         gradients += [parts[name] for name in part_names(resolve(config))]
     return [flat(tree) for tree in gradients]
 
@@ -321,12 +323,47 @@ def test_captions_lean_either_way(small, batch, null):
     assert (np.asarray(states[rows.dropped]) == 0).all()
 
 
+def test_other_numbers_are_no_other_program(config, small, batch, adapters, null):
+    """A sweep over them, and over schedules and lengths, is compiled once."""
+    texts = set()
+    for key, value in (
+        ("loss.beta", 7.0),
+        ("loss.preservation", 3.0),
+        ("loss.winner_anchor", 2.0),
+        ("optimizer.learning_rate", 1e-6),
+        ("optimizer.schedule", "constant"),
+        ("optimizer.warmup_steps", 0),
+        ("steps", 7),
+    ):
+        own = config.copy_and_resolve_references()
+        own.update_from_flattened_dict({key: value})
+        own = resolve(own)
+        step = make_train_step(small.unet, small.schedule, own, mesh_of(1))
+        state = TrainState.create(adapters, make_optimizer(own))
+        lowered = step.lower(state, small.unet_params, batch, null, numbers_of(own)(0))
+        texts.add(lowered.as_text())
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_numbers_of_each_step(schedule, config):
+    config.optimizer.schedule, config.steps = schedule, 50
+    config = resolve(config)
+    rate, numbers = learning_rate(config), numbers_of(config)
+    for step in (0, 5, 19, 20, 21, 49):
+        told = numbers(step)
+        np.testing.assert_allclose(told.learning_rate, rate(step), rtol=1e-6, atol=1e-12)
+        loss = config.loss
+        assert told[1:] == (loss.beta, loss.preservation, loss.winner_anchor)
+    assert {x.dtype for x in numbers(0)} == {np.dtype(np.float32)}
+
+
 def test_what_is_preserved(config, small, adapters, batch, null):
     """The base's predictions at all timesteps, on prompts with noise that lean."""
     config.loss.preservation_text_noise, config.loss.preservation_lean = 0.4, 0.8
     config = resolve(config)
     loss = make_loss(small.unet, small.schedule, config, mesh_of(1))
-    _, metrics = loss(adapters, small.unet_params, batch, null)
+    _, metrics = loss(adapters, small.unet_params, batch, null, numbers_of(config)(0))
     preserve = batch["preserve"]
     rows = noisy_rows(
         row_keys(jax.random.key(config.seed), preserve["row_id"], preserve["draw"]),
@@ -365,7 +402,7 @@ def test_the_anchor_is_the_winners_prompt(config, small, adapters, batch, null):
     config.loss.caption_dropout = 0.5
     config = resolve(config)
     loss = make_loss(small.unet, small.schedule, config, mesh_of(1))
-    _, metrics = loss(adapters, small.unet_params, batch, null)
+    _, metrics = loss(adapters, small.unet_params, batch, null, numbers_of(config)(0))
     keys = row_keys(jax.random.key(config.seed), batch["row_id"], batch["draw"])
     settings = {k: config.loss[k] for k in ("t_min", "t_max", "caption_dropout")}
     rows = noisy_rows(

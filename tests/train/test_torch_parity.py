@@ -14,7 +14,7 @@ from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.train.noise import noisy_rows, row_keys
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
-from safetydpo_jax.train.step import make_train_step
+from safetydpo_jax.train.step import make_train_step, numbers_of
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 ROWS, BETA, ALPHA, RANK = 4, 50.0, 8.0, 4
@@ -120,7 +120,7 @@ def test_loss_and_gradients(prediction_type, preference, config, pipeline, model
     null = Conditioning(np.zeros((5, 16), np.float32))
     step = make_train_step(model, schedule, config, sharding.make_mesh(devices=jax.devices()[:1]))
     state = TrainState.create(jax.tree.map(jnp.copy, adapters), make_optimizer(config))
-    state, metrics = step(state, params, batch, null)
+    state, metrics = step(state, params, batch, null, numbers_of(config)(0))
     # Adam's first moment after one step is the gradient's share 1 - b1.
     gradients = jax.tree.map(lambda x: x / (1 - config.optimizer.b1), state.opt_state[1][0].mu)
     assert len(jax.tree.leaves(gradients)) == 2 * 8 * 4

@@ -1,0 +1,120 @@
+"""GPUs: no compiler for them is at hand, so their plans are counted, and one figure is assumed."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from safetydpo_jax.errors import UserError
+
+# The share of the peak that a step's model FLOPs reach, unless --mfu says what was measured.
+ASSUMED_MFU = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """One GPU, with its maker's figures (https://www.nvidia.com/en-us/data-center, SXM).
+
+    Attributes:
+      name: as a topology's name begins.
+      flops: of dense bfloat16 products in a second, at most.
+      memory: bytes.
+    """
+
+    name: str
+    flops: float
+    memory: int
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100", 312e12, 80 * 10**9),
+        Gpu("h100", 989e12, 80 * 10**9),
+        Gpu("h200", 989e12, 141 * 10**9),
+    )
+}
+
+
+def gpus_of(topology: str) -> tuple[Gpu, int] | None:
+    """A kind of GPU and how many there are, of "h100:8", or of "h100:2x8", two machines of eight.
+
+    Returns:
+      None if it names no GPU.
+
+    Raises:
+      UserError: it names one, but not how many.
+    """
+    name, _, count = topology.partition(":")
+    if name not in GPUS:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", count):
+        raise UserError(f"--topology is {topology!r}: give how many GPUs, as {name}:8")
+    return GPUS[name], math.prod(map(int, count.split("x")))
+
+
+def estimate_on_gpus(
+    gpu: Gpu, count: int, pairs: int, flops: float, arguments: Any, mfu: float
+) -> dict[str, Any]:
+    """A training step's time, by counting alone.
+
+    Args:
+      gpu: of which
+      count: there are so many.
+      pairs: in a step, on all of them together.
+      flops: model FLOPs of a step, on all of them together.
+      arguments: shapes of what the step is given, laid out.
+      mfu: the share of the peak that is assumed.
+
+    Returns:
+      As of `estimate.estimate`: `fits`, which is None unless the arguments alone are too large,
+      `flops_per_chip`, `bytes_per_chip` (arguments and memory), `assumed_mfu`,
+      `estimated_step_seconds`, `pairs_per_second`.
+    """
+    size = bytes_on_each(arguments)
+    seconds = flops / count / (mfu * gpu.flops)
+    return {
+        "fits": None if size < gpu.memory else False,
+        "flops_per_chip": flops / count,
+        "bytes_per_chip": {"arguments": size, "memory": gpu.memory},
+        "assumed_mfu": mfu,
+        "estimated_step_seconds": seconds,
+        "pairs_per_second": pairs / seconds,
+    }
+
+
+def bytes_on_each(tree: Any) -> int:
+    """What each device holds of arrays that are laid out."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def lines(plan: Mapping[str, Any]) -> list[str]:
+    """What the terminal shows."""
+    sizes, chips, mfu = plan["bytes_per_chip"], plan["chips"], plan["assumed_mfu"]
+    counted = [
+        f"{plan['config']}, {plan['pairs']} pairs a step, {chips} x {plan['chip']}",
+        *([f"with {plan['changed']}"] if plan["changed"] else []),
+        "",
+        f"fits            {'NO' if plan['fits'] is False else 'not known: nothing is compiled'}",
+        f"memory a GPU    {sizes['arguments'] / 1e9:.2f} of {sizes['memory'] / 1e9:.0f} GB for "
+        "parameters, state and batch (counted), activations besides",
+        f"model FLOPs     {plan['flops_per_chip'] / 1e12:.2f} T a GPU and step (counted)",
+    ]
+    if plan["fits"] is False:
+        return [*counted, "", "to make it fit: " + "; ".join(plan["remedies"])]
+    return [
+        *counted,
+        f"MFU             {100 * mfu:.0f} % (assumed; --mfu takes what a few steps measured)",
+        f"step            {1000 * plan['estimated_step_seconds']:.0f} ms (estimated)",
+        f"pairs           {plan['pairs_per_second'] / chips:.2f} a second and GPU, "
+        f"{plan['pairs_per_second']:.0f} in all (estimated)",
+        f"the run         {plan['steps']} steps in {plan['hours']:.2f} h (estimated); "
+        f"${plan['dollars']:.2f} at ${plan['price']:.2f} for an hour of a GPU (assumed)",
+    ]
