@@ -391,7 +391,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 [100 * results[name][split][key] for key in ("fidelity_change", "ip_after")]
                 for name in labels
             ]
-            shown = [(max(x, left), min(y, top)) for x, y in true]
+            shown = [(min(max(x, left), right), min(y, top)) for x, y in true]
             style = "o-" if number_of(curve) else "o"
             axis.plot(*zip(*shown, strict=True), style, color=color, lw=0.8, clip_on=False)
         for i, (place, label) in enumerate(zip(shown, labels.values(), strict=True)):
