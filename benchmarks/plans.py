@@ -19,7 +19,9 @@ from configs import hate
 from safetydpo_jax import plan
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.storage import write_file
+from safetydpo_jax.yaml_file import read_yaml
 
+PRICES = Path(__file__).resolve().parents[1] / "configs" / "prices.yaml"
 RESULTS = Path(__file__).resolve().parent / "results" / "plans"
 
 
@@ -53,7 +55,10 @@ def main(argv: list[str] | None = None) -> None:
             config.dtype, config.accumulation, config.remat = "bfloat16", 1, remat
             config.batch_size = pairs * len(plan.slice_of(topology)[1])
             passes = topology == SLICES["v5e_4"]  # each chip runs them alone, whatever the slice
-            found = plan.of_training(config, topology, passes=passes) | {"machine": machine()}
+            price = read_yaml(PRICES, "a line each, v5e: 1.20")[topology.partition(":")[0]]
+            found = plan.of_training(config, topology, price, passes=passes) | {
+                "machine": machine()
+            }
             RESULTS.mkdir(parents=True, exist_ok=True)
             if found["fits"]:
                 plan.draw(found, file.with_suffix(".png"))

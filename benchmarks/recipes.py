@@ -134,8 +134,9 @@ def run_missing(runs: Path, jobs: int) -> None:
         raise UserError(f"--jobs is {jobs}: it must be from 1 to the number of cores")
     first, *others = POINTS
     missing = sorted(itertools.filterfalse(is_done, others), key=work_of, reverse=True)
-    makes_pairs = missing and not (runs / first / "pairs").is_dir()
-    if makes_pairs or not is_done(first):
+    shared = [runs / first / name for name in ("pairs", "cache")]
+    makes_them = missing and not all(folder.is_dir() for folder in shared)
+    if makes_them or not is_done(first):
         missing.insert(0, first)
     began, counter, lock = time.monotonic(), itertools.count(1), threading.Lock()
     cores = list(range(os.cpu_count() or 1))

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def step(batch: dict[str, Any]) -> Any:
         nonlocal state
-        state, metrics = case.step(state, params, batch, null)
+        state, metrics = case.step(state, params, batch, null, case.numbers)
         return metrics
 
     jax.config.update("jax_default_matmul_precision", case.config.matmul_precision)

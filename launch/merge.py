@@ -7,8 +7,9 @@
     safetydpo merge ...  # from the installed package
 
 Co-Merge gives each output of a layer to the expert that is the most active there. For that it
-draws with the base model, once; what it counts is kept beside the result, so that merging again
-with other options takes no model: --stats OUT.stats.safetensors. Beside the merged LoRA, which
+draws with the base model, once; stopped, it goes on by the same command. What it counts is kept
+beside the result, so that merging again with other options takes no model:
+--stats OUT.stats.safetensors. Beside the merged LoRA, which
 diffusers loads, it writes a picture of who won what and how much the experts have in common.
 
 --distill 800 trains what was merged, for so many steps, to answer each category's prompts as its

@@ -39,7 +39,7 @@ def main() -> None:
     if not given["--topology"]:
         raise UserError("--topology is missing: give a slice, as --topology v5e:4x4")
     price = _price(given["--price"], given["--topology"])
-    mfu = _share(given["--mfu"]) if given["--mfu"] else None
+    options = _assumed(given["--mfu"], given["--topology"])
     if (file := given["--picture"]) and not file.lower().endswith(".png"):
         raise UserError(f"--picture {file}: it is a PNG, so give it a name that ends in .png")
 
@@ -52,8 +52,7 @@ def main() -> None:
                 raise UserError(f"{name} {file}: there is no such folder")
             check_writable(Path(file))
     plan.use_cpu()
-    options = {} if mfu is None else {"mfu": mfu}
-    found = plan.of_training(config, given["--topology"], price, not step_only, **options)
+    found = plan.of_training(config, given["--topology"], price, passes=not step_only, **options)
     print("\n".join(["", *plan.lines(found)]))
     if file := given["--json"]:
         write_file(Path(file), (json.dumps(found, indent=1) + "\n").encode())
@@ -67,14 +66,20 @@ def main() -> None:
             print(f"{file}: no picture, as {why}")
 
 
-def _share(given: str) -> float:
+def _assumed(given: str, topology: str) -> dict[str, float]:
+    from safetydpo_jax.plan.gpus import gpus_of
+
+    if not given:
+        return {}
+    if not gpus_of(topology):
+        raise UserError(f"--mfu is for GPUs: a step on {topology} is compiled, and its MFU is said")
     try:
         share = float(given)
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
         raise UserError(f"--mfu is {given!r}: give a share of the peak, above 0 and at most 1")
-    return share
+    return {"mfu": share}
 
 
 def _price(given: str, topology: str) -> float:

@@ -5,6 +5,7 @@ way a layer's input is computed once for all experts, whose factors are stacked 
 own.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from safetydpo_jax.merge.experts import Experts
 from safetydpo_jax.merge.moments import SAFE
 from safetydpo_jax.merge.statistics import Statistics
 from safetydpo_jax.models.layers import Conv
-from safetydpo_jax.train.workdir import stop_signal
+from safetydpo_jax.train.workdir import Stop, stop_signal
 
 TRAJECTORIES = ("base", "experts")
 KEEP_SECONDS = 300  # between two writings of what was counted
@@ -71,7 +72,7 @@ def count_votes(
     Raises:
       UserError: no prompts, or fewer than two of a category, or an unknown sampler; with `inputs`,
         none of an expert's category or no safe ones, or an expert that adapts a convolution.
-      SystemExit: stopped by SIGTERM or Ctrl-C; what was counted is kept.
+      SystemExit: stopped by SIGTERM or Ctrl-C, after a batch; what was counted is in `kept`.
     """
     names = sorted(set(categories) - {SAFE})
     if len(prompts) != len(categories) or not names:
@@ -120,20 +121,25 @@ def count_votes(
     }
     settings = ""
     if kept is not None:
+        parts = [name for name in pipeline.sources if name != "vae"]
         settings = storage.digest(
             {
                 **about,
+                "version": 1,  # of what is kept
+                "bands": BANDS,
                 "categories": list(categories),
                 "experts": experts.hashes,
                 "batch_size": batch_size,
                 "inputs": inputs,
-                "base": storage.hash_parts(pipeline.sources),
+                "base": storage.hash_parts(pipeline.sources, parts),
                 "computed_in": str(jnp.dtype(pipeline.unet.dtype)),
             }
         )
         counted = counted.restored(kept, settings)
         if counted.prompts:
             progress(f"statistics: going on from prompt {counted.prompts}")
+        elif kept.is_file():
+            progress(f"statistics: {kept} was counted with other settings; it is left out")
 
     def count(start: int) -> None:
         """Draws the batch that begins with a prompt, and adds what is seen."""
@@ -161,7 +167,7 @@ def count_votes(
 
     first, began = counted.prompts, time.monotonic()
     written = began
-    with stop_signal() as stop:
+    with stop_signal() if kept is not None else contextlib.nullcontext(Stop()) as stop:
         for start in range(first, len(prompts), batch_size):
             count(start)
             done, now = counted.prompts, time.monotonic()
@@ -169,10 +175,9 @@ def count_votes(
             progress(f"statistics: {done}/{len(prompts)} prompts, {left:.0f} s left")
             if kept is not None and (stop.asked or now - written > KEEP_SECONDS):
                 counted.save(kept, settings)
-                written = now
+                written = time.monotonic()
             if stop.asked:
-                if kept is not None:
-                    progress(f"stopped: {done} prompts are counted; the same command goes on")
+                progress(f"stopped: {done} prompts are counted; the same command goes on")
                 raise SystemExit(128 + stop.asked)
 
     def shaped(x: np.ndarray) -> np.ndarray:

@@ -1,18 +1,29 @@
 """What a count of votes has so far, and the file from which one that was stopped goes on."""
 
 import collections
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from safetydpo_jax.errors import UserError
 from safetydpo_jax.merge.moments import Moments
 from safetydpo_jax.tensor_file import opened, write_tensors
 
 _HEADER = "safetydpo_counted"
 _PARTS = ("harmful", "harmless", "images")
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; or delete {path.name}, and all is counted anew") from error
 
 
 @dataclasses.dataclass
@@ -32,7 +43,7 @@ class Counted:
     prompts: int = 0
 
     def save(self, path: Path, settings: str) -> None:
-        """Writes a safetensors file, whole or not at all.
+        """Writes a safetensors file, whole or not at all; votes as float32, as in the end.
 
         Args:
           path: the file.
@@ -56,7 +67,7 @@ class Counted:
         if not path.is_file():
             return self
         tables: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
-        with opened(path) as file:
+        with _explained(path), opened(path) as file:
             said = json.loads(file.metadata().get(_HEADER, "{}"))
             if said.get("settings") != settings:
                 return self

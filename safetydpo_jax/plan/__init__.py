@@ -1,4 +1,4 @@
-"""What a run would take on accelerators that are not at hand: their compiler's word for it."""
+"""What a run would take on accelerators that are not at hand: by their compiler, or by counting."""
 
 from safetydpo_jax.plan.chips import slice_of, use_cpu
 from safetydpo_jax.plan.report import draw, lines

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from safetydpo_jax.errors import UserError
 
@@ -21,21 +22,22 @@ class Gpu:
 
     Attributes:
       name: as a topology's name begins.
-      flops: of dense bfloat16 products in a second, at most.
+      flops: of dense products in a second, at most, by the type of what is multiplied.
       memory: bytes.
     """
 
     name: str
-    flops: float
+    flops: Mapping[str, float]
     memory: int
 
 
+_HOPPER = {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12}
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 312e12, 80 * 10**9),
-        Gpu("h100", 989e12, 80 * 10**9),
-        Gpu("h200", 989e12, 141 * 10**9),
+        Gpu("a100", {"bfloat16": 312e12, "tf32": 156e12, "float32": 19.5e12}, 80 * 2**30),
+        Gpu("h100", _HOPPER, 80 * 2**30),
+        Gpu("h200", _HOPPER, 140 * 2**30),
     )
 }
 
@@ -57,8 +59,15 @@ def gpus_of(topology: str) -> tuple[Gpu, int] | None:
     return GPUS[name], math.prod(map(int, count.split("x")))
 
 
+def products_of(config: ConfigDict) -> str:
+    """In what type a step's products are, on a GPU."""
+    if config.dtype == "bfloat16":
+        return "bfloat16"
+    return "float32" if config.matmul_precision == "float32" else "tf32"
+
+
 def estimate_on_gpus(
-    gpu: Gpu, count: int, pairs: int, flops: float, arguments: Any, mfu: float
+    gpu: Gpu, count: int, pairs: int, flops: float, products: str, arguments: Any, mfu: float
 ) -> dict[str, Any]:
     """A training step's time, by counting alone.
 
@@ -67,20 +76,22 @@ def estimate_on_gpus(
       count: there are so many.
       pairs: in a step, on all of them together.
       flops: model FLOPs of a step, on all of them together.
+      products: of `products_of`, which decides the peak.
       arguments: shapes of what the step is given, laid out.
       mfu: the share of the peak that is assumed.
 
     Returns:
       As of `estimate.estimate`: `fits`, which is None unless the arguments alone are too large,
-      `flops_per_chip`, `bytes_per_chip` (arguments and memory), `assumed_mfu`,
+      `flops_per_chip`, `bytes_per_chip` (arguments and memory), `products`, `assumed_mfu`,
       `estimated_step_seconds`, `pairs_per_second`.
     """
     size = bytes_on_each(arguments)
-    seconds = flops / count / (mfu * gpu.flops)
+    seconds = flops / count / (mfu * gpu.flops[products])
     return {
         "fits": None if size < gpu.memory else False,
         "flops_per_chip": flops / count,
         "bytes_per_chip": {"arguments": size, "memory": gpu.memory},
+        "products": products,
         "assumed_mfu": mfu,
         "estimated_step_seconds": seconds,
         "pairs_per_second": pairs / seconds,
@@ -97,21 +108,23 @@ def bytes_on_each(tree: Any) -> int:
 
 def lines(plan: Mapping[str, Any]) -> list[str]:
     """What the terminal shows."""
-    sizes, chips, mfu = plan["bytes_per_chip"], plan["chips"], plan["assumed_mfu"]
+    chips, mfu = plan["chips"], plan["assumed_mfu"]
+    size, memory = (plan["bytes_per_chip"][name] / 2**30 for name in ("arguments", "memory"))
     counted = [
         f"{plan['config']}, {plan['pairs']} pairs a step, {chips} x {plan['chip']}",
         *([f"with {plan['changed']}"] if plan["changed"] else []),
         "",
         f"fits            {'NO' if plan['fits'] is False else 'not known: nothing is compiled'}",
-        f"memory a GPU    {sizes['arguments'] / 1e9:.2f} of {sizes['memory'] / 1e9:.0f} GB for "
-        "parameters, state and batch (counted), activations besides",
+        f"memory a GPU    {size:.2f} of {memory:.0f} GiB for parameters, state and batch "
+        "(counted), activations besides",
         f"model FLOPs     {plan['flops_per_chip'] / 1e12:.2f} T a GPU and step (counted)",
     ]
     if plan["fits"] is False:
         return [*counted, "", "to make it fit: " + "; ".join(plan["remedies"])]
     return [
         *counted,
-        f"MFU             {100 * mfu:.0f} % (assumed; --mfu takes what a few steps measured)",
+        f"MFU             {100 * mfu:.0f} % of the peak in {plan['products']} (assumed; --mfu "
+        "takes what a few steps measured)",
         f"step            {1000 * plan['estimated_step_seconds']:.0f} ms (estimated)",
         f"pairs           {plan['pairs_per_second'] / chips:.2f} a second and GPU, "
         f"{plan['pairs_per_second']:.0f} in all (estimated)",

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from safetydpo_jax import sharding
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.plan.chips import Chip, slice_of
+from safetydpo_jax.plan.chips import CHIPS, Chip, slice_of
 from safetydpo_jax.plan.estimate import compiled_for, estimate
-from safetydpo_jax.plan.gpus import ASSUMED_MFU, Gpu, estimate_on_gpus, gpus_of
+from safetydpo_jax.plan.gpus import ASSUMED_MFU, Gpu, estimate_on_gpus, gpus_of, products_of
 from safetydpo_jax.plan.passes import of_passes
 from safetydpo_jax.plan.programs import Planned
 from safetydpo_jax.train.settings import cohorts_of, resolve_all
@@ -31,6 +31,7 @@ def of_training(
     config: ConfigDict,
     topology: str,
     price: float = 0.0,
+    *,
     passes: bool = True,
     mfu: float = ASSUMED_MFU,
     progress: Callable[[str], None] = lambda line: print(line, flush=True),
@@ -55,21 +56,20 @@ def of_training(
     Raises:
       UserError: no such slice, no compiler, or a config that cannot be.
     """
-    axes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
-    if gpus := gpus_of(topology):
-        chip, chips = gpus
-        mesh = sharding.abstract_mesh(*axes, chips)
-    else:
-        chip, devices = slice_of(topology)
-        chips, mesh = len(devices), sharding.make_mesh(*axes, devices)
+    gpus = gpus_of(topology)
+    devices = [] if gpus else slice_of(topology)[1]
+    chip, chips = gpus or (CHIPS[topology.partition(":")[0]], len(devices))
     config, count = _one_step(config)
+    axes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    mesh = sharding.abstract_mesh(*axes, chips) if gpus else sharding.make_mesh(*axes, devices)
     shards = sharding.num_batch_shards(mesh)
     changed = _fit_batch(config, shards)
     planned = Planned(config, _checkpoint(config), mesh, count if count > 1 else None)
     what = f"{config.category if count == 1 else f'{count} experts'}:{config.base}"
     pairs = config.batch_size * config.accumulation * count
     if isinstance(chip, Gpu):
-        found = estimate_on_gpus(chip, chips, pairs, planned.flops(), planned.arguments(), mfu)
+        flops, products = planned.flops(), products_of(config)
+        found = estimate_on_gpus(chip, chips, pairs, flops, products, planned.arguments(), mfu)
     else:
         progress(f"lowering the step of {what}")
         found = compiled_for(planned.step(), topology, chip, progress, mesh.shape["data"])
@@ -85,7 +85,7 @@ def of_training(
         **found,
     }
     if plan["fits"] is False:
-        remedies = _remedies(config, chips, shards)
+        remedies = _remedies(config, chips, shards, activations=isinstance(chip, Chip))
         if count > 1:
             remedies.append("one expert after the other, as --config hate plans it")
         return plan | {"remedies": remedies}
@@ -161,16 +161,22 @@ def _checkpoint(config: ConfigDict) -> str:
     return str(root / _SHIPPED[config.model])
 
 
-def _remedies(config: ConfigDict, chips: int, shards: int) -> list[str]:
-    """What to change, the cheapest first; all of it is a step that can be, and the same update."""
+def _remedies(
+    config: ConfigDict, chips: int, shards: int, *, activations: bool = True
+) -> list[str]:
+    """What to change, the cheapest first; all of it is a step that can be, and the same update.
+
+    `activations`: what makes them fewer is a remedy, too.
+    """
     found = []
     if config.dtype == "float32":
         found.append("--config.dtype=bfloat16")
-    if not config.remat:
+    if activations and not config.remat:
         found.append("--config.remat=true")
     # Rows of a chip, pairs and others, that can be taken in equal turns.
     rows = math.gcd(config.batch_size // shards, config.preserve_batch_size // shards)
-    if turns := next((n for n in range(2, rows + 1) if rows % n == 0), 0):
+    turns = next((n for n in range(2, rows + 1) if rows % n == 0), 0)
+    if activations and turns:
         found.append(
             f"--config.batch_size={config.batch_size // turns} "
             + (

@@ -31,6 +31,8 @@ from safetydpo_jax.train.state import Checkpoints, TrainState, make_optimizer
 from safetydpo_jax.train.step import Batch, make_train_step, numbers_of
 from safetydpo_jax.train.workdir import Phases, Stop, stop_signal
 
+STATES = 2  # version of what checkpoints hold: since the second the optimiser counts no steps
+
 
 class Cohort:
     """The training of some experts whose configs differ in what they learn alone.
@@ -101,6 +103,7 @@ class Cohort:
             self._checkpoints_folder,
             _flat(by_name) if self.several else settings[0],
             keep=config.checkpoint.keep,
+            version=STATES,
         )
         if saved := self._checkpoints.restore(self._state):
             self._set_state(saved)

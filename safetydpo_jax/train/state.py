@@ -13,10 +13,10 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from safetydpo_jax import processes, storage
+from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora.adapters import Adapters
 
 SCHEDULES = ("constant", "cosine")
-FORMAT = 2  # of the states in checkpoints
 OPTIMIZERS = ("adamw", "adafactor")
 
 
@@ -79,14 +79,18 @@ def make_optimizer(config: ConfigDict, rate: Any = None) -> optax.GradientTransf
 class Checkpoints:
     """The run's checkpoints: a folder a step, written whole or not at all, the last few kept.
 
-    Each holds the state and the settings that its numbers depend on; a run with other settings
-    refuses to go on from it. Of a job's processes the first reads and writes, so that another
-    number of them, or another mesh, can go on from it.
+    Each holds the state and the settings that its numbers depend on; a run with other settings, or
+    of a program whose states are of another `version`, refuses to go on from it. Of a job's
+    processes the first reads and writes, so that another number of them, or another mesh, can go on
+    from it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any], *, keep: int):
+    def __init__(
+        self, path: str | os.PathLike[str], settings: dict[str, Any], *, keep: int, version: int = 1
+    ):
         self.path = pathlib.Path(path).absolute()
-        self._settings = json.loads(json.dumps(settings)) | {"format": FORMAT}
+        self._settings = json.loads(json.dumps(settings))
+        self._version = version
         if processes.is_first():
             self.path.mkdir(parents=True, exist_ok=True)
             # Orbax writes to a temporary name and renames: a kill leaves the last whole one there.
@@ -109,7 +113,8 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self._settings)
+            state=ocp.args.StandardSave(state),
+            settings=ocp.args.JsonSave(self._settings | {"version": self._version}),
         )
         self._manager.save(step, args=items)
 
@@ -138,6 +143,12 @@ class Checkpoints:
         if step is not None:
             only = ocp.args.Composite(settings=ocp.args.JsonRestore())
             saved: Any = self._manager.restore(step, args=only)
+            if (version := saved.settings.pop("version", 1)) != self._version:
+                raise UserError(
+                    f"{self.path} was made by another version of this program, whose checkpoints "
+                    f"({version}) this one ({self._version}) cannot go on from: end it with that "
+                    "one, choose another --workdir, or delete that folder to start anew"
+                )
             storage.check_same(
                 self.path,
                 saved.settings,

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -97,8 +98,14 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Stop]:
-    """Within, SIGTERM and Ctrl-C only leave a note, so that a step can end and be saved."""
+    """Within, SIGTERM and Ctrl-C only leave a note, so that a step can end and be saved.
+
+    Outside of a program's main thread, where Python hears no signals, there will be none.
+    """
     stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def note(number: int, frame: object) -> None:
         stop.asked = signal.Signals(number)

@@ -72,7 +72,8 @@ def test_missing_points_run_each_in_its_own_process(recipes, tmp_path, monkeypat
         name = command[command.index("--only") + 1]
         started.append(name)
         write(name)
-        (tmp_path / "runs" / "anchored" / "pairs").mkdir(parents=True, exist_ok=True)
+        for folder in ("pairs", "cache"):
+            (tmp_path / "runs" / "anchored" / folder).mkdir(parents=True, exist_ok=True)
         return types.SimpleNamespace(returncode=failing)
 
     failing = 0

@@ -68,7 +68,7 @@ def launch(monkeypatch):
     """Runs the script on a plan that is known, and gives back what it asked for."""
     asked = []
 
-    def of_training(config, topology, price, passes):
+    def of_training(config, topology, price, *, passes):
         asked.append((config.batch_size, topology, price, passes))
         return PLAN
 
@@ -120,13 +120,13 @@ def test_gpus(tmp_path, monkeypatch, capsys):
     file = tmp_path / "plan.json"
     files = [f"--json={file}", f"--picture={tmp_path / 'plan.png'}"]
     emoji = f"--config={ROOT / 'configs' / 'hate.py'}"
-    told = ["--topology=h100:8", "--mfu=0.5", "--price=2"]
+    told = ["--topology=h100:8", "--mfu=0.5", "--price=2", "--config.dtype=bfloat16"]
     monkeypatch.setattr("sys.argv", ["plan.py", emoji, *told, *files])
     runpy.run_path(str(ROOT / "launch" / "plan.py"))["main"]()
     found, said = json.loads(file.read_text()), capsys.readouterr().out
     assert (found["fits"], found["chips"], found["assumed_mfu"]) == (None, 8, 0.5)
     assert "fits            not known: nothing is compiled" in said
-    assert "MFU             50 % (assumed" in said
+    assert "MFU             50 % of the peak in bfloat16 (assumed" in said
     assert "plan.png: no picture, as nothing was compiled" in said
     seconds = found["estimated_step_seconds"]
     assert seconds == pytest.approx(found["flops_per_chip"] / (0.5 * 989e12))
@@ -149,6 +149,7 @@ def test_every_chip_has_a_price():
         (["--topology", "v5e:2x2", "--picture", "plan"], "a name that ends in .png"),
         (["--topology", "h100:8", "--mfu", "30"], "--mfu is '30': give a share of the peak"),
         (["--topology", "h100:8", "--mfu", "half"], "--mfu is 'half': give a share of the peak"),
+        (["--topology", "v5e:2x2", "--mfu", "0.5"], "--mfu is for GPUs: a step on v5e:2x2 is"),
     ],
 )
 def test_wrong_commands(launch, arguments, message, tmp_path):
@@ -161,6 +162,6 @@ def test_wrong_commands(launch, arguments, message, tmp_path):
 def test_no_picture_of_what_does_not_fit(launch, tmp_path, monkeypatch, capsys):
     sizes = {"all": 2**40, "memory": 2**34}
     no_place = PLAN | {"fits": False, "bytes_per_chip": sizes, "remedies": ["--config.remat=true"]}
-    monkeypatch.setattr(plan, "of_training", lambda *_: no_place)
+    monkeypatch.setattr(plan, "of_training", lambda *_, passes: no_place)
     launch("--topology", "v5e:2x2", "--picture", str(tmp_path / "plan.png"))
     assert "plan.png: no picture, as it does not fit" in capsys.readouterr().out

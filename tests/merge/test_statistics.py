@@ -252,8 +252,12 @@ def test_a_stopped_count_goes_on(twins, pipeline, tmp_path):
     found, wanted = ((tmp_path / f"{x}.safetensors").read_bytes() for x in ("again", "whole"))
     assert found == wanted
     assert Counted({}, {}, {}).restored(kept, "of other settings").prompts == 0
+    said = Stopping()
+    with pytest.raises(SystemExit):
+        count(said, kept=kept, seed=1)
+    assert said[0] == f"statistics: {kept} was counted with other settings; it is left out"
     kept.write_bytes(kept.read_bytes()[:-1])
-    with pytest.raises(UserError, match="counting.safetensors: not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a whole .*or delete merged.counting.safetensors"):
         count([], kept=kept)
 
 

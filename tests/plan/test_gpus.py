@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from configs import hate
+from configs import all_experts, emoji_base, hate
 from safetydpo_jax import plan, sharding
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.plan import gpus
@@ -16,7 +16,7 @@ from safetydpo_jax.train.settings import resolve
 @pytest.fixture
 def config(model_folder):
     config = hate.get_config("sd15")
-    config.model, config.batch_size = str(model_folder), 8
+    config.model, config.batch_size, config.dtype = str(model_folder), 8, "bfloat16"
     return config
 
 
@@ -53,7 +53,36 @@ def test_what_cannot_fit(config, monkeypatch):
     assert found["fits"] is False
     text = "\n".join(plan.lines(found))
     assert "fits            NO" in text
-    assert "to make it fit: --config.dtype=bfloat16" in text
+    assert text.endswith("to make it fit: --config.mesh.fsdp=4, which splits the weights")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "peak"),
+    [
+        ("bfloat16", "float32", 312e12),
+        ("float32", "bfloat16", 156e12),
+        ("float32", "float32", 19.5e12),
+    ],
+)
+def test_the_peak_is_that_of_the_products_type(config, dtype, precision, peak):
+    config.dtype, config.matmul_precision = dtype, precision
+    found = plan.of_training(config, "a100:1", mfu=0.5)
+    seconds = found["flops_per_chip"] / (0.5 * peak)
+    assert found["estimated_step_seconds"] == pytest.approx(seconds)
+
+
+def test_several_experts(model_folder, config):
+    several = all_experts.get_config("sd15")
+    several.model, several.batch_size, several.dtype = str(model_folder), 8, "bfloat16"
+    found, one = (plan.of_training(x, "h100:2") for x in (several, config))
+    assert found["config"] == "7 experts:sd15"
+    assert found["flops_per_chip"] == 7 * one["flops_per_chip"]
+    assert found["bytes_per_chip"]["arguments"] > one["bytes_per_chip"]["arguments"]
+
+
+def test_a_config_without_an_expert():
+    with pytest.raises(UserError, match="this config trains no expert"):
+        plan.of_training(emoji_base.get_config(), "h100:8")
 
 
 def test_batches_that_do_not_divide(config):

@@ -41,7 +41,7 @@ def cached(tmp_path, monkeypatch):
 @compiler
 def test_a_small_step_on_four_chips(config, cached, tmp_path):
     said = []
-    found = plan.of_training(config, "v5e:2x2", 1.2, False, said.append)
+    found = plan.of_training(config, "v5e:2x2", 1.2, passes=False, progress=said.append)
     assert found["fits"]
     assert (found["chips"], found["pairs"]) == (4, 8 * 4)
     assert found["bytes_per_chip"]["all"] < 2**28
@@ -61,7 +61,8 @@ def test_a_small_step_on_four_chips(config, cached, tmp_path):
         assert picture.size == (900, 190)
 
     said.clear()
-    assert plan.of_training(config, "v5e:2x2", 1.2, False, said.append) == found
+    again = plan.of_training(config, "v5e:2x2", 1.2, passes=False, progress=said.append)
+    assert again == found
     assert "compiled before" in said[1]
 
 

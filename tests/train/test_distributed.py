@@ -132,12 +132,15 @@ def test_the_first_draws_while_the_others_wait(tmp_path):
         assert codes == [0] * count, said
         assert "pictures/s" in said[0]
         pairs = open_pairs(str(workdir / "pairs"))
-        pixels = [x.pixels for split in pairs.sizes for x in pairs.pictures(split)]
+        pictures = [x for split in pairs.sizes for x in pairs.pictures(split)]
+        pixels = [x.pixels for x in pictures]
         # TFDS writes the fields of an example in an order that differs from process to process.
         card = {key: said for key, said in pairs.card.items() if key != "files"}
-        found.append((card, np.stack(pixels)))
-    (card, pixels), (card_of_one, pixels_of_one) = found
+        said = [(x.id, x.prompt, x.seed) for x in pictures]
+        found.append((card, said, np.stack(pixels)))
+    (card, said, pixels), (card_of_one, said_of_one, pixels_of_one) = found
     assert card == card_of_one
+    assert said == said_of_one
     np.testing.assert_array_equal(pixels, pixels_of_one)
 
 

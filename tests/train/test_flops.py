@@ -69,7 +69,8 @@ def test_step_against_xla(recipe, monkeypatch):
     case = make_case(pipeline, null, recipe, None)
     shapes = {"latent_shape": pipeline.latent_shape, "null": null, "config": case.config}
     flops = step_flops(pipeline.unet, pipeline.unet_params, **shapes)
-    lowered = case.step.lower(case.state, pipeline.unet_params, case.batch, null)
+    arguments = case.state, pipeline.unet_params, case.batch, null, case.numbers
+    lowered = case.step.lower(*arguments)
     assert lowered.cost_analysis()["flops"] == pytest.approx(flops, rel=0.15)
     case.config.accumulation *= 3
     thrice = step_flops(pipeline.unet, pipeline.unet_params, **shapes)

@@ -23,6 +23,8 @@ from safetydpo_jax.train import base, loop
 from safetydpo_jax.train import health as health_module
 from safetydpo_jax.train.guard import Guard
 from safetydpo_jax.train.health import Health
+from safetydpo_jax.train.settings import resolve
+from safetydpo_jax.train.state import learning_rate
 from tests.evaluate import fakes
 from tests.train.conftest import write_noise
 
@@ -83,7 +85,7 @@ def logged_steps(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_whole_run(run, small, tmp_path):
+def test_a_whole_run(run, config, small, tmp_path):
     said = run()
     workdir = tmp_path / "run"
     banners = re.findall(r"=== (\d)/(\d) ([a-z ]+?) =", said)
@@ -93,6 +95,8 @@ def test_a_whole_run(run, small, tmp_path):
     assert [line["step"] for line in steps] == list(range(1, 11))
     assert steps[0].keys() == LOGGED | TIMING | {"step"}
     assert abs(steps[0]["margin"]) < 1e-3
+    rate = learning_rate(resolve(config))
+    assert [line["lr"] for line in steps] == pytest.approx([float(rate(i)) for i in range(10)])
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
     assert {p.name for p in (workdir / "checkpoints").iterdir()} >= {"9", "10"}
     adapters, header = lora.load_lora(workdir / EXPORT, small.unet_params)

@@ -64,6 +64,14 @@ def test_other_settings_are_refused(state, tmp_path):
         other.restore(state)
 
 
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (3, 2)])
+def test_states_of_another_version_are_refused(state, tmp_path, before, now):
+    settings = {"category": "hate"}
+    Checkpoints(tmp_path, settings, keep=2, version=before).save(state)
+    with pytest.raises(UserError, match="made by another version of this program.*--workdir"):
+        Checkpoints(tmp_path, settings, keep=2, version=now).restore(state)
+
+
 @pytest.mark.parametrize(
     ("schedule", "warmup", "expected"),
     [

@@ -325,13 +325,15 @@ def test_captions_lean_either_way(small, batch, null):
 
 def test_other_numbers_are_no_other_program(config, small, batch, adapters, null):
     """A sweep over them, and over schedules and lengths, is compiled once."""
+    assert resolve(config).optimizer.schedule == "constant"
     texts = set()
     for key, value in (
+        ("seed", config.seed),
         ("loss.beta", 7.0),
         ("loss.preservation", 3.0),
         ("loss.winner_anchor", 2.0),
         ("optimizer.learning_rate", 1e-6),
-        ("optimizer.schedule", "constant"),
+        ("optimizer.schedule", "cosine"),
         ("optimizer.warmup_steps", 0),
         ("steps", 7),
     ):
