@@ -1,9 +1,12 @@
 """One training, whatever the mesh: batches split over data and fsdp, parameters over the others."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
+from benchmarks import meshes
 from safetydpo_jax import sharding
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import TrainState, make_optimizer
@@ -75,3 +78,13 @@ def test_rows_of_a_batch_go_where_the_shards_are():
     rows = sharding.put_rows({"x": np.arange(8.0)}, mesh)["x"]
     assert rows.sharding.spec == jax.P(("data", "fsdp"))
     np.testing.assert_array_equal(rows, np.arange(8.0))
+
+
+def test_what_was_measured_is_the_same_training():
+    """By benchmarks/meshes.py, with processes of their own, of which one is killed."""
+    found = json.loads(meshes.RESULT.read_text())
+    assert found["curves"].keys() == meshes.CURVES.keys()
+    assert all(map(meshes.curve_is_same, found["curves"].values()))
+    assert {row["processes"] for row in found["kills"]} == {2, 4}
+    assert all(map(meshes.kill_is_nothing, found["kills"]))
+    assert all(row["exit_codes"][row["killed"]] == -9 for row in found["kills"])
