@@ -88,7 +88,7 @@ def test_co_merge_and_again_from_its_votes(
     assert "of the outputs have the same winner" in said
     assert f"written: {out}, merged.png" in said
     names = {"merged.safetensors", "merged.png", "merged.stats.safetensors"}
-    assert {path.name for path in tmp_path.glob("merged*")} == names
+    assert {path.name for path in out.parent.glob("merged*")} == names
     assert "won by" in said
     _, header = lora.load_lora(out, pipeline.unet_params)
     assert (header["method"], header["rank"]) == ("co_merge", "3")
