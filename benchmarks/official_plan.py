@@ -115,8 +115,7 @@ def plain_step(mesh: Mesh, pairs: int, remat: bool) -> Any:
         steps = jax.random.randint(of_time, (pairs,), 0, schedule.num_train_timesteps)
         noise, steps = jnp.concatenate([noise] * 2), jnp.concatenate([steps] * 2)
         told = jax.tree.map(lambda x: jnp.concatenate([x] * 2), told)
-        alphas = jnp.asarray(schedule.alphas_cumprod, jnp.float32)[steps][:, None, None, None]
-        noisy = jnp.sqrt(alphas) * latents + jnp.sqrt(1 - alphas) * noise
+        noisy = schedule.add_noise(latents, noise, steps)
 
         def errors(params: Any) -> Any:
             said = unet.apply({"params": params}, noisy, steps, *told)

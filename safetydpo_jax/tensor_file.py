@@ -3,6 +3,7 @@
 Source of the format: https://huggingface.co/docs/safetensors, "Format".
 """
 
+import collections
 import contextlib
 import json
 import math
@@ -43,6 +44,14 @@ class TensorFile:
     def metadata(self) -> dict[str, str]:
         """The header's entries."""
         return dict(self._file.metadata() or {})
+
+    def tables(self) -> dict[str, dict[str, np.ndarray]]:
+        """All tensors of a file whose names are KIND.NAME, by both; none of a kind is none."""
+        found: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
+        for key in self.keys():
+            kind, _, name = key.partition(".")
+            found[kind][name] = self.read(key)
+        return found
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of a tensor, which is not read."""

@@ -27,6 +27,7 @@ from safetydpo_jax.merge.experts import Experts
 from safetydpo_jax.merge.moments import SAFE
 from safetydpo_jax.merge.statistics import Statistics
 from safetydpo_jax.models.layers import Conv
+from safetydpo_jax.pace import Pace
 from safetydpo_jax.train.workdir import Stop, stop_signal
 
 TRAJECTORIES = ("base", "experts")
@@ -165,15 +166,15 @@ def count_votes(
                         np.add.at(sums[layer][:, band], cell, of_units[votes_now])
         counted.prompts = min(start + batch_size, len(prompts))
 
-    first, began = counted.prompts, time.monotonic()
-    written = began
+    first, written = counted.prompts, time.monotonic()
+    pace = Pace(len(prompts) - first)
     with stop_signal() if kept is not None else contextlib.nullcontext(Stop()) as stop:
         for start in range(first, len(prompts), batch_size):
             count(start)
-            done, now = counted.prompts, time.monotonic()
-            left = (now - began) / (done - first) * (len(prompts) - done)
+            done, left = counted.prompts, pace.left(counted.prompts - first)
             progress(f"statistics: {done}/{len(prompts)} prompts, {left:.0f} s left")
-            if kept is not None and (stop.asked or now - written > KEEP_SECONDS):
+            due = time.monotonic() - written > KEEP_SECONDS
+            if kept is not None and (stop.asked or due):
                 counted.save(kept, settings)
                 written = time.monotonic()
             if stop.asked:

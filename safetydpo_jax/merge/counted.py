@@ -1,6 +1,5 @@
 """What a count of votes has so far, and the file from which one that was stopped goes on."""
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -66,14 +65,11 @@ class Counted:
         """
         if not path.is_file():
             return self
-        tables: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
         with _explained(path), opened(path) as file:
             said = json.loads(file.metadata().get(_HEADER, "{}"))
             if said.get("settings") != settings:
                 return self
-            for key in file.keys():  # noqa: SIM118
-                part, _, layer = key.partition(".")
-                tables[part][layer] = file.read(key)
+            tables = file.tables()
         moments = {
             layer: tuple(
                 jax.device_put(tables[part][layer], x.sharding)

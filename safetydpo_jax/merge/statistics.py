@@ -5,7 +5,6 @@ category of the prompt, the band of timesteps and the half of the prompts, so th
 them anew, and the two halves say how far the winners can be relied on.
 """
 
-import collections
 import dataclasses
 import json
 import pathlib
@@ -142,10 +141,7 @@ def load_statistics(path: pathlib.Path) -> Statistics:
         header = file.metadata()
         if _HEADER not in header:
             raise UserError(f"{path}: holds no statistics of a merge: is it a LoRA?")
-        tables: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
-        for key in file.keys():  # noqa: SIM118
-            kind, _, layer = key.partition(".")
-            tables[kind][layer] = file.read(key)
+        tables = file.tables()
     said = json.loads(header[_HEADER])
     inputs = {
         layer: Inputs(

@@ -104,30 +104,3 @@ def bytes_on_each(tree: Any) -> int:
         math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
         for x in jax.tree.leaves(tree)
     )
-
-
-def lines(plan: Mapping[str, Any]) -> list[str]:
-    """What the terminal shows."""
-    chips, mfu = plan["chips"], plan["assumed_mfu"]
-    size, memory = (plan["bytes_per_chip"][name] / 2**30 for name in ("arguments", "memory"))
-    counted = [
-        f"{plan['config']}, {plan['pairs']} pairs a step, {chips} x {plan['chip']}",
-        *([f"with {plan['changed']}"] if plan["changed"] else []),
-        "",
-        f"fits            {'NO' if plan['fits'] is False else 'not known: nothing is compiled'}",
-        f"memory a GPU    {size:.2f} of {memory:.0f} GiB for parameters, state and batch "
-        "(counted), activations besides",
-        f"model FLOPs     {plan['flops_per_chip'] / 1e12:.2f} T a GPU and step (counted)",
-    ]
-    if plan["fits"] is False:
-        return [*counted, "", "to make it fit: " + "; ".join(plan["remedies"])]
-    return [
-        *counted,
-        f"MFU             {100 * mfu:.0f} % of the peak in {plan['products']} (assumed; --mfu "
-        "takes what a few steps measured)",
-        f"step            {1000 * plan['estimated_step_seconds']:.0f} ms (estimated)",
-        f"pairs           {plan['pairs_per_second'] / chips:.2f} a second and GPU, "
-        f"{plan['pairs_per_second']:.0f} in all (estimated)",
-        f"the run         {plan['steps']} steps in {plan['hours']:.2f} h (estimated); "
-        f"${plan['dollars']:.2f} at ${plan['price']:.2f} for an hour of a GPU (assumed)",
-    ]

@@ -7,7 +7,6 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from safetydpo_jax.evaluate.pictures import font
-from safetydpo_jax.plan import gpus
 from safetydpo_jax.plan.passes import PASSES
 
 GIB = 2**30
@@ -24,14 +23,9 @@ COLORS = {
 def lines(plan: Mapping[str, Any]) -> list[str]:
     """What the terminal shows; each figure says where it is from."""
     if "assumed_mfu" in plan:
-        return gpus.lines(plan)
-    sizes, chips = plan["bytes_per_chip"], plan["chips"]
-    said = [
-        f"{plan['config']}, {plan['pairs']} pairs a step, {chips} x {plan['chip']}",
-        *([f"with {plan['changed']}"] if plan["changed"] else []),
-        "",
-        f"fits            {'yes' if plan['fits'] else 'NO'}",
-    ]
+        return _lines_of_gpus(plan)
+    sizes = plan["bytes_per_chip"]
+    said = [*_head(plan), f"fits            {'yes' if plan['fits'] else 'NO'}"]
     if sizes["all"] is None:
         said.append("memory          more than there is (compiled)")
     else:
@@ -44,7 +38,7 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         )
     said.append(f"model FLOPs     {plan['flops_per_chip'] / 1e12:.2f} T a chip and step (counted)")
     if not plan["fits"]:
-        return [*said, "", "to make it fit: " + "; ".join(plan["remedies"])]
+        return [*said, *_said_of_remedies(plan)]
     total = sum(plan["cycles"].values())
     said += [
         f"step            {1000 * plan['estimated_step_seconds']:.0f} ms, "
@@ -54,8 +48,7 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
             for kind, n in sorted(plan["cycles"].items(), key=lambda item: -item[1])
         ),
         f"MFU             {100 * plan['estimated_mfu']:.0f} % (estimated)",
-        f"pairs           {plan['pairs_per_second'] / chips:.2f} a second and chip, "
-        f"{plan['pairs_per_second']:.0f} in all (estimated)",
+        _said_of_pairs(plan, "chip"),
     ]
     for sent in plan["collectives"]:
         said.append(
@@ -67,8 +60,7 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         "chips           "
         + ", ".join(f"{n}: {1000 * s:.0f} ms" for n, s in plan["weak_scaling"].items())
         + " a step, with as many pairs each (estimated)",
-        f"the run         {plan['steps']} steps in {plan['hours']:.2f} h (estimated); "
-        f"${plan['dollars']:.2f} at ${plan['price']:.2f} for an hour of a chip (assumed)",
+        _said_of_run(plan, "chip"),
     ]
     said += _said_of_passes(plan)
     programs = {"the step": plan, **plan.get("passes", {}).get("programs", {})}
@@ -80,6 +72,55 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         if n := program.get("loops_of_unknown_length"):
             said.append(f"{name}: {n} loops are counted as if they turned once")
     return said
+
+
+def _lines_of_gpus(plan: Mapping[str, Any]) -> list[str]:
+    """The same of what is counted for GPUs alone."""
+    sizes = plan["bytes_per_chip"]
+    said = [
+        *_head(plan),
+        f"fits            {'NO' if plan['fits'] is False else 'not known: nothing is compiled'}",
+        f"memory a GPU    {sizes['arguments'] / GIB:.2f} of {sizes['memory'] / GIB:.0f} GiB for "
+        "parameters, state and batch (counted), activations besides",
+        f"model FLOPs     {plan['flops_per_chip'] / 1e12:.2f} T a GPU and step (counted)",
+    ]
+    if plan["fits"] is False:
+        return [*said, *_said_of_remedies(plan)]
+    return [
+        *said,
+        f"MFU             {100 * plan['assumed_mfu']:.0f} % of the peak in {plan['products']} "
+        "(assumed; --mfu takes what a few steps measured)",
+        f"step            {1000 * plan['estimated_step_seconds']:.0f} ms (estimated)",
+        _said_of_pairs(plan, "GPU"),
+        _said_of_run(plan, "GPU"),
+    ]
+
+
+def _head(plan: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{plan['config']}, {plan['pairs']} pairs a step, {plan['chips']} x {plan['chip']}",
+        *([f"with {plan['changed']}"] if plan["changed"] else []),
+        "",
+    ]
+
+
+def _said_of_remedies(plan: Mapping[str, Any]) -> list[str]:
+    return ["", "to make it fit: " + "; ".join(plan["remedies"])]
+
+
+def _said_of_pairs(plan: Mapping[str, Any], chip: str) -> str:
+    rate = plan["pairs_per_second"]
+    return (
+        f"pairs           {rate / plan['chips']:.2f} a second and {chip}, "
+        f"{rate:.0f} in all (estimated)"
+    )
+
+
+def _said_of_run(plan: Mapping[str, Any], chip: str) -> str:
+    return (
+        f"the run         {plan['steps']} steps in {plan['hours']:.2f} h (estimated); "
+        f"${plan['dollars']:.2f} at ${plan['price']:.2f} for an hour of a {chip} (assumed)"
+    )
 
 
 def _said_of_passes(plan: Mapping[str, Any]) -> Iterator[str]:
