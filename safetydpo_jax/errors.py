@@ -16,6 +16,24 @@ class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that the user named, or that a named folder should hold, is not there."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: BaseException) -> str | None:
+    """The one line for an error that is the user's to mend; None if it is a bug."""
+    if isinstance(error, (UserError, FileNotFoundError)):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _NO_PLACE:
+        what = error.filename or "to the disk"
+        return (
+            f"could not write {what} ({error.strerror}): free some space, and start the same "
+            "command again"
+        )
+    return None
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a launch script and exits: 0 or `main`'s code, 2 on a user's error, 130 on Ctrl-C.
 
@@ -29,18 +47,10 @@ def run_main(main: Callable[[], int | None]) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         sys.exit(main())
-    except (UserError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in _NO_PLACE:
+    except (UserError, OSError) as error:
+        if (line := one_line(error)) is None:
             raise
-        what = error.filename or "to the disk"
-        print(
-            f"error: could not write {what} ({error.strerror}): free some space, and start the "
-            "same command again",
-            file=sys.stderr,
-        )
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

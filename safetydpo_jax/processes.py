@@ -22,7 +22,7 @@ from jax._src import distributed  # the coordinator's store of texts has no publ
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.errors import UserError, first_line, one_line
 
 DAY_SECONDS = 86400  # the others may wait so long for what the first one does alone
 JOIN_SECONDS = 1800  # machines of a job may start so long after the first
@@ -53,7 +53,7 @@ def connect() -> None:
             **described(),
         )
     except (ValueError, RuntimeError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if any(word in reason for word in ("DEADLINE_EXCEEDED", "UNAVAILABLE")):
             print(
                 f"error: the other processes did not come within {JOIN_SECONDS} s ({reason}): "
@@ -223,8 +223,9 @@ def job() -> Iterator[None]:
         os._exit(130)
     except Exception as error:
         where = f"process {jax.process_index()} of {jax.process_count()}"
-        if isinstance(error, UserError):
-            print(f"error: {where}: {error}", file=sys.stderr)
+        line = one_line(error)
+        if line is not None:
+            print(f"error: {where}: {line}", file=sys.stderr)
         elif _is_loss(error):
             reason = str(error).splitlines()[0][:200]
             print(
@@ -238,7 +239,7 @@ def job() -> Iterator[None]:
         sys.stdout.flush()
         if is_first():
             time.sleep(GRACE_SECONDS)  # or the others would be cut off in what they have to say
-        os._exit(2 if isinstance(error, UserError) else LOST if _is_loss(error) else 1)
+        os._exit(2 if line is not None else LOST if _is_loss(error) else 1)
     else:
         jax.distributed.shutdown()
 

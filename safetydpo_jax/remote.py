@@ -4,21 +4,26 @@ Pair sets and caches are what their card lists, fetched when the first record is
 wants the card alone, as a run with a cache does of its pairs, fetches no more.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
 from safetydpo_jax import storage
-from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.errors import MissingFileError, UserError, first_line
 from safetydpo_jax.pace import Pace
 
 CACHE_DIR = "SAFETYDPO_CACHE_DIR"  # the variable that says where to
 _BLOCK = 16 * 2**20
+_Result = TypeVar("_Result")
+_AT_ONCE = 8  # files: of small ones a bucket's answers are what takes the time
+_LARGE_AT_ONCE = 2
 
 
 def open_folder(folder: str | PurePath) -> Any:
@@ -64,7 +69,8 @@ def fetched(folder: Any, remedy: str) -> Path:
         here = copy / storage.CARD
         if not here.is_file() or here.read_bytes() != card:
             here.unlink(missing_ok=True)
-            files = storage.listed_files(storage.parse_card(folder, remedy))
+            with explained(folder):
+                files = storage.listed_files(storage.parse_card(folder, remedy))
             _fetch(folder, copy, files, remedy)
             with storage.explained_writes(here):
                 copy.mkdir(exist_ok=True)
@@ -81,8 +87,12 @@ def _fetch(folder: Any, copy: Path, files: dict[str, tuple[int, str]], remedy: s
         file = copy / name
         if not file.is_file() or file.stat().st_size != size or storage.hash_file(file) != sha256:
             missing[name] = size
-    for name, copied in told(missing, f"{folder}: fetching", say):
-        if download(folder / name, copy / name, copied) != files[name][1]:
+
+    def fetch(name: str, copied: Callable[[int], None]) -> str:
+        return download(folder / name, copy / name, copied)
+
+    for name, sha256 in copied_files(missing, fetch, f"{folder}: fetching", say):
+        if sha256 != files[name][1]:
             (copy / name).unlink()
             raise UserError(
                 f"{folder / name} is damaged: it is not the file that {storage.CARD} lists; "
@@ -98,30 +108,66 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def told(
-    sizes: Mapping[str, int], what: str, progress: Callable[[str], None]
-) -> Iterator[tuple[str, Callable[[int], None]]]:
-    """Each name with what is to be called with the bytes copied of it; says how it goes.
+def copied_files(
+    sizes: Mapping[str, int],
+    copy: Callable[[str, Callable[[int], None]], _Result],
+    what: str,
+    progress: Callable[[str], None],
+) -> Iterator[tuple[str, _Result]]:
+    """Copies files, several at a time; yields each name, once it is done, with what `copy` gave.
+
+    Small files come first; of large ones no more than `_LARGE_AT_ONCE` are under way, so that a
+    kill costs no more than those. If a copy fails, or whoever asks for the next name gives up, the
+    others end at their next part; those that are whole are yielded before the error is raised.
 
     Args:
       sizes: of the files, in bytes, by name.
+      copy: is called in a thread with a name and what it has to call with the bytes of each part,
+        which raises `CancelledError` if it should end.
       what: is done with them; begins each line.
       progress: takes lines of text.
     """
     total, done = sum(sizes.values()), 0
-    pace = Pace(total)
+    pace, lock, given_up = Pace(total), threading.Lock(), threading.Event()
+    large = threading.BoundedSemaphore(_LARGE_AT_ONCE)
+
+    def go_on() -> None:
+        if given_up.is_set():
+            raise concurrent.futures.CancelledError
+
+    def copy_one(name: str) -> _Result:
+        with large if sizes[name] > _BLOCK else contextlib.nullcontext():
+            go_on()
+            return copy(name, copied)
 
     def copied(count: int) -> None:
         nonlocal done
-        done += count
-        if total > done and pace.due(done):
-            progress(
-                f"{what} {done / 1e6:.0f} of {total / 1e6:.0f} MB, "
-                f"{pace.rate(done) / 1e6:.0f} MB/s, {pace.left(done):.0f} s left"
-            )
+        go_on()
+        with lock:
+            done += count
+            if total > done and pace.due(done):
+                progress(
+                    f"{what} {done / 1e6:.0f} of {total / 1e6:.0f} MB, "
+                    f"{pace.rate(done) / 1e6:.0f} MB/s, {pace.left(done):.0f} s left"
+                )
 
-    for name in sizes:
-        yield name, copied
+    failed: BaseException | None = None
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            names = {
+                pool.submit(copy_one, name): name
+                for name in sorted(sizes, key=lambda name: sizes[name])
+            }
+            for future in concurrent.futures.as_completed(names):
+                if error := future.exception():
+                    failed = failed or error
+                    given_up.set()
+                else:
+                    yield names[future], future.result()
+        finally:
+            given_up.set()
+    if failed:
+        raise failed
     if sizes:
         progress(f"{what} {len(sizes)} files, {total / 1e6:.1f} MB: done")
 
@@ -155,6 +201,11 @@ def blocks(file: Any) -> Iterator[bytes]:
             yield block
 
 
+def reading(folder: Any) -> contextlib.AbstractContextManager[None]:
+    """`explained`, if the folder from `open_folder` is not on this host."""
+    return contextlib.nullcontext() if isinstance(folder, Path) else explained(folder)
+
+
 @contextlib.contextmanager
 def explained(address: Any) -> Iterator[None]:
     """Turns what the libraries of buckets raise, which is no one kind, into a `UserError`."""
@@ -170,7 +221,7 @@ def explained(address: Any) -> Iterator[None]:
             f"gs://, s3fs for s3:// ({error})"
         ) from error
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"{address} cannot be reached ({reason}): look at the address, and whether this host "
             "may read and write there (gcloud auth application-default login)"

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import jax
 
-from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.errors import MissingFileError, UserError, first_line
 
 CARD = "card.json"
 
@@ -83,16 +83,19 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
       UserError: the disk is full, or does not let us write.
     """
-    partial = path.with_name(path.name + ".writing")
+    partial, old = (path.with_name(path.name + end) for end in (".writing", ".old"))
     with explained_writes(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
-            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():  # at once out of the way: removed file by file it would be half there
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
             partial.rename(path)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            for folder in (partial, old):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 _BUGS = (NotImplementedError, RecursionError)  # RuntimeErrors that no disk is to blame for
@@ -109,7 +112,7 @@ def explained_writes(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if isinstance(error, (UserError, jax.errors.JaxRuntimeError, *_BUGS)):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"could not write {path} ({reason}): free some space or choose another place"
         ) from error
@@ -170,7 +173,17 @@ def held(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[Non
         except BlockingIOError:
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise no_locks(path, error) from None
         yield
+
+
+def no_locks(path: Path, error: OSError) -> UserError:
+    """What to raise where `flock` is refused, as by some network disks."""
+    return UserError(
+        f"{path} is on a disk that cannot lock files ({error.strerror}): choose another, or mount "
+        "it with locks (Lustre: -o flock)"
+    )
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import threading
 from pathlib import Path
 
 # Read when JAX and the Hugging Face libraries are imported, so they come before any import.
@@ -73,6 +74,14 @@ def bucket_server():
         return raw.removesuffix(end) + b"\r" + end if raw.endswith(end) else raw
 
     server._decode_raw_data = whole
+    handle, one_at_a_time = server.Router.handle, threading.Lock()
+
+    def handle_alone(router, method):
+        """Its threads share dictionaries, and change them while others write them down."""
+        with one_at_a_time:
+            handle(router, method)
+
+    server.Router.handle = handle_alone
     found = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     with pytest.MonkeyPatch.context() as context:
         # One connection at a time, a client that says nothing would keep the others waiting.

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from safetydpo_jax.errors import UserError, run_main
+from safetydpo_jax.errors import UserError, first_line, one_line, run_main
 
 
 def run(action) -> int | None:
@@ -18,6 +18,28 @@ def raises(error):
         raise error
 
     return main
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("rank is 0"), "rank is 0"),
+        (FileNotFoundError("no a.csv"), "no a.csv"),
+        (OSError(errno.ENOSPC, "No space left", "a.csv"), "could not write a.csv (No space left):"),
+        (OSError(errno.EACCES, "no"), None),
+        (RuntimeError("x"), None),
+    ],
+)
+def test_what_is_told_in_one_line(error, line):
+    said = one_line(error)
+    assert said == line or said.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(ValueError("a\nb"), "a"), (ValueError(" \n"), "ValueError")]
+)
+def test_the_first_line(error, line):
+    assert first_line(error) == line
 
 
 def test_main_ends_with_its_own_exit_code():

@@ -18,7 +18,7 @@ from safetydpo_jax import storage
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.models.hub import INDEX, files_to_fetch, network_files
 from safetydpo_jax.models.pipeline import TOKENIZERS
-from safetydpo_jax.remote import cache_home, download, explained, say, told
+from safetydpo_jax.remote import cache_home, copied_files, download, explained, say
 
 _FETCHED = ".fetched.json"  # each file's size and date in the bucket, and whether it is all
 _FOLDERS = {"unet", "vae", *TOKENIZERS, *TOKENIZERS.values(), "scheduler"}
@@ -99,8 +99,11 @@ def _size_and_date(file: Any) -> list[int]:
 def _fetch(there: Any, copy: Path, files: dict[str, list[int]], kept: dict[str, Any]) -> None:
     """Brings the files that are not here, and adds them to `kept`."""
     missing = {name: size for name, (size, _) in files.items() if name not in kept}
-    for name, copied in told(missing, f"{there}: fetching", say):
+
+    def fetch(name: str, copied: Callable[[int], None]) -> None:
         download(there / name, copy / name, copied)
+
+    for name, _ in copied_files(missing, fetch, f"{there}: fetching", say):
         if (size := (copy / name).stat().st_size) != missing[name]:
             raise UserError(
                 f"{there / name}: {size} bytes arrived of {missing[name]}; the same command goes "

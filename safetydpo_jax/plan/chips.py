@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.errors import UserError, first_line
 from safetydpo_jax.plan.gpus import GPUS
 
 
@@ -83,7 +83,7 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # of no kind in particular
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "not installed" in reason:
             raise UserError(
                 f"no TPU compiler here ({reason}): pip install 'safetydpo-jax[tpu]'; no TPU is "

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from etils import epath
 
 from safetydpo_jax import storage
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.remote import blocks, cache_home, download, explained, told
+from safetydpo_jax.remote import blocks, cache_home, copied_files, download, explained
 
 LIST = "mirror.json"
 _KNOWN = ".mirror.json"  # on this host: what the mirror's list was when they were last the same
@@ -84,23 +85,20 @@ class Workdir:
                 if not (file := self.folder / name).is_file()
                 or (not same and storage.hash_file(file) != entry["sha256"])
             }
-            for name, copied in told(missing, f"{self.address}: fetching", self._progress):
-                if name not in files:
-                    continue
-                try:
-                    there = epath.Path(self.address) / name
-                    sha256 = download(there, self.folder / name, copied)
-                except MissingFileError:
-                    if _is_of_checkpoint(name):
-                        raise
-                    self._forget_folder_of(name, files)
-                    continue
+            what = f"{self.address}: fetching"
+            gone = []
+            for name, sha256 in copied_files(missing, self._download, what, self._progress):
+                if sha256 is None:
+                    gone.append(name)
                 # Logs may have gone on when the machine vanished; checkpoints never change.
-                if _is_of_checkpoint(name) and sha256 != files[name]["sha256"]:
+                elif _is_of_checkpoint(name) and sha256 != files[name]["sha256"]:
                     raise UserError(
                         f"{self.address}/{name} is damaged: it is not the file that {LIST} lists; "
                         "delete the folder checkpoints there to train anew"
                     )
+            for name in gone:
+                if name in files:  # not yet gone with another
+                    self._forget_folder_of(name, files)
             for name in missing.keys() & files.keys() if same else files:
                 changed = files[name]["changed"]  # by which `update` knows what has changed
                 os.utime(self.folder / name, ns=(changed, changed))
@@ -156,8 +154,8 @@ class Workdir:
             files = {k: entry for k, entry in files.items() if k not in replaced}
             known = self._list(files)
             self._remember(known)
-        for name, copied in told(changed, f"{self.address}: copying", self._progress):
-            files[name] = self._upload(name, copied)
+        what = f"{self.address}: copying"
+        files |= copied_files(changed, self._upload, what, self._progress)
         if self._listed().get("id") != known.get("id"):
             return False
         self._remember(self._list(files))
@@ -247,6 +245,15 @@ class Workdir:
     def _remember(self, listed: Mapping[str, Any]) -> None:
         storage.write_file(self.folder / _KNOWN, json.dumps(listed).encode())
 
+    def _download(self, name: str, copied: Callable[[int], None]) -> str | None:
+        """Copies a file here; returns its SHA-256, None if it is gone and can be made again."""
+        try:
+            return download(epath.Path(self.address) / name, self.folder / name, copied)
+        except MissingFileError:
+            if _is_of_checkpoint(name):
+                raise
+            return None
+
     def _upload(self, name: str, copied: Callable[[int], None]) -> dict[str, Any]:
         """Copies a file there; returns its entry in the list."""
         file, found = self.folder / name, hashlib.sha256()
@@ -258,7 +265,9 @@ class Workdir:
                 found.update(block)
                 opened.write(block)
                 size += len(block)
-                copied(len(block))
+                # When others have failed this one goes on: half of it would look like a file.
+                with contextlib.suppress(CancelledError):
+                    copied(len(block))
         with explained(there):
             arrived = there.stat().length
         if arrived != size:

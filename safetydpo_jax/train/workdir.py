@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from safetydpo_jax import storage
 from safetydpo_jax.errors import UserError
 
 _WHICH = """
@@ -51,6 +52,8 @@ def lock_workdir(workdir: pathlib.Path, part: tuple[int, int] = (0, 1)) -> Itera
                 f"{workdir} is in use by another run (process {file.read().strip()}): wait for it, "
                 "stop it, or choose another folder"
             ) from None
+        except OSError as error:
+            raise storage.no_locks(workdir, error) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

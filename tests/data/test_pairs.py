@@ -96,6 +96,18 @@ def test_cut_file(write):
         PairSet(folder)
 
 
+def test_features_of_other_modules(write):
+    """TFDS would import them."""
+    folder = write()
+    (file,) = folder.rglob("features.json")
+    file.write_text(file.read_text().replace("tensorflow_datasets", "tensorflow_datasetz"))
+    with pytest.raises(UserError, match="asks for tensorflow_datasetz.core.* no pair set"):
+        next(PairSet(folder).pictures("safe"))
+    file.write_text("{" * len(file.read_text()))
+    with pytest.raises(UserError, match="features.json is missing or damaged"):
+        next(PairSet(folder).pictures("safe"))
+
+
 def test_changed_bytes(write):
     folder = write()
     file = record_file(folder)

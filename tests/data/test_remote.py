@@ -1,6 +1,9 @@
 """Pair sets and caches in a bucket, behind a server that speaks Google Cloud Storage's protocol."""
 
 import json
+import threading
+import time
+from concurrent.futures import CancelledError
 
 import jax
 import numpy as np
@@ -122,3 +125,90 @@ def test_a_package_that_is_missing(bucket, monkeypatch):
     monkeypatch.setattr(fetching.epath, "Path", missing)
     with pytest.raises(UserError, match=r"pip install 'safetydpo-jax\[gcs\]'"):
         open_pairs(str(bucket / "pairs"))
+
+
+def test_files_are_copied_several_at_a_time():
+    both, said = threading.Barrier(2), []
+
+    def copy(name, copied):
+        both.wait(timeout=10)
+        copied(5)
+        return name.upper()
+
+    sizes = {"a": 5, "b": 5}
+    assert dict(fetching.copied_files(sizes, copy, "copying", said.append)) == {"a": "A", "b": "B"}
+    assert said == ["copying 2 files, 0.0 MB: done"]
+
+
+def test_a_copy_that_fails_ends_the_others():
+    begun, arrived, said = threading.Event(), [], []
+
+    def copy(name, copied):
+        if name == "bad":
+            begun.wait(timeout=10)
+            raise UserError("it cannot be reached")
+        begun.set()
+        for _ in range(1000):
+            time.sleep(0.01)
+            copied(1)
+        arrived.append(name)
+
+    sizes = {"good": 1000, "bad": 1} | {f"later{i}": 1000 for i in range(20)}
+    with pytest.raises(UserError, match="it cannot be reached"):
+        dict(fetching.copied_files(sizes, copy, "copying", said.append))
+    assert not arrived
+    assert not said
+
+
+def test_what_is_whole_counts_though_another_failed():
+    failed = threading.Event()
+
+    def copy(name, copied):
+        if name == "bad":
+            failed.set()
+            raise UserError("it cannot be reached")
+        failed.wait(timeout=10)
+        return name.upper()
+
+    came = {}
+    copies = fetching.copied_files({"good": 1, "bad": 1}, copy, "copying", print)
+    with pytest.raises(UserError, match="it cannot be reached"):
+        came.update(copies)
+    assert came == {"good": "GOOD"}
+
+
+def test_who_gives_up_ends_all():
+    begun, ended = threading.Event(), []
+
+    def copy(name, copied):
+        (begun.wait if name == "short" else begun.set)()
+        while name == "long":
+            time.sleep(0.01)
+            try:
+                copied(1)
+            except CancelledError:
+                ended.append(name)
+                raise
+
+    for name, _ in fetching.copied_files({"short": 1, "long": 2}, copy, "copying", print):
+        assert name == "short"
+        break
+    assert ended == ["long"]
+
+
+def test_few_large_files_are_under_way(monkeypatch):
+    monkeypatch.setattr(fetching, "_BLOCK", 10)
+    now, most, lock = 0, 0, threading.Lock()
+
+    def copy(name, copied):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+
+    sizes = {f"{i}": 11 for i in range(8)}
+    assert len(dict(fetching.copied_files(sizes, copy, "copying", print))) == 8
+    assert most == 2

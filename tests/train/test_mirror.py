@@ -1,9 +1,12 @@
 """A run's folder and its mirror in a bucket, and another machine that takes it up."""
 
 import json
+import threading
+import time
 
 import pytest
 
+from safetydpo_jax import remote
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.remote import CACHE_DIR
 from safetydpo_jax.train import mirror
@@ -187,6 +190,32 @@ def test_what_belongs_to_another_history_goes(machine):
     assert [x.name for x in sorted((here.folder / "checkpoints").iterdir())] == ["5", "7"]
     write(here, log="1 2")
     here.update()
+
+
+def test_an_upload_goes_on_though_another_failed(machine, bucket, monkeypatch):
+    """Half of a file would look like one."""
+    here, _ = machine("here")
+    monkeypatch.setattr(remote, "_BLOCK", 4)
+    write(here, long="a long text, of many parts", bad="x")
+    opened, upload = threading.Event(), here._upload
+
+    def slow(name, copied):
+        if name == "bad":
+            opened.wait(timeout=10)
+            raise UserError("it cannot be reached")
+
+        def told(count):
+            opened.set()
+            time.sleep(0.01)
+            copied(count)
+
+        return upload(name, told)
+
+    with monkeypatch.context() as context:
+        context.setattr(here, "_upload", slow)
+        with pytest.raises(UserError, match="it cannot be reached"):
+            here.update()
+    assert (bucket / "run" / "long").read_text() == "a long text, of many parts"
 
 
 def test_two_runs_at_once(machine):

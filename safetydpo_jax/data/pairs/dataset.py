@@ -2,7 +2,8 @@
 
 import io
 import itertools
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
+from safetydpo_jax.errors import UserError, first_line
+
+_FEATURES = "tensorflow_datasets.core.features."
 NAME, VERSION = "safety_pairs", "1.0.0"
 PICTURES = 1024  # of a file, at the most
 AT_ONCE = 64  # pictures in memory; after each lot TFDS writes its metadata
@@ -50,5 +54,30 @@ def write_dataset(folder: Path, splits: Mapping[str, Iterable[dict[str, Any]]]) 
 
 
 def open_dataset(folder: Path) -> Any:
-    """The dataset of a folder, a TFDS builder for reading."""
-    return tfds.builder_from_directory(folder / NAME / VERSION)
+    """The dataset of a folder, a TFDS builder for reading.
+
+    Raises:
+      UserError: its features are not those of a pair set.
+    """
+    place = folder / NAME / VERSION
+    _check_features(place / "features.json")
+    return tfds.builder_from_directory(place)
+
+
+def _check_features(file: Path) -> None:
+    """TFDS imports whatever module a dataset's features name, which may come from anywhere."""
+
+    def classes(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from (str(x) for key, x in value.items() if key == "pythonClassName")
+            value = list(value.values())
+        if isinstance(value, list):
+            for part in value:
+                yield from classes(part)
+
+    try:
+        named = set(classes(json.loads(file.read_text())))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is missing or damaged ({first_line(error)})") from None
+    if others := sorted(name for name in named if not name.startswith(_FEATURES)):
+        raise UserError(f"{file} asks for {others[0]}: that is no pair set of this program")

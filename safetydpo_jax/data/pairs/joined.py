@@ -9,7 +9,7 @@ from safetydpo_jax import storage
 from safetydpo_jax.data.inputs.pair import ALL
 from safetydpo_jax.data.pairs.pair_set import PairSet, Picture
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.remote import open_folder
+from safetydpo_jax.remote import open_folder, reading
 
 
 class JoinedPairs:
@@ -30,17 +30,17 @@ class JoinedPairs:
 
     def __init__(self, folder: str | PurePath, *, verify: bool = False):
         self.folder = open_folder(folder)
-        names = sorted({f.parent.name for f in self.folder.glob(f"*/{storage.CARD}")} - {ALL})
+        with reading(self.folder):
+            cards = list(self.folder.glob(f"*/{storage.CARD}"))
+        names = sorted({file.parent.name for file in cards} - {ALL})
         self._sets = {name: PairSet(self.folder / name, verify=verify) for name in names}
         self.parts = {name: pairs.num_pairs for name, pairs in self._sets.items()}
         self.num_pairs = sum(self.parts.values())
         self.num_preserve = sum(pairs.num_preserve for pairs in self._sets.values())
-        cards = {name: pairs.card for name, pairs in self._sets.items()}
-        sources = {
-            str(card.get("settings", {}).get("source", "unknown")) for card in cards.values()
-        }
+        told = {name: pairs.card for name, pairs in self._sets.items()}
+        sources = {str(card.get("settings", {}).get("source", "unknown")) for card in told.values()}
         self.card: dict[str, Any] = {
-            "content_hash": storage.digest({n: card["content_hash"] for n, card in cards.items()}),
+            "content_hash": storage.digest({n: card["content_hash"] for n, card in told.items()}),
             "num_pairs": self.num_pairs,
             "num_preserve": self.num_preserve,
             "settings": {"category": ", ".join(names), "source": ", ".join(sources)},
@@ -69,7 +69,8 @@ def open_pairs(folder: str | PurePath, *, verify: bool = False) -> PairSet | Joi
       MissingFileError, UserError: there is none, or one is damaged.
     """
     found = open_folder(folder)
-    joined = not (found / storage.CARD).is_file() and any(found.glob(f"*/{storage.CARD}"))
+    with reading(found):
+        joined = not (found / storage.CARD).is_file() and any(found.glob(f"*/{storage.CARD}"))
     return (JoinedPairs if joined else PairSet)(found, verify=verify)
 
 

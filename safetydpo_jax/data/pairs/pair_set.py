@@ -26,7 +26,7 @@ from PIL import Image
 from safetydpo_jax import storage
 from safetydpo_jax.data.pairs.dataset import open_dataset, write_dataset
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.remote import fetched, open_folder
+from safetydpo_jax.remote import fetched, open_folder, reading
 
 FORMAT = 1
 SPLITS = ("unsafe", "safe", "preserve")
@@ -151,11 +151,12 @@ class PairSet:
     def __init__(self, folder: str | PurePath, *, verify: bool = False):
         self.folder = open_folder(folder)
         here = isinstance(self.folder, Path)
-        self.card = (
-            storage.read_card(self.folder, REMEDY, hashes=verify)
-            if here
-            else storage.parse_card(self.folder, REMEDY)
-        )
+        with reading(self.folder):
+            self.card = (
+                storage.read_card(self.folder, REMEDY, hashes=verify)
+                if here
+                else storage.parse_card(self.folder, REMEDY)
+            )
         if self.card.get("format") != FORMAT:
             raise UserError(
                 f"{self.folder} is a pair set of format {self.card.get('format')}, "

@@ -6,7 +6,7 @@ from typing import Any
 from safetydpo_jax.data.writing.answers import UnusableAnswerError
 from safetydpo_jax.data.writing.endpoint import Used
 from safetydpo_jax.data.writing.packages import needed
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.errors import UserError, first_line
 
 MAX_TOKENS = 4096  # of an answer
 
@@ -34,7 +34,7 @@ class LocalModel:
                 path, dtype="auto", use_safetensors=True
             )
         except Exception as error:  # as many kinds as there are ways to be no such model
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"{path} cannot be read as a language model of transformers ({reason}): give the "
                 "folder or hub id of one in safetensors, or the address of an endpoint"
