@@ -3,6 +3,9 @@
     python benchmarks/true_size.py --models sd15 --folder runs/true_size   # writes the checkpoint
     python benchmarks/against_torch.py --checkpoint runs/true_size/sd15
     python benchmarks/against_torch.py --checkpoint runs/true_size/sd15 --pixels 512 --remat
+    python benchmarks/against_torch.py --checkpoint runs/true_size/sd15 --pairs 2
+    python benchmarks/against_torch.py --pixels 64 --pairs 8 \
+        --checkpoint safetydpo_jax/emoji/pipeline --name emoji
 
 Each contender is a process of its own that has loaded the same weights, float32. Ours meets each of
 the others in turn, since three at once want more memory than 24 GB; the two take turns, so that
@@ -14,11 +17,15 @@ whatever else the machine does befalls both, and the second of two runs in a row
     official   what the published training script does in its step: a policy and a reference UNet,
                the autoencoder's encoder on both pictures, and the text encoder
 
-"forward" is one UNet pass over the pair's two rows, without a LoRA and without a gradient. Writes
-benchmarks/results/against_torch_PIXELS.json.
+"forward" is one UNet pass over the pairs' rows, without a LoRA and without a gradient;
+"step_with_table" is our step with the base's answers known (`config.reference.draws`), without what
+it took to ask for them, against the others' whole step. Peaks of memory are of the first two.
+Writes benchmarks/results/against_torch_MODEL_PIXELS.json, with several pairs a step
+..._PIXELS_PAIRS_pairs.json.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import statistics
@@ -26,7 +33,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +47,16 @@ from safetydpo_jax.storage import write_file
 ROOT = Path(__file__).resolve().parents[1]
 RANK, BETA, LEARNING_RATE = 4, 5000.0, 1e-5
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+WORKS = {"forward": "forward", "step": "step", "step_with_table": "step"}  # ours: the other's
+
+
+class Case(NamedTuple):
+    """What all contenders work on."""
+
+    checkpoint: Path
+    pixels: int
+    pairs: int
+    remat: bool
 
 
 def main() -> None:
@@ -48,51 +65,59 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--name", help="of the model in the result (the folder's)")
     parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=1, help="in a step (1)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--remat", action="store_true", help="config.remat in our step")
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
     args = parser.parse_args()
+    case = Case(args.checkpoint, args.pixels, args.pairs, args.remat)
     result = {
         "machine": machine(),
+        "model": args.name or args.checkpoint.name,
         "pixels": args.pixels,
-        "pairs_in_a_step": 1,
+        "pairs_in_a_step": args.pairs,
         "remat": args.remat,
-        "against": {rival: meet(rival, args) for rival in args.rivals},
+        "against": {rival: meet(rival, case, args.rounds) for rival in args.rivals},
     }
     if not args.rivals:
-        result["alone"] = meet(None, args)
-    path = ROOT / "benchmarks" / "results" / f"against_torch_{args.pixels}.json"
+        result["alone"] = meet(None, case, args.rounds)
+    name = f"against_torch_{result['model']}_{args.pixels}"
+    name += f"_{args.pairs}_pairs" * (args.pairs > 1) + "_remat" * args.remat
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
     write_file(path, (json.dumps(result, indent=1) + "\n").encode())
     print(json.dumps(result, indent=1))
     print(f"written: {path}")
 
 
-def meet(rival: str | None, args: argparse.Namespace) -> dict[str, Any]:
+def meet(rival: str | None, case: Case, rounds: int) -> dict[str, Any]:
     """Ours and one rival, or ours alone: median seconds of both, and peaks of memory."""
     context, processes, pipes = multiprocessing.get_context("spawn"), [], {}
     for name in ("ours", rival) if rival else ("ours",):
         pipes[name], theirs = context.Pipe()
-        what = (name, args.checkpoint, args.pixels, args.remat, theirs)
-        processes.append(context.Process(target=contend, args=what, daemon=True))
+        processes.append(context.Process(target=contend, args=(name, case, theirs), daemon=True))
         processes[-1].start()
         theirs.close()  # so that we hear of it when they die
         print(f"{name}: {ask(name, pipes[name])}", flush=True)
     found: dict[str, Any] = {}
-    for work in ("forward", "step"):
+    for work, theirs_is in WORKS.items():
         seconds: dict[str, list[float]] = {name: [] for name in pipes}
-        for turn in range(args.rounds + 1):
+        for turn in range(rounds + 1):
             for name, pipe in pipes.items():
-                took = ask(name, pipe, work)
-                print(f"{turn}/{args.rounds} {work} {name}: {took:.2f} s", flush=True)
+                took = ask(name, pipe, work if name == "ours" else theirs_is)
+                print(f"{turn}/{rounds} {work} {name}: {took:.2f} s", flush=True)
                 if turn:  # the first compiles
                     seconds[name].append(took)
         medians = {name: statistics.median(x) for name, x in seconds.items()}
         found[f"{work}_seconds"] = {name: round(x, 2) for name, x in medians.items()}
         if rival:
             found[f"{work}_ratio"] = round(medians[rival] / medians["ours"], 2)
-    for name, pipe in pipes.items():
-        found[f"{name}_peak_resident_mb"] = ask(name, pipe, "peak")
+        if work == "step":
+            for name, pipe in pipes.items():
+                found[f"{name}_peak_resident_mb"] = ask(name, pipe, "peak")
+    for pipe in pipes.values():
+        pipe.send("end")
     for process in processes:
         process.join()
     return found
@@ -110,71 +135,84 @@ def ask(name: str, pipe: Any, work: str | None = None) -> Any:
         ) from None
 
 
-def contend(name: str, checkpoint: Path, pixels: int, remat: bool, pipe: Any) -> None:
+def contend(name: str, case: Case, pipe: Any) -> None:
     """A contender's process: does the work it is told to, and answers with the seconds."""
     from benchmarks.memory import Memory
 
     with Memory() as memory:
         load = ours if name == "ours" else RIVALS[name]
-        works = load(checkpoint, pixels, remat)
+        works = load(case)
         pipe.send("loaded")
-        while (work := pipe.recv()) != "peak":
+        while (work := pipe.recv()) != "end":
+            if work == "peak":
+                pipe.send(memory.resident)
+                continue
             works[work]()
             started = time.perf_counter()
             works[work]()
             pipe.send(time.perf_counter() - started)
-    pipe.send(memory.resident)
 
 
 Works = dict[str, Callable[[], None]]
 
 
-def ours(checkpoint: Path, pixels: int, remat: bool) -> Works:
+def ours(given: Case) -> Works:
     """JAX, as `launch/train.py` runs it."""
     import jax
 
     from benchmarks.dpo_step import make_case
     from safetydpo_jax.host_memory import give_back
     from safetydpo_jax.models.pretrained import load_pipeline
+    from safetydpo_jax.train.reference import make_answers
 
-    pipe = load_pipeline(checkpoint)
-    pipe.networks["unet"] = pipe.unet.clone(remat=remat)
+    pipe = load_pipeline(given.checkpoint)
+    pipe.networks["unet"] = pipe.unet.clone(remat=given.remat)
     null = jax.tree.map(lambda x: x[0], pipe.encode_negative([""]))
     del pipe.params["vae"]  # what the cache has done is not needed in training
-    case = make_case(pipe, null, "paper", pixels, RANK)
+    case = make_case(pipe, null, "paper", given.pixels, RANK, pairs=given.pairs)
     apply, batch = jax.jit(pipe.unet.apply), case.batch
     latents = np.concatenate([batch["winner"]["mean"], batch["loser"]["mean"]])
     told = jax.tree.map(lambda x: np.concatenate([x, x]), batch["conditioning"])
-    step = case.step.lower(case.state, pipe.unet_params, batch, null, case.numbers).compile()
+    compiled = case.step.lower(case.state, pipe.unet_params, batch, null, case.numbers).compile()
     give_back()  # as training does
 
     def forward() -> None:
         variables = {"params": pipe.unet_params}
-        jax.block_until_ready(apply(variables, latents, np.full(2, 500), *told))
+        jax.block_until_ready(apply(variables, latents, np.full(len(latents), 500), *told))
 
-    def train() -> None:
-        case.state, metrics = step(case.state, pipe.unet_params, batch, null, case.numbers)
+    def train(step: Any = compiled, rows: Any = batch) -> None:
+        case.state, metrics = step(case.state, pipe.unet_params, rows, null, case.numbers)
         jax.block_until_ready(metrics)
 
-    return {"forward": forward, "step": train}
+    @functools.cache
+    def known() -> Any:
+        errors = make_answers(pipe, case.config, case.mesh)["errors"]
+        return batch | {"reference": {"errors": np.asarray(errors(pipe.unet_params, batch, null))}}
+
+    return {
+        "forward": forward,
+        "step": train,
+        "step_with_table": lambda: train(case.step, known()),
+    }
 
 
-def diffusers_and_peft(checkpoint: Path, pixels: int, remat: bool) -> Works:
+def diffusers_and_peft(given: Case) -> Works:
     """PyTorch, with as little work in the step as ours has."""
-    return _torch(checkpoint, pixels, official=False)
+    return _torch(given, official=False)
 
 
-def official(checkpoint: Path, pixels: int, remat: bool) -> Works:
+def official(given: Case) -> Works:
     """PyTorch, with the work that the published script has in its step."""
-    return _torch(checkpoint, pixels, official=True)
+    return _torch(given, official=True)
 
 
-def _torch(checkpoint: Path, pixels: int, official: bool) -> Works:
+def _torch(given: Case, official: bool) -> Works:
     import diffusers
     import peft
     import torch
     import transformers
 
+    checkpoint, n = given.checkpoint, given.pairs
     unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
     unet.requires_grad_(False)
     reference = None
@@ -186,6 +224,7 @@ def _torch(checkpoint: Path, pixels: int, official: bool) -> Works:
         vae.requires_grad_(False)
         text.requires_grad_(False)
     scheduler = diffusers.DDPMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
+    velocity = scheduler.config.prediction_type == "v_prediction"
     settings = peft.LoraConfig(
         r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=LAYERS
     )
@@ -193,9 +232,14 @@ def _torch(checkpoint: Path, pixels: int, official: bool) -> Works:
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     torch.manual_seed(0)
-    side = pixels // 8
-    pictures, latents = torch.rand(2, 3, pixels, pixels) * 2 - 1, torch.randn(2, 4, side, side)
-    ids, states = torch.randint(0, 49000, (1, 77)), torch.randn(1, 77, 768)
+    pixels = given.pixels
+    levels = diffusers.AutoencoderKL.load_config(checkpoint, subfolder="vae")["block_out_channels"]
+    tokens = transformers.CLIPTextConfig.from_pretrained(checkpoint, subfolder="text_encoder")
+    length = tokens.max_position_embeddings
+    pictures = torch.rand(2 * n, 3, pixels, pixels) * 2 - 1  # the winners, then the losers
+    latents = torch.randn(2 * n, unet.config.in_channels, *[pixels >> len(levels) - 1] * 2)
+    ids = torch.randint(0, tokens.vocab_size, (n, length))
+    states = torch.randn(n, length, unet.config.cross_attention_dim)
 
     def forward() -> None:
         unet.disable_adapters()
@@ -209,10 +253,11 @@ def _torch(checkpoint: Path, pixels: int, official: bool) -> Works:
             with torch.no_grad():
                 clean = vae.encode(pictures).latent_dist.sample() * vae.config.scaling_factor
                 prompt = text(ids).last_hidden_state
-        timesteps = torch.randint(0, 1000, (1,)).repeat(2)
-        noise = torch.randn(1, *clean.shape[1:]).repeat(2, 1, 1, 1)
+        timesteps = torch.randint(0, 1000, (n,)).repeat(2)
+        noise = torch.randn(n, *clean.shape[1:]).repeat(2, 1, 1, 1)
         noisy, prompts = scheduler.add_noise(clean, noise, timesteps), prompt.repeat(2, 1, 1)
-        policy = (unet(noisy, timesteps, prompts).sample - noise).square().mean((1, 2, 3))
+        target = scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
+        policy = (unet(noisy, timesteps, prompts).sample - target).square().mean((1, 2, 3))
         with torch.no_grad():
             if reference is None:
                 unet.disable_adapters()
@@ -220,9 +265,9 @@ def _torch(checkpoint: Path, pixels: int, official: bool) -> Works:
                 unet.enable_adapters()
             else:
                 base = reference(noisy, timesteps, prompts).sample
-            base = (base - noise).square().mean((1, 2, 3))
-        margin = -0.5 * BETA * ((policy[0] - base[0]) - (policy[1] - base[1]))
-        loss = -torch.nn.functional.logsigmoid(margin)
+            base = (base - target).square().mean((1, 2, 3))
+        winner, loser = (policy - base).split(n)
+        loss = -torch.nn.functional.logsigmoid(-0.5 * BETA * (winner - loser)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -106,8 +106,9 @@ def make_case(
     pixels: int | None,
     rank: int = 4,
     experts: int | None = None,
+    pairs: int = 1,
 ) -> Case:
-    """The recipe's own batch and rank; or, with `pixels`, one pair of so large pictures, `rank`.
+    """The recipe's own batch and rank; or, with `pixels`, `pairs` of so large pictures, `rank`.
 
     Of `experts`, the same for each.
     """
@@ -115,7 +116,7 @@ def make_case(
     config.recipe = recipe
     shape = pipeline.latent_shape
     if pixels:
-        config.batch_size, config.lora.rank = 1, rank
+        config.batch_size, config.lora.rank = pairs, rank
         shape = (*(n * pixels // pipeline.resolution for n in shape[:2]), shape[2])
     config.remat = pipeline.unet.remat
     config, mesh = resolve(config), sharding.make_mesh()

@@ -1,7 +1,10 @@
 """Compiled programs, kept on disk: the second start of a run need not compile again."""
 
+import contextlib
+import gc
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,20 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_home() / "compiled" / _processor()))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
         jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Within it Python's garbage collector leaves alone what has been there before.
+
+    Tracing makes so many objects that it runs again and again; to look through all that is loaded
+    each time took a third of the time. Not to be nested: the end is one for all.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _processor() -> str:

@@ -65,19 +65,30 @@ def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False)
 @jax.custom_vjp
 def _plain(q: Queries, k: Keys, v: Keys) -> Queries:
     """By XLA; the gradient, as in flash attention, computes the probabilities again."""
-    return _plain_forward(q, k, v)[0]
+    return _plain_attention(q, k, v)[0]
 
 
 def _plain_forward(q: Queries, k: Keys, v: Keys) -> tuple[Queries, tuple[Heads, ...]]:
-    y, lse = _in_parts(_attend, q, k, v)
+    y, lse = _plain_attention(q, k, v)
     return y, (q, k, v, y, lse)
 
 
 def _plain_backward(kept: tuple[Heads, ...], dy: Queries) -> tuple[Heads, ...]:
-    return _in_parts(_gradients, *kept, dy)
+    return _plain_attention_gradients(*kept, dy)
 
 
 _plain.defvjp(_plain_forward, _plain_backward)
+
+
+# Each is traced once for all layers of its shape; `plan.cost` knows them by their names.
+@jax.jit
+def _plain_attention(q: Queries, k: Keys, v: Keys) -> tuple[Array, ...]:
+    return _in_parts(_attend, q, k, v)
+
+
+@jax.jit
+def _plain_attention_gradients(*kept: Heads) -> tuple[Array, ...]:
+    return _in_parts(_gradients, *kept)
 
 
 def _in_parts(f: Callable[..., tuple[Array, ...]], *arrays: Heads) -> tuple[Array, ...]:

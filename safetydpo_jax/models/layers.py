@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Shaped
 
 from safetydpo_jax.models import adapter_products, columns, mixed, winograd
 from safetydpo_jax.models.norms import GroupNorm
+from safetydpo_jax.models.parameter import parameter
 from safetydpo_jax.models.target import target
 from safetydpo_jax.models.tpu_attention import shared_mesh
 
@@ -49,12 +50,12 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Any:
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32
+        kernel = parameter(
+            self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features)
         )
         bias = None
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            bias = parameter(self, "bias", nn.initializers.zeros_init(), (self.features,))
         x, batch, on_tpu = x.astype(self.dtype), x.shape[:-1], target() == "tpu"
         # As one plain product: XLA's gradient of a batched one is four times slower on a CPU. A
         # TPU's layouts, in which tokens lie along the lanes, would have to be turned round for it.
@@ -113,23 +114,17 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h2 w2 out"]:
-        k, pad = self.kernel_size, self.padding
-        kernel = self.param(
-            "kernel",
-            nn.initializers.lecun_normal(),
-            (k, k, x.shape[-1], self.features),
-            jnp.float32,
+        k = self.kernel_size
+        kernel = parameter(
+            self, "kernel", nn.initializers.lecun_normal(), (k, k, x.shape[-1], self.features)
         )
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), (self.features,))
         if mixed.wanted() and k == 1:
             y = mixed.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0]).astype(self.dtype)
             y = y.reshape(*x.shape[:-1], self.features)
-        elif (k, self.strides, pad) == (3, 1, 1) and (on_cpu := self._on_cpu(x.shape)):
-            y = jax.lax.platform_dependent(
-                x.astype(self.dtype), kernel.astype(self.dtype), cpu=on_cpu, default=self._convolve
-            )
         else:
-            y = self._convolve(x.astype(self.dtype), kernel.astype(self.dtype))
+            convolve = self._of_cpu(x.shape) or self._convolve
+            y = convolve(x.astype(self.dtype), kernel.astype(self.dtype))
         y = y + bias.astype(self.dtype)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
@@ -140,8 +135,10 @@ class Conv(nn.Module):
             y = y + (h @ b).astype(self.dtype)
         return y
 
-    def _on_cpu(self, shape: tuple[int, ...]) -> Callable[[Array, Array], Array] | None:
-        """What is faster there than XLA's own convolution, if anything."""
+    def _of_cpu(self, shape: tuple[int, ...]) -> Callable[[Array, Array], Array] | None:
+        """What is faster on a CPU than XLA's own convolution, if anything."""
+        if target() != "cpu" or (self.kernel_size, self.strides, self.padding) != (3, 1, 1):
+            return None
         if winograd.pay(shape, self.features):
             return functools.partial(winograd.conv3x3, half=mixed.wanted())
         return columns.conv3x3 if columns.pay(shape, self.features) else None
@@ -200,8 +197,8 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Shaped[Array, "*batch"]) -> Float[Array, "*batch c"]:
-        table = self.param(
-            "embedding", nn.initializers.normal(0.02), (self.num, self.features), jnp.float32
+        table = parameter(
+            self, "embedding", nn.initializers.normal(0.02), (self.num, self.features)
         )
         return table.astype(self.dtype)[ids]
 

@@ -1,7 +1,8 @@
 """Normalisation, written for what it costs: passes over memory.
 
 Each reads its input twice, once for all its sums and once for the result, and so does each
-gradient. Written plainly, with the mean before the variance, both take a pass more.
+gradient. Written plainly, with the mean before the variance, both take a pass more. They are jitted
+by themselves, so that each is traced once for all layers of its shape.
 """
 
 import functools
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from safetydpo_jax.models.parameter import parameter
 
 SUBSET = 16  # one pixel in so many is asked for where, about, a channel lies
 
@@ -26,8 +29,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
         c = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones_init(), (c,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), (c,), jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones_init(), (c,))
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), (c,))
         pixels = x.reshape(x.shape[0], -1, c)
         y: Array = _group_norm(pixels, scale, bias, self.groups, self.eps, self.dtype)
         return y.reshape(x.shape)
@@ -41,8 +44,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones_init(), x.shape[-1:])
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), x.shape[-1:])
         return _layer_norm(x, scale, bias, self.eps, self.dtype)
 
 
@@ -59,18 +62,28 @@ def _group_norm(
     eps: float,
     dtype: Any,
 ) -> Float[Array, "b n c"]:
-    return _group_norm_forward(x, scale, bias, groups, eps, dtype)[0]
+    return _of_group_norm(x, scale, bias, groups, eps, dtype)[0]
 
 
 def _group_norm_forward(
+    x: Array, scale: Array, bias: Array, groups: int, eps: float, dtype: Any
+) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    y, means, rstd = _of_group_norm(x, scale, bias, groups, eps, dtype)
+    return y, (x, scale, means, rstd)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _of_group_norm(
     x: Float[Array, "b n c"],
     scale: Float[Array, "c"],
     bias: Float[Array, "c"],
     groups: int,
     eps: float,
     dtype: Any,
-) -> tuple[Float[Array, "b n c"], tuple[Array, Array, Array, Array]]:
-    """The sums are of x less some pixels' mean, whose square is at most `SUBSET` variances.
+) -> tuple[Float[Array, "b n c"], Float[Array, "b c"], Float[Array, "b c"]]:
+    """The result, each channel's group's mean, and one over its standard deviation.
+
+    The sums are of x less some pixels' mean, whose square is at most `SUBSET` variances.
 
     The plain E[x^2] - E[x]^2 loses all digits where the mean is large, as in an autoencoder.
     """
@@ -84,9 +97,10 @@ def _group_norm_forward(
     gain = rstd * scale
     # One multiply and one add a channel.
     y = _full(x) * gain[:, None] + (bias - means * gain)[:, None]
-    return y.astype(dtype), (x, scale, means, rstd)
+    return y.astype(dtype), means, rstd
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _group_norm_backward(
     groups: int, eps: float, dtype: Any, kept: tuple[Array, Array, Array, Array], dy: Array
 ) -> tuple[Array, Array, Array]:
@@ -118,24 +132,36 @@ def _layer_norm(
     eps: float,
     dtype: Any,
 ) -> Float[Array, "*batch c"]:
-    return _layer_norm_forward(x, scale, bias, eps, dtype)[0]
+    return _of_layer_norm(x, scale, bias, eps, dtype)[0]
 
 
 def _layer_norm_forward(
+    x: Array, scale: Array, bias: Array, eps: float, dtype: Any
+) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    y, mean, rstd = _of_layer_norm(x, scale, bias, eps, dtype)
+    return y, (x, scale, mean, rstd)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _of_layer_norm(
     x: Float[Array, "*batch c"],
     scale: Float[Array, "c"],
     bias: Float[Array, "c"],
     eps: float,
     dtype: Any,
-) -> tuple[Float[Array, "*batch c"], tuple[Array, Array, Array, Array]]:
-    """A token's features have no large mean, so that the plain form of the variance serves."""
+) -> tuple[Float[Array, "*batch c"], Float[Array, "*batch 1"], Float[Array, "*batch 1"]]:
+    """The result, each token's mean, and one over its standard deviation.
+
+    A token's features have no large mean, so that the plain form of the variance serves.
+    """
     mean = _full(x).mean(-1, keepdims=True)
     variance = jnp.square(_full(x)).mean(-1, keepdims=True) - jnp.square(mean)
     rstd = jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)
     y = (_full(x) - mean) * rstd * scale + bias
-    return y.astype(dtype), (x, scale, mean, rstd)
+    return y.astype(dtype), mean, rstd
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _layer_norm_backward(
     eps: float, dtype: Any, kept: tuple[Array, Array, Array, Array], dy: Array
 ) -> tuple[Array, Array, Array]:

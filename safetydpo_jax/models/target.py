@@ -9,7 +9,7 @@ _target = jax.make_user_context("")
 
 
 def target() -> str:
-    """Such as "cpu", "gpu" or "tpu": JAX's own, or that of `compiling_for`."""
+    """Such as "cpu", "gpu" or "tpu": JAX's own, or that of `compiling_for`, even "any"."""
     return _target.value or jax.default_backend()
 
 

@@ -8,12 +8,14 @@ Tiles of 6 x 6 would save more products, but lose a digit and a half, and gain l
 in benchmarks/cpu_convolution.py.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from safetydpo_jax.models import mixed
@@ -27,6 +29,16 @@ _MIRRORED = (3, 1, 2, 0)  # where a kernel's transformed parts are those of the 
 Picture = Float[Array, "_ _ _ _"]  # rows, height, width, channels
 Kernel = Float[Array, "3 3 i o"]
 Grid = list[list[Array]]  # 4 x 4 arrays
+# One of JAX's own contexts, so that its caches tell the programs apart.
+_kept = jax.make_user_context(False)
+
+
+def kernels_kept(kept: bool = True) -> contextlib.AbstractContextManager[None]:
+    """Within it a program that uses a kernel more than once transforms it once.
+
+    It keeps what it made of it, 16 / 9 of the kernel's size, from the first use to the last.
+    """
+    return _kept(kept)
 
 
 def pay(shape: Sequence[int], features: int) -> bool:
@@ -43,7 +55,7 @@ def conv3x3(
 
     Args:
       x: pictures.
-      kernel: as of `jax.lax.conv_general_dilated`.
+      kernel: as of `lax.conv_general_dilated`.
       half: products have bfloat16 operands, and float32 sums; transforms are float32's in any case.
     """
     return _conv3x3(x, kernel, half)
@@ -75,15 +87,16 @@ _conv3x3.defvjp(_forward, _backward, symbolic_zeros=True)
 @functools.partial(jax.jit, static_argnames=("half", "turned"))  # traced once for each shape
 def _convolve(x: Picture, kernel: Kernel, half: bool, *, turned: bool) -> Picture:
     """With the kernel, or with it turned round: over some of its features at a time."""
-    # With the picture, not before it: XLA would transform all kernels at the start and keep them.
-    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    if not _kept.value:
+        # With the picture, not before: XLA would transform all kernels at the start and keep them.
+        x, kernel = lax.optimization_barrier((x, kernel))
     axis, order = (2, _MIRRORED) if turned else (3, range(4))
     features = kernel.shape[axis]
     count = num_parts(features, 64 * kernel.shape[2] * kernel.shape[3], MOST_BYTES)
 
     def of_some(part: Array | int) -> Picture:
         size = features // count
-        some = jax.lax.dynamic_slice_in_dim(kernel, part * size, size, axis)
+        some = lax.dynamic_slice_in_dim(kernel, part * size, size, axis)
         transformed = _of_kernel(some)
 
         def product(tiles: Array, i: int, j: int) -> Array:
@@ -93,14 +106,14 @@ def _convolve(x: Picture, kernel: Kernel, half: bool, *, turned: bool) -> Pictur
 
     if count == 1:
         return of_some(0)
-    parts = jax.lax.map(of_some, jnp.arange(count))
+    parts = lax.map(of_some, jnp.arange(count))
     return jnp.moveaxis(parts, 0, 3).reshape(*x.shape[:3], features)
 
 
 def _product(tiles: Array, kernel: Array, contract: int, half: bool) -> Array:
     if half:
         return mixed.product(tiles, kernel, (1, contract))
-    return jax.lax.dot_general(tiles, kernel, (((1,), (contract,)), ((), ())))
+    return lax.dot_general(tiles, kernel, (((1,), (contract,)), ((), ())))
 
 
 def _in_strips(product: Callable[[Array, int, int], Array], x: Picture, features: int) -> Picture:
@@ -120,45 +133,45 @@ def _in_strips(product: Callable[[Array, int, int], Array], x: Picture, features
 
     def write(i: Array, y: Picture) -> Picture:
         """Strip by strip into one picture: as a stack of strips all would be copied twice more."""
-        part = jax.lax.dynamic_slice_in_dim(padded, i * rows, rows + 2, 1)
-        return jax.lax.dynamic_update_slice_in_dim(y, strip(part), i * rows, 1)
+        part = lax.dynamic_slice_in_dim(padded, i * rows, rows + 2, 1)
+        return lax.dynamic_update_slice_in_dim(y, strip(part), i * rows, 1)
 
-    return jax.lax.fori_loop(0, count, write, jnp.zeros((b, h, w, features), x.dtype))
+    return lax.fori_loop(0, count, write, jnp.zeros((b, h, w, features), x.dtype))
 
 
 def _of_picture(padded: Picture) -> Grid:
-    """The transformed tiles, each array (tiles, c)."""
+    """The transformed tiles, each array (tiles, c).
 
-    def transform(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, ...]:
-        return a - c, b + c, c - b, b - d
+    In `lax`'s words, as the other transforms: NumPy's take a multiple of the time to trace.
+    """
 
-    h, w, channels = padded.shape[1] - 2, padded.shape[2] - 2, padded.shape[3]
-    rows = transform(*(padded[:, k : k + h - 1 : 2] for k in range(4)))
+    def transform(x: Picture, axis: int) -> tuple[Picture, ...]:
+        end = x.shape[axis] - 3
+        a, b, c, d = (lax.slice_in_dim(x, k, k + end, 2, axis) for k in range(4))
+        return lax.sub(a, c), lax.add(b, c), lax.sub(c, b), lax.sub(b, d)
+
     return [
-        [
-            t.reshape(-1, channels)
-            for t in transform(*(r[:, :, k : k + w - 1 : 2] for k in range(4)))
-        ]
-        for r in rows
+        [lax.reshape(t, (t.size // t.shape[3], t.shape[3])) for t in transform(rows, 2)]
+        for rows in transform(padded, 1)
     ]
 
 
 def _of_kernel(kernel: Kernel) -> Grid:
     """The transformed kernel, each array (i, o)."""
 
-    def transform(a: Array, b: Array, c: Array) -> tuple[Array, ...]:
-        return a, (a + b + c) / 2, (a - b + c) / 2, c
+    def transform(x: Array) -> tuple[Array, ...]:
+        a, b, c = (lax.index_in_dim(x, k, 0, keepdims=False) for k in range(3))
+        ends = lax.add(a, c)
+        return a, lax.add(ends, b) / 2, lax.sub(ends, b) / 2, c
 
-    kernel = kernel.astype(jnp.float32)
-    columns = [transform(*(kernel[i, j] for i in range(3))) for j in range(3)]
-    return [list(transform(*parts)) for parts in zip(*columns, strict=True)]
+    return [list(transform(row)) for row in transform(kernel.astype(jnp.float32))]
 
 
 def _to_picture(products: Grid, tiles: tuple[int, int, int]) -> Picture:
     """Two pixels each way of every tile, of `tiles`: pictures, rows, columns."""
 
     def transform(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, Array]:
-        return a + b + c, b - c - d
+        return lax.add(lax.add(a, b), c), lax.sub(lax.sub(b, c), d)
 
     rows = zip(*(transform(*column) for column in zip(*products, strict=True)), strict=True)
     pixels = jnp.stack([jnp.stack(transform(*row), 1) for row in rows], 1)  # (tiles, 2, 2, o)

@@ -20,7 +20,7 @@ KINDS = (
     ("norm", re.compile(r"norm")),
     ("convolution", re.compile(r"conv\d?\b|conv_|samplers|resnets")),
     ("linear", re.compile(r"to_[qkv]|to_out|/ff|proj_in|proj_out|time_emb")),
-    ("attention", re.compile(r"attn\d")),
+    ("attention", re.compile(r"attn\d|_plain_attention")),
 )
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _NAME = re.compile(r"\s*(?:ROOT )?%?([\w\-]+?)[.\d]* = ")

@@ -4,6 +4,7 @@ One expert alone is a cohort of one, whose arrays have no axis of experts. Sever
 and the forward passes and nothing else; see `step.make_train_step`.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -20,15 +21,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from safetydpo_jax import host_memory, lora, processes, sharding
+from safetydpo_jax.compilation import tracing
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora import Adapters
+from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.train import notices
 from safetydpo_jax.train.expert import Expert
 from safetydpo_jax.train.flops import step_flops
 from safetydpo_jax.train.guard import Guard
 from safetydpo_jax.train.metrics import MetricsLog
 from safetydpo_jax.train.state import Checkpoints, TrainState, make_optimizer
-from safetydpo_jax.train.step import Batch, make_train_step, numbers_of
+from safetydpo_jax.train.step import Batch, Numbers, make_train_step, numbers_of
 from safetydpo_jax.train.workdir import Phases, Stop, stop_signal
 
 STATES = 2  # version of what checkpoints hold: since the second the optimiser counts no steps
@@ -144,16 +147,7 @@ class Cohort:
         batches = self._batches(start)
         null = sharding.put(self.experts[0].cache.null, sharding.replicated(self._mesh))
         batch, numbers = next(batches), numbers_of(config)
-        began = time.monotonic()
-        # The mesh in context is the one over which attention spreads a kernel of its own.
-        with jax.default_matmul_precision(config.matmul_precision), jax.set_mesh(self._mesh):
-            lowered = self._step_fn.lower(self._state, params, batch, null, numbers(0))
-            compiled = lowered.compile()
-        seconds = time.monotonic() - began
-        host_memory.give_back()
-        shape = batch["winner"]["mean"].shape[-3:]
-        flops = step_flops(self._pipeline.unet, params, shape, null, config) * len(self.experts)
-        progress(f"compiled in {seconds:.1f} s; {flops / 1e12:.3f} TFLOP a step")
+        compiled, flops = self._compile(batch, null, numbers(0))
 
         self._phases.begin(f"train{title}")
         guards = [Guard(e.config, self._checkpoints.path) for e in self.experts]
@@ -186,8 +180,7 @@ class Cohort:
                         if record["step"] == start:  # a kill may have come before the log had it
                             log.write_health(start, record, expert.health.sheet([record]))
             stopped = self._evaluate(start, logs, stop, watch)
-            if start < config.steps:
-                self._leave_if_stopped(stopped, start)
+            self._leave_if_stopped(stopped, start)
             pending, wait_time, held = None, 0.0, self._to_hold()
             for step in range(start + 1, config.steps + 1):
                 if self._hopeless:
@@ -226,6 +219,27 @@ class Cohort:
                     stopped = self._evaluate(step, logs, stop, watch)
                     self._leave_if_stopped(stopped, step)
                     held = self._to_hold()
+            self._leave_if_stopped(processes.any_of(stop.asked or 0), config.steps)
+
+    def _compile(self, batch: Batch, null: Conditioning, numbers: Numbers) -> tuple[Any, float]:
+        """The step for such batches, and its FLOPs."""
+        config, params = self._config, self._pipeline.unet_params
+        began = time.monotonic()
+        # The mesh in context is the one over which attention spreads a kernel of its own.
+        with jax.default_matmul_precision(config.matmul_precision), jax.set_mesh(self._mesh):
+            with tracing():
+                lowered = self._step_fn.lower(self._state, params, batch, null, numbers)
+            with concurrent.futures.ThreadPoolExecutor() as meanwhile:
+                shape = batch["winner"]["mean"].shape[-3:]
+                flops_of = meanwhile.submit(
+                    step_flops, self._pipeline.unet, params, shape, null, config
+                )
+                compiled = lowered.compile()
+            flops = flops_of.result() * len(self.experts)
+        seconds = time.monotonic() - began
+        host_memory.give_back()
+        self._phases.progress(f"compiled in {seconds:.1f} s; {flops / 1e12:.3f} TFLOP a step")
+        return compiled, flops
 
     def _to_hold(self) -> tuple[Any, ...]:
         """Which experts are without hope, and a copy of the state; () if none is.

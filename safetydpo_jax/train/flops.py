@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from safetydpo_jax.models.conditioning import Conditioning
+from safetydpo_jax.models.target import compiling_for
 from safetydpo_jax.train.step import part_names
 
 
@@ -40,13 +41,14 @@ def step_flops(
     """
     pairs = 2 * config.batch_size
     rows = pairs + config.preserve_batch_size
-    forward = product_flops(
-        unet.apply,
-        {"params": params},
-        jax.ShapeDtypeStruct((rows, *latent_shape), jnp.float32),
-        jax.ShapeDtypeStruct((rows,), jnp.int32),
-        *jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), null),
-    )
+    with compiling_for("any"):  # as it is written: Winograd's convolutions have fewer products
+        forward = product_flops(
+            unet.apply,
+            {"params": params},
+            jax.ShapeDtypeStruct((rows, *latent_shape), jnp.float32),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+            *jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), null),
+        )
     anchor = pairs / rows if config.loss.winner_anchor > 0 else 0
     parts = len(part_names(config))
     passes = 1 if config.reference.draws else 2 + anchor

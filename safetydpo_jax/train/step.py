@@ -17,6 +17,7 @@ from safetydpo_jax import sharding
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora.adapters import Adapters, routed, scaled
+from safetydpo_jax.models import winograd
 from safetydpo_jax.models.conditioning import Conditioning, where
 from safetydpo_jax.train.losses import (
     PREFERENCES,
@@ -147,7 +148,7 @@ def make_loss(
 def numbers_of(config: ConfigDict) -> Callable[[int], Numbers]:
     """What the step after so many is told, float32 scalars; `config` is of `settings.resolve`."""
     steps = jnp.arange(config.steps + 1)
-    rates = np.asarray(jax.vmap(learning_rate(config))(steps), np.float32)
+    rates = np.asarray(jax.jit(jax.vmap(learning_rate(config)))(steps), np.float32)
     loss = config.loss
     others = [np.float32(x) for x in (loss.beta, loss.preservation, loss.winner_anchor)]
     return lambda step: Numbers(rates[min(step, config.steps)], *others)
@@ -308,16 +309,18 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         def gradients_of(batch: Batch) -> tuple[dict[str, Adapters], Metrics]:
             """Of each part: one forward pass for all, a backward pass for each."""
-            parts, pull_back, metrics = jax.vjp(
-                lambda adapters: loss(adapters, base_params, batch, null, numbers),
-                state.adapters,
-                has_aux=True,
-            )
-            # An expert's adapters act on its own rows alone: the sum's gradient has them all apart.
-            one_hots = {
-                part: {x: jnp.full_like(parts[x], x == part) for x in names} for part in names
-            }
-            return {part: pull_back(one_hot)[0] for part, one_hot in one_hots.items()}, metrics
+            with winograd.kernels_kept(not config.remat):
+                parts, pull_back, metrics = jax.vjp(
+                    lambda adapters: loss(adapters, base_params, batch, null, numbers),
+                    state.adapters,
+                    has_aux=True,
+                )
+                # An expert's adapters act on its own rows alone: the sum's gradient has them apart.
+                one_hots = {
+                    part: {x: jnp.full_like(parts[x], x == part) for x in names} for part in names
+                }
+                gradients = {part: pull_back(one_hot)[0] for part, one_hot in one_hots.items()}
+            return gradients, metrics
 
         def accumulate(totals: dict[str, Adapters], microbatch: Batch) -> tuple[Any, Metrics]:
             gradients, metrics = gradients_of(microbatch)

@@ -9,6 +9,8 @@ import pytest
 
 from safetydpo_jax.models import columns, layers, winograd
 from safetydpo_jax.models.layers import Conv
+from safetydpo_jax.models.target import compiling_for
+from safetydpo_jax.train.step import KEEP_BARRIERS
 
 
 def native(x, kernel):
@@ -48,6 +50,26 @@ def test_winograd(shape, most, monkeypatch):
     assert max(differences(winograd.conv3x3, *numbers(shape))) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 8, 32)])
+def test_a_kernel_that_is_kept_is_transformed_once(shape, optimised):
+    """For the policy, the reference and the gradient."""
+    x, kernel, dy = numbers(shape)
+
+    def answers(x, kernel, dy):
+        y, pull_back = jax.vjp(lambda x: winograd.conv3x3(x, kernel), x)
+        return y, winograd.conv3x3(2 * x, kernel), pull_back(dy)
+
+    found = []
+    for kept in (False, True):
+        with winograd.kernels_kept(kept):
+            found.append(jax.jit(answers).lower(x, kernel, dy).compile(KEEP_BARRIERS))
+    plain, spared = (program.cost_analysis()["flops"] for program in found)
+    # Two of three times four sums to each of three columns and of four rows, and more.
+    assert plain - spared >= 2 * 4 * 7 * kernel[0, 0].size
+    for a, b in zip(*(program(x, kernel, dy) for program in found), strict=True):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), a, b)
+
+
 def test_winograd_with_bfloat16_operands():
     """Sums of float32, as of a product with such operands."""
 
@@ -75,13 +97,14 @@ def test_who_gets_which(rows, pixels, channels, products):
     """On a CPU; what is compiled for other platforms has the plain convolution."""
     conv = Conv(channels)
     x = jax.ShapeDtypeStruct((rows, pixels, pixels, channels), jnp.float32)
-    params = jax.eval_shape(conv.init, jax.random.key(0), x)
-    traced = jax.jit(conv.apply).trace(params, x)
-    lowered = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")}
-    assert lowered["cpu"].count("stablehlo.dot_general") == products
-    assert ("stablehlo.convolution" in lowered["cpu"]) == (products == 0)
-    assert "stablehlo.convolution" in lowered["tpu"]
-    assert "stablehlo.dot_general" not in lowered["tpu"]
+    params, apply = jax.eval_shape(conv.init, jax.random.key(0), x), jax.jit(conv.apply)
+    on_cpu = apply.trace(params, x).lower(lowering_platforms=("cpu",)).as_text()
+    assert on_cpu.count("stablehlo.dot_general") == products
+    assert ("stablehlo.convolution" in on_cpu) == (products == 0)
+    with compiling_for("tpu"):
+        on_tpu = apply.trace(params, x).lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.convolution" in on_tpu
+    assert "stablehlo.dot_general" not in on_tpu
 
 
 @pytest.mark.parametrize("features", [64, 8])

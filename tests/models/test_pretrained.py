@@ -152,6 +152,21 @@ def test_the_unet_goes_straight_to_its_shards(saved_pipeline, monkeypatch):
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("kernel", (None, "fsbp")), "'kernel' does not fit .*fsbp"),
+        (("conv_in.kernel", ("fsdp",)), "'conv_in.kernel' does not fit conv_in.kernel"),
+        (("(", ()), r"'\(' is no regular expression"),
+    ],
+)
+def test_rules_that_do_not_fit(rule, message):
+    mesh = sharding.make_mesh(fsdp=4)
+    params = {"conv_in": {"kernel": jax.ShapeDtypeStruct((3, 3, 4, 8), jnp.float32)}}
+    with pytest.raises(UserError, match=f"mesh.rules: {message}"):
+        sharding.param_shardings(mesh, params, [rule])
+
+
 @pytest.mark.parametrize("limit", [1000, None])
 def test_prompts_are_cut_to_what_the_text_encoder_can_read(checkpoint, limit):
     """Some published tokenizers name no length or a wrong one."""

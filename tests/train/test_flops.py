@@ -40,6 +40,7 @@ def test_attention_counts_the_same_in_parts(monkeypatch):
     qkv, flops = [jnp.zeros((2, 128, 4, 8))] * 3, 4 * 2 * 4 * 8 * 128**2
     for parts in (1, 8):
         monkeypatch.setattr(attention, "LOGITS", 8 * 4 * 128 * 128 // parts)
+        attention._plain_attention.clear_cache()  # which does not know of LOGITS
 
         def attend(*qkv):  # JAX keeps traces by function, so it has to be a new one
             return attention.dot_product_attention(*qkv)

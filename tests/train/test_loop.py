@@ -250,18 +250,22 @@ def test_early_stop(healthy, tmp_path, monkeypatch):
     assert (tmp_path / "run" / EXPORT).read_bytes() == export
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_with_its_step_saved(number, run, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGTERM, 4), (signal.SIGINT, 4), (signal.SIGTERM, 9)]
+)
+def test_a_signal_ends_the_run_with_its_step_saved(number, step, run, tmp_path):
+    """Even in the last step, after which there is none to look for it."""
     run("whole")
 
     def stop(line):
-        if line.startswith("step 4/"):
+        if line.startswith(f"step {step}/"):
             os.kill(os.getpid(), number)
 
     with pytest.raises(SystemExit) as end:
         run("stopped", react=stop, log_every=1)
     assert end.value.code == 128 + number
-    assert len(logged_steps(tmp_path / "stopped")) in (5, 6)
+    assert len(logged_steps(tmp_path / "stopped")) in (step + 1, step + 2)
+    assert not (tmp_path / "stopped" / EXPORT).exists()
     assert "going on from step" in run("stopped")
     assert (tmp_path / "stopped" / EXPORT).read_bytes() == (
         tmp_path / "whole" / EXPORT
