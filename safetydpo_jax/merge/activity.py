@@ -66,7 +66,7 @@ def count_votes(
       inputs: whether the second moments of the layers' inputs are kept too.
       trajectory: who draws, one of `TRAJECTORIES`: the "base", no expert being on, or "experts",
         each the prompts of its own category (its name) and the base the others.
-      kept: a file for what was counted so far, written every few minutes; a count that was stopped
+      kept: a file for what was counted so far, written every few minutes and at the end; a count
         goes on from there. It is the caller's to remove. None keeps nothing.
       progress: takes a line after every batch: done, time left.
 
@@ -75,6 +75,43 @@ def count_votes(
         none of an expert's category or no safe ones, or an expert that adapts a convolution.
       SystemExit: stopped by SIGTERM or Ctrl-C, after a batch; what was counted is in `kept`.
     """
+    names = _checked(prompts, categories, experts, sampler, trajectory)
+    count = _Count(
+        pipeline, experts, prompts, categories, names, seed, batch_size, sampler, num_steps,
+        guidance_scale, inputs, trajectory,
+    )  # fmt: skip
+    settings = count.settings() if kept is not None else ""
+    if kept is not None:
+        count.seen = count.seen.restored(kept, settings)
+        if count.seen.prompts:
+            progress(f"statistics: going on from prompt {count.seen.prompts}")
+        elif kept.is_file():
+            progress(f"statistics: {kept} was counted with other settings; it is left out")
+    first, written = count.seen.prompts, time.monotonic()
+    pace = Pace(len(prompts) - first)
+    with stop_signal() if kept is not None else contextlib.nullcontext(Stop()) as stop:
+        for start in range(first, len(prompts), count.batch_size):
+            count.add(start)
+            done, left = count.seen.prompts, pace.left(count.seen.prompts - first)
+            progress(f"statistics: {done}/{len(prompts)} prompts, {left:.0f} s left")
+            due = done == len(prompts) or time.monotonic() - written > KEEP_SECONDS
+            if kept is not None and (stop.asked or due):
+                count.seen.save(kept, settings)
+                written = time.monotonic()
+            if stop.asked:
+                progress(f"stopped: {done} prompts are counted; the same command goes on")
+                raise SystemExit(128 + stop.asked)
+    return count.statistics()
+
+
+def _checked(
+    prompts: Sequence[str],
+    categories: Sequence[str],
+    experts: Experts,
+    sampler: str,
+    trajectory: str,
+) -> list[str]:
+    """The names of the categories that vote; UserError for what cannot be."""
     names = sorted(set(categories) - {SAFE})
     if len(prompts) != len(categories) or not names:
         raise UserError(
@@ -91,107 +128,125 @@ def count_votes(
         raise UserError(f"the sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
     if trajectory == "experts":
         moments_of.check_categories(categories, experts, safe=False)
-    mesh = sharding.make_mesh()
-    shares = moments_of.shares(categories, experts) if inputs else None
-    devices = mesh.shape["data"]
-    batch_size = max(devices, min(batch_size, len(prompts)) // devices * devices)
-    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    return names
 
-    table = SAMPLERS[sampler](pipeline.schedule, num_steps)
-    rows = jax.tree.map(np.asarray, table.rows())
-    stacked = experts.stacked(weighted=False)
-    counted = _nothing(experts, stacked, 2 * len(names), inputs)
-    counted.moments = jax.device_put(counted.moments, whole)
-    stacked = jax.device_put(stacked, whole)
-    params = jax.device_put(pipeline.unet_params, whole)
-    step = _make_step(pipeline.unet, guidance_scale, experts if trajectory == "experts" else None)
-    own = experts.of_categories(categories)
-    halves = _halves(categories)
-    votes = np.array([x != SAFE for x in categories])
-    cells = halves * len(names) + np.array([names.index(x) if x != SAFE else 0 for x in categories])
-    negative = jax.device_put(pipeline.encode_negative([""] * batch_size), split)
-    seeds = np.random.SeedSequence(seed).generate_state(len(prompts))
-    about = {
-        "prompts": len(prompts),
-        "prompts_sha256": storage.digest(list(prompts)),
-        "seed": seed,
-        "sampler": sampler,
-        "num_steps": num_steps,
-        "guidance_scale": guidance_scale,
-        "trajectory": trajectory,
-    }
-    settings = ""
-    if kept is not None:
-        parts = [name for name in pipeline.sources if name != "vae"]
-        settings = storage.digest(
+
+class _Count:
+    """The drawing of the prompts, a batch at a time, and what is seen on the way.
+
+    Attributes:
+      batch_size: prompts at a time, over all devices.
+      seen: so far.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        experts: Experts,
+        prompts: Sequence[str],
+        categories: Sequence[str],
+        names: list[str],
+        seed: int,
+        batch_size: int,
+        sampler: str,
+        num_steps: int,
+        guidance_scale: float,
+        inputs: bool,
+        trajectory: str,
+    ):
+        self._pipeline, self._experts, self._prompts = pipeline, experts, prompts
+        self._categories, self._names, self._num_steps = categories, names, num_steps
+        self._mesh = sharding.make_mesh()
+        devices = self._mesh.shape["data"]
+        self.batch_size = max(devices, min(batch_size, len(prompts)) // devices * devices)
+        self._shares = moments_of.shares(categories, experts) if inputs else None
+        self._split = sharding.batch_sharding(self._mesh)
+        whole = sharding.replicated(self._mesh)
+        self._table = SAMPLERS[sampler](pipeline.schedule, num_steps)
+        self._rows = jax.tree.map(np.asarray, self._table.rows())
+        stacked = experts.stacked(weighted=False)
+        self.seen = _nothing(experts, stacked, 2 * len(names), inputs)
+        self.seen.moments = jax.device_put(self.seen.moments, whole)
+        self._stacked = jax.device_put(stacked, whole)
+        self._params = jax.device_put(pipeline.unet_params, whole)
+        drawing = experts if trajectory == "experts" else None
+        self._step = _make_step(pipeline.unet, guidance_scale, drawing)
+        self._own = experts.of_categories(categories)
+        self._votes = np.array([x != SAFE for x in categories])
+        self._cells = _halves(categories) * len(names) + np.array(
+            [names.index(x) if x != SAFE else 0 for x in categories]
+        )
+        negative = pipeline.encode_negative([""] * self.batch_size)
+        self._negative = jax.device_put(negative, self._split)
+        self._seeds = np.random.SeedSequence(seed).generate_state(len(prompts))
+        self._about = {
+            "prompts": len(prompts),
+            "prompts_sha256": storage.digest(list(prompts)),
+            "seed": seed,
+            "sampler": sampler,
+            "num_steps": num_steps,
+            "guidance_scale": guidance_scale,
+            "trajectory": trajectory,
+        }
+
+    def settings(self) -> str:
+        """A digest of all that the sums depend on."""
+        sources = self._pipeline.sources
+        return storage.digest(
             {
-                **about,
+                **self._about,
                 "version": 1,  # of what is kept
                 "bands": BANDS,
-                "categories": list(categories),
-                "experts": experts.hashes,
-                "batch_size": batch_size,
-                "inputs": inputs,
-                "base": storage.hash_parts(pipeline.sources, parts),
-                "computed_in": str(jnp.dtype(pipeline.unet.dtype)),
+                "categories": list(self._categories),
+                "experts": self._experts.hashes,
+                "batch_size": self.batch_size,
+                "inputs": self._shares is not None,
+                "base": storage.hash_parts(sources, [name for name in sources if name != "vae"]),
+                "computed_in": str(jnp.dtype(self._pipeline.unet.dtype)),
             }
         )
-        counted = counted.restored(kept, settings)
-        if counted.prompts:
-            progress(f"statistics: going on from prompt {counted.prompts}")
-        elif kept.is_file():
-            progress(f"statistics: {kept} was counted with other settings; it is left out")
 
-    def count(start: int) -> None:
+    def add(self, start: int) -> None:
         """Draws the batch that begins with a prompt, and adds what is seen."""
-        index = np.arange(start, start + batch_size)
-        real = index < len(prompts)
-        index = np.minimum(index, len(prompts) - 1)
-        votes_now = real & votes[index]
-        of_rows = jax.tree.map(lambda x: x[index] * real[:, None], shares)
-        told = pipeline.encode_prompts([prompts[i] for i in index])
-        x = initial_latents(seeds[index], pipeline.latent_shape) * np.float32(table.start)
-        told, x, drawn_by = jax.device_put((told, x, own[index]), split)
+        seen, count = self.seen, len(self._prompts)
+        index = np.arange(start, start + self.batch_size)
+        real = index < count
+        index = np.minimum(index, count - 1)
+        votes_now = real & self._votes[index]
+        of_rows = jax.tree.map(lambda x: x[index] * real[:, None], self._shares)
+        told = self._pipeline.encode_prompts([self._prompts[i] for i in index])
+        x = initial_latents(self._seeds[index], self._pipeline.latent_shape)
+        x = x * np.float32(self._table.start)
+        told, x, drawn_by = jax.device_put((told, x, self._own[index]), self._split)
         carry = (x, jnp.zeros_like(x))
-        for i in range(num_steps):
-            row = jax.tree.map(lambda column, i=i: column[i], rows)
-            with jax.set_mesh(mesh):  # over which attention spreads a kernel of its own
-                carry, counts, counted.moments = step(
-                    params, stacked, carry, row, told, negative, drawn_by, of_rows, counted.moments
-                )
-            band, cell = i * BANDS // num_steps, cells[index[votes_now]]
+        for i in range(self._num_steps):
+            row = jax.tree.map(lambda column, i=i: column[i], self._rows)
+            with jax.set_mesh(self._mesh):  # over which attention spreads a kernel of its own
+                carry, counts, seen.moments = self._step(
+                    self._params, self._stacked, carry, row, told, self._negative, drawn_by,
+                    of_rows, seen.moments,
+                )  # fmt: skip
+            band, cell = i * BANDS // self._num_steps, self._cells[index[votes_now]]
             for layer, of_layer in jax.device_get(counts).items():
-                for sums, of_units in zip((counted.outputs, counted.ranks), of_layer, strict=True):
+                for sums, of_units in zip((seen.outputs, seen.ranks), of_layer, strict=True):
                     if layer in sums:
                         np.add.at(sums[layer][:, band], cell, of_units[votes_now])
-        counted.prompts = min(start + batch_size, len(prompts))
+        seen.prompts = min(start + self.batch_size, count)
 
-    first, written = counted.prompts, time.monotonic()
-    pace = Pace(len(prompts) - first)
-    with stop_signal() if kept is not None else contextlib.nullcontext(Stop()) as stop:
-        for start in range(first, len(prompts), batch_size):
-            count(start)
-            done, left = counted.prompts, pace.left(counted.prompts - first)
-            progress(f"statistics: {done}/{len(prompts)} prompts, {left:.0f} s left")
-            due = time.monotonic() - written > KEEP_SECONDS
-            if kept is not None and (stop.asked or due):
-                counted.save(kept, settings)
-                written = time.monotonic()
-            if stop.asked:
-                progress(f"stopped: {done} prompts are counted; the same command goes on")
-                raise SystemExit(128 + stop.asked)
+    def statistics(self) -> Statistics:
+        """What was seen."""
 
-    def shaped(x: np.ndarray) -> np.ndarray:
-        return x.reshape(2, len(names), *x.shape[1:]).astype(np.float32)
+        def shaped(x: np.ndarray) -> np.ndarray:
+            return x.reshape(2, len(self._names), *x.shape[1:]).astype(np.float32)
 
-    return Statistics(
-        experts.hashes,
-        names,
-        {layer: shaped(x) for layer, x in counted.outputs.items()},
-        {layer: shaped(x) for layer, x in counted.ranks.items()},
-        about,
-        moments_of.inputs(jax.device_get(counted.moments), experts),
-    )
+        return Statistics(
+            self._experts.hashes,
+            self._names,
+            {layer: shaped(x) for layer, x in self.seen.outputs.items()},
+            {layer: shaped(x) for layer, x in self.seen.ranks.items()},
+            self._about,
+            moments_of.inputs(jax.device_get(self.seen.moments), self._experts),
+        )
 
 
 def _nothing(
@@ -204,7 +259,7 @@ def _nothing(
 
     return Counted(
         {layer: zeros(b.shape[0::2]) for layer, (_, b) in stacked.items()},
-        {layer: zeros(stacked[layer][1].shape[:2]) for layer in _of_one_rank(experts)},
+        {layer: zeros(stacked[layer][1].shape[:2]) for layer in experts.of_one_rank()},
         moments_of.nothing(stacked) if inputs else {},
     )
 
@@ -217,16 +272,6 @@ def _halves(categories: Sequence[str]) -> np.ndarray:
         halves.append(seen.get(name, 0) % 2)
         seen[name] = seen.get(name, 0) + 1
     return np.array(halves)
-
-
-def _of_one_rank(experts: Experts) -> list[str]:
-    """The layers in which all experts have the same rank."""
-    return [
-        layer
-        for layer in experts.places
-        if all(layer in file.ranks for file in experts.files)
-        and len({file.ranks[layer] for file in experts.files}) == 1
-    ]
 
 
 def _make_step(unet: Any, guidance_scale: float, drawing: Experts | None) -> Callable[..., Any]:

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import json
+import math
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,11 @@ from safetydpo_jax.lora.writer import save_lora
 from safetydpo_jax.merge import summary
 from safetydpo_jax.merge.experts import Experts, opened_experts
 from safetydpo_jax.merge.layer import Inputs, Votes
+from safetydpo_jax.merge.moments import SAFE, check_categories
 from safetydpo_jax.merge.overlap import Overlap, common
 from safetydpo_jax.merge.run import ASKS, Merged, by_layer, check, merge
-from safetydpo_jax.merge.statistics import Statistics, load_statistics
+from safetydpo_jax.merge.statistics import Statistics, load_statistics, vote_weights
+from safetydpo_jax.pace import Pace
 
 if TYPE_CHECKING:
     from safetydpo_jax.merge.distillation import Lessons
@@ -44,7 +46,8 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
       UserError, MissingFileError: an input is wrong; nothing is written then.
     """
     options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
-    needs = check(arguments.method, options).needs
+    method = check(arguments.method, options, arguments.rank)
+    needs = method.needs
     for name in ("category_weights", "band_weights"):
         if getattr(arguments, name) is not None and needs != "votes":
             raise UserError(f"--{name} weighs votes, which {arguments.method} does not ask for")
@@ -61,7 +64,9 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
         )
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed}: it must be 0 or more")
-    lessons = _lessons(arguments)
+    if not math.isfinite(arguments.scale):
+        raise UserError(f"--scale {arguments.scale}: it must be a finite number")
+    lessons, weights = _lessons(arguments), _category_weights(arguments)
     files = [Path(file) for file in arguments.experts]
     base, shapes = shapes_for(files[0], arguments.model, arguments.model_config)
     progress(f"{len(files)} experts of {base}")
@@ -72,8 +77,17 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
         storage.check_writable(arguments.out)  # now, not after hours
         base_model = _Base(arguments, progress)
-        statistics = _statistics(arguments, experts, needs, base_model, progress) if needs else None
-        votes = _votes(arguments, statistics) if statistics else None
+        if method.one_rank and len(experts.of_one_rank()) < len(experts.places):
+            raise UserError(
+                f"{arguments.method} takes rows from experts of one rank and the same layers: use "
+                "co_merge for these"
+            )
+        if lessons is not None:
+            check_categories(base_model.prompts(safe=True)[1], experts)
+        statistics = votes = None
+        if needs:
+            statistics = _statistics(arguments, experts, needs, weights, base_model, progress)
+            votes = statistics.votes(weights, arguments.band_weights)
         inputs_of = statistics.inputs if statistics else None
         merged = _merge(arguments, experts, options, votes, inputs_of, progress)
         if lessons is not None:
@@ -84,8 +98,9 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
         path = _write(
             arguments, experts, options, lessons, statistics, votes, merged, overlap, progress
         )
+    _counted(arguments).unlink(missing_ok=True)  # all of it is in the files now
     if lessons is not None:
-        shutil.rmtree(_lessons_folder(arguments))  # of what is in the file now
+        shutil.rmtree(_lessons_folder(arguments))
     return path
 
 
@@ -148,6 +163,7 @@ def _statistics(
     arguments: Any,
     experts: Experts,
     needs: str,
+    weights: dict[str, float],
     base_model: _Base,
     progress: Callable[[str], None],
 ) -> Statistics:
@@ -157,9 +173,10 @@ def _statistics(
     else:
         inputs = needs == "inputs"
         prompts, categories = base_model.prompts(safe=inputs)
-        from safetydpo_jax.merge.activity import count_votes
+        from safetydpo_jax.merge.activity import BANDS, count_votes
 
-        kept = arguments.out.with_suffix(".counting.safetensors")
+        voting = sorted({*categories} - {SAFE})
+        vote_weights(voting, BANDS, weights, arguments.band_weights)  # now, not after the count
         found = count_votes(
             base_model.pipeline,
             experts,
@@ -170,12 +187,11 @@ def _statistics(
             num_steps=arguments.steps,
             inputs=inputs,
             trajectory=arguments.trajectory,
-            kept=kept,
+            kept=_counted(arguments),
             progress=progress,
         )
         path = arguments.out.with_suffix(".stats.safetensors")
         found.save(path)
-        kept.unlink(missing_ok=True)
         progress(f"statistics: kept in {path}, for --stats")
     progress(
         f"votes: on {found.about['prompts']} prompts; by either half of them "
@@ -184,8 +200,8 @@ def _statistics(
     return found
 
 
-def _votes(arguments: Any, statistics: Statistics) -> dict[str, Votes]:
-    """The votes, those of categories and of bands of timesteps weighed as asked for."""
+def _category_weights(arguments: Any) -> dict[str, float]:
+    """The weights of categories' votes, where they are asked for."""
     weights = {}
     for text in arguments.category_weights or ():
         name, equals, value = text.partition("=")
@@ -195,7 +211,7 @@ def _votes(arguments: Any, statistics: Statistics) -> dict[str, Votes]:
             raise UserError(
                 f"--category_weights: {text!r} is no category with a number, as in hate=2"
             ) from None
-    return statistics.votes(weights, arguments.band_weights)
+    return weights
 
 
 def _merge(
@@ -206,15 +222,11 @@ def _merge(
     inputs: dict[str, Inputs] | None,
     progress: Callable[[str], None],
 ) -> Merged:
-    began = told = time.monotonic()
+    pace = Pace(len(experts.places), seconds=5)
 
     def say(done: int, total: int) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if now - told > 5:
-            told = now
-            left = (now - began) / done * (total - done)
-            progress(f"merging: {done}/{total} layers, {left:.0f} s left")
+        if done < total and pace.due(done):
+            progress(f"merging: {done}/{total} layers, {pace.left(done):.0f} s left")
 
     return merge(
         experts,
@@ -249,6 +261,11 @@ def _distilled(
         progress=progress,
     )
     return dataclasses.replace(merged, adapters=scaled(adapters, arguments.scale, 1))
+
+
+def _counted(arguments: Any) -> Path:
+    """Where votes are kept until all is written, beside the result."""
+    return arguments.out.with_suffix(".counting.safetensors")
 
 
 def _lessons_folder(arguments: Any) -> Path:

@@ -116,7 +116,7 @@ def distill(
 
     Raises:
       UserError: a setting that cannot be, missing prompts, or a student that diverged.
-      SystemExit: stopped by SIGTERM or Ctrl-C; the state is saved.
+      SystemExit: stopped by SIGTERM or Ctrl-C during the steps; the state is saved.
     """
     lessons.check()
     mesh = sharding.make_mesh()

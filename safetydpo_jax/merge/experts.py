@@ -72,6 +72,11 @@ class Experts:
         """The rank with which the sum of all is exact in every layer."""
         return max(sum(file.ranks.get(layer, 0) for file in self.files) for layer in self.places)
 
+    def of_one_rank(self) -> list[str]:
+        """The layers that all adapt, with the same rank."""
+        ranks = {layer: {file.ranks.get(layer) for file in self.files} for layer in self.places}
+        return [layer for layer, found in ranks.items() if len(found) == 1]
+
     def layer(self, name: str, *, weighted: bool = True) -> Layer:
         """One layer of all of them.
 

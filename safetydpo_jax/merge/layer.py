@@ -121,8 +121,10 @@ class Method:
       needs: what of `Statistics` it asks for, "votes" or "inputs"; "" for nothing.
       keeps_rank: without a rank asked for the result has the sum of the experts' ranks, and is
         exact; else it has the highest of theirs.
+      one_rank: whether it merges only experts of one rank that adapt the same layers.
     """
 
     change: Callable[..., Delta]
     needs: Literal["", "votes", "inputs"] = ""
     keeps_rank: bool = False
+    one_rank: bool = False

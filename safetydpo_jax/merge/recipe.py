@@ -51,7 +51,7 @@ def read_recipe(path: Path, options: Mapping[str, argparse.Action]) -> dict[str,
         if key in values:
             values[key] = path.parent / values[key]
     for key in ("model", "model_config"):  # or a name
-        if key in values and (path.parent / values[key]).exists():
+        if values.get(key) and (path.parent / values[key]).exists():
             values[key] = str(path.parent / values[key])
     return values
 

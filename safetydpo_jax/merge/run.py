@@ -76,9 +76,7 @@ def merge(
     Raises:
       UserError: no such method, option or rank; votes or inputs are missing; experts hold NaN.
     """
-    chosen, options = check(method, options or {}), dict(options or {})
-    if rank is not None and rank < 1:
-        raise UserError(f"the rank is {rank}: it must be at least 1")
+    chosen, options = check(method, options or {}, rank), dict(options or {})
     if chosen.needs and {"votes": votes, "inputs": inputs}[chosen.needs] is None:
         raise UserError(f"{method} {ASKS[chosen.needs]}: give statistics, or a model to make them")
     if rank is None:
@@ -111,7 +109,7 @@ def by_layer(experts: Experts, work: Callable[[str], T]) -> Iterator[tuple[str, 
         yield from zip(experts.places, pool.map(work, experts.places), strict=True)
 
 
-def check(method: str, options: Mapping[str, Any]) -> Method:
+def check(method: str, options: Mapping[str, Any], rank: int | None = None) -> Method:
     """The method, if there is one of that name with such options; else UserError."""
     if method not in METHODS:
         raise UserError(f"the method is {method!r}: it must be one of {', '.join(METHODS)}")
@@ -124,6 +122,8 @@ def check(method: str, options: Mapping[str, Any]) -> Method:
             raise UserError(f"density is {value}: it must be above 0 and at most 1")
         if name in ("preservation", "ridge", "sharpness") and not 0 <= value < float("inf"):
             raise UserError(f"{name} is {value}: it must be finite and at least 0")
+    if rank is not None and rank < 1:
+        raise UserError(f"the rank is {rank}: it must be at least 1")
     return METHODS[method]
 
 

@@ -30,7 +30,7 @@ class Statistics:
       categories: of the prompts.
       outputs: by layer, votes on its outputs.
       ranks: by layer, votes on the experts' rank units; only layers in which ranks are one.
-      about: how they were made: prompts' number and hash, sampler, steps, the base's hash.
+      about: how they were made: prompts' number and hash, sampler, steps, who drew.
       inputs: by layer, second moments of its inputs; empty if they were not asked for.
     """
 
@@ -51,26 +51,13 @@ class Statistics:
           bands: weights of the bands of timesteps, from noisy to clean; None is 1 for all.
 
         Raises:
-          UserError: there is no such category, not as many bands, or a weight below 0.
+          UserError: as of `vote_weights`.
         """
-        weights = weights or {}
-        if unknown := [name for name in weights if name not in self.categories]:
-            raise UserError(
-                f"no prompts of {', '.join(unknown)} voted: the categories are "
-                f"{', '.join(self.categories)}"
-            )
         count = len(next(iter(self.outputs.values()))[0, 0])
-        bands = [1.0] * count if bands is None else list(bands)
-        if len(bands) != count:
-            raise UserError(f"{len(bands)} weights for {count} bands of timesteps: give one each")
-        if not all(0 <= x < float("inf") for x in (*weights.values(), *bands)):
-            raise UserError("weights of votes must be finite and at least 0")
-        factors = np.array([weights.get(name, 1.0) for name in self.categories])
-        if not (factors.any() and any(bands)):
-            raise UserError("the weights of all votes are 0: nobody would win")
+        factors, of_bands = vote_weights(self.categories, count, weights, bands)
 
         def summed(counts: Counts) -> Float[np.ndarray, "expert unit"]:
-            return np.einsum("hcbeu,c,b->eu", counts.astype(np.float64), factors, np.array(bands))
+            return np.einsum("hcbeu,c,b->eu", counts.astype(np.float64), factors, of_bands)
 
         return {
             layer: Votes(summed(counts), summed(self.ranks[layer]) if layer in self.ranks else None)
@@ -128,6 +115,33 @@ class Statistics:
         said = {"experts": self.experts, "categories": self.categories, "about": self.about}
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         write_tensors(path, shapes, tensors.items(), metadata={_HEADER: json.dumps(said)})
+
+
+def vote_weights(
+    categories: Sequence[str],
+    num_bands: int,
+    weights: Mapping[str, float] | None,
+    bands: Sequence[float] | None,
+) -> tuple[Float[np.ndarray, " category"], Float[np.ndarray, " band"]]:
+    """What a vote counts by its category, and by its band of timesteps; as of `Statistics.votes`.
+
+    Raises:
+      UserError: there is no such category, not as many bands, or a weight below 0.
+    """
+    weights = weights or {}
+    if unknown := [name for name in weights if name not in categories]:
+        raise UserError(
+            f"no prompts of {', '.join(unknown)} vote: the categories are {', '.join(categories)}"
+        )
+    bands = [1.0] * num_bands if bands is None else list(bands)
+    if len(bands) != num_bands:
+        raise UserError(f"{len(bands)} weights for {num_bands} bands of timesteps: give one each")
+    if not all(0 <= x < float("inf") for x in (*weights.values(), *bands)):
+        raise UserError("weights of votes must be finite and at least 0")
+    factors = np.array([weights.get(name, 1.0) for name in categories])
+    if not (factors.any() and any(bands)):
+        raise UserError("the weights of all votes are 0: nobody would win")
+    return factors, np.array(bands)
 
 
 def load_statistics(path: pathlib.Path) -> Statistics:

@@ -13,6 +13,7 @@ from PIL import Image
 from launch import merge
 from safetydpo_jax import lora
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.merge import command
 from safetydpo_jax.merge.prompts import read_prompts
 
 
@@ -116,6 +117,28 @@ def test_co_merge_and_again_from_its_votes(
         np.testing.assert_allclose(matrix, two[layer], atol=1e-5)
 
 
+def test_what_was_counted_outlives_a_merge_that_failed(
+    files, prompts, model_folder, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "merged.safetensors"
+    options = ("--experts", *files, "--model", model_folder, "--prompts", prompts, "--steps", 2,
+               "--out", out)  # fmt: skip
+
+    def fail(*args, **kwargs):
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as context:
+        context.setattr(command, "save_lora", fail)
+        with pytest.raises(UserError, match="the disk is full"):
+            run(*options)
+    capsys.readouterr()
+    run(*options)
+    said = capsys.readouterr().out
+    assert "statistics: going on from prompt" in said
+    assert " prompts, 0 s left" not in said  # none was drawn again
+    assert not list(tmp_path.glob("*.counting.safetensors"))
+
+
 def test_regmean_and_again_from_what_was_seen(twins, pipeline, model_folder, tmp_path, capsys):
     table, out = tmp_path / "prompts.csv", tmp_path / "merged.safetensors"
     rows = [f"{name},secret {i}" for name in ("twin0", "twin1", "safe") for i in range(2)]
@@ -188,6 +211,7 @@ def test_what_is_refused_before_any_work(files, prompts, model_folder, tmp_path)
     out = ("--out", tmp_path / "m.safetensors")
     model = ("--model", model_folder)
     experts = ("--experts", *files)
+    counts = (*experts, *out, *model, "--prompts", prompts)
     for arguments, message in (
         ((*experts,), "no --out"),
         ((*experts, "--out", "m.bin", *model), "its name must end in .safetensors"),
@@ -209,6 +233,12 @@ def test_what_is_refused_before_any_work(files, prompts, model_folder, tmp_path)
         ((*experts, *out, *model, "--prompts", files[0]), "is not UTF-8 text"),
         ((*experts, *out, *model, "--prompts", prompts, "--num_prompts", 0), "must be 1 or more"),
         ((*experts, *out, "--method", "dare", "--seed", -1), "--seed -1: it must be 0 or more"),
+        ((*experts, *out, "--method", "svd", "--rank", 0), "the rank is 0: it must be at least 1"),
+        ((*experts, *out, "--method", "svd", "--scale", "nan"), "--scale nan: it must be a finite"),
+        ((*counts, "--category_weights", "other=2"), "no prompts of other vote: the categories"),
+        ((*counts, "--band_weights", 1, 2), "2 weights for 4 bands of timesteps"),
+        ((*counts, "--method", "co_merge_rows"), "from experts of one rank and the same layers"),
+        ((*counts, "--distill", 5), "no prompts of .*safe"),
     ):
         with pytest.raises(UserError, match=message):
             run(*arguments)

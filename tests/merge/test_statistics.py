@@ -322,7 +322,7 @@ def test_bands_can_be_weighed(statistics):
         wanted = of_bands[:, 1] + 0.5 * of_bands[:, 3]
         np.testing.assert_allclose(weighed[layer].outputs, wanted.sum(0))
     for arguments, message in (
-        (({"war": 1.0},), "no prompts of war voted: the categories are hate, sexual"),
+        (({"war": 1.0},), "no prompts of war vote: the categories are hate, sexual"),
         (({}, [1.0, 1.0]), "2 weights for 4 bands"),
         (({"hate": -1.0},), "at least 0"),
         (({}, [1, 1, 1, float("nan")]), "must be finite"),

@@ -29,4 +29,4 @@ def change(layer: Layer) -> Factors:
     return Factors(a[by_unit, :, units].T, b[by_output, :, outputs].T)
 
 
-METHOD = Method(change, needs="votes")
+METHOD = Method(change, needs="votes", one_rank=True)
