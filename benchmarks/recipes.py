@@ -1,7 +1,7 @@
 """How the recipes' numbers were chosen: IP against safe fidelity, one number changed at a time.
 
     python benchmarks/recipes.py                  # all points, then the table and the plots
-    python benchmarks/recipes.py --only beta-10   # one point
+    python benchmarks/recipes.py --only beta-500  # one point
     python benchmarks/recipes.py --jobs 1         # one training at a time
 
 Every point is the hate expert on the embedded model, trained with the recipe's numbers but one, and
@@ -103,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.only:
         run_point(args.only, args.runs)
         return
+    importlib.import_module("matplotlib")  # now: the plots come last
     run_missing(args.runs, args.jobs)
     results = {name: read_result(name) for name in POINTS}
     from safetydpo_jax.storage import write_file

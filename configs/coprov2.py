@@ -8,7 +8,7 @@ checkpoint, and a language model that writes about a list of concepts of yours:
 
     python launch/generate.py --config configs/coprov2.py:sd15 --config.model=FOLDER \
         --config.writer.concepts=concepts.csv --config.writer.endpoint=http://localhost:8000/v1 \
-        --config.writer.model=NAME --workdir runs/coprov2
+        --config.writer.model=NAME --workdir runs/coprov2_sd15
 
 docs/pairs/factory.md says more.
 """

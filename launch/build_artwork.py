@@ -9,7 +9,10 @@ Debian's package fonts-noto-color-emoji:
 
 import argparse
 import hashlib
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image, ImageDraw, ImageFont
 

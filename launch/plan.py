@@ -85,6 +85,8 @@ def _assumed(given: str, topology: str) -> dict[str, float]:
 def _price(given: str, topology: str) -> float:
     file = shipped("configs/prices.yaml")
     prices = read_yaml(file, "write it as a line each, v5e: 1.20")
+    if not isinstance(prices, dict):
+        raise UserError(f"{file}: it must have a line for each kind, as in v5e: 1.20")
     price = given or prices.get(topology.partition(":")[0], 0.0)
     try:
         return float(price)

@@ -12,9 +12,12 @@ an interrupted run goes on where it was. The prompts of a CSV are never printed.
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetydpo_jax.command_line import add_model_arguments
 from safetydpo_jax.csv_file import read_rows
@@ -55,6 +58,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter (1)")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps (25)")
     parser.add_argument("--guidance_scale", type=float, default=7.5, help="1 is none (7.5)")
+    parser.add_argument(
+        "--guidance_rescale",
+        type=float,
+        default=0.0,
+        help="0 to 1, against what guidance overexposes, as of zero-terminal-SNR models (0)",
+    )
     parser.add_argument("--sampler", default="ddim", choices=("ddim", "dpmsolver++", "euler"))
     parser.add_argument("--negative_prompt", default="", help="what guidance leads away from")
     parser.add_argument(
@@ -68,6 +77,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--grid", action="store_true", help=f"also write {GRID_NAME}, the first {GRID_PICTURES}"
     )
     arguments = parser.parse_args(argv)
+    if not 0 <= arguments.guidance_rescale <= 1:
+        parser.error(f"--guidance_rescale {arguments.guidance_rescale}: it must be 0 to 1")
     if arguments.lora is None and arguments.scale != 1.0:
         parser.error("--scale is the strength of an adapter: give --lora as well")
     return arguments
@@ -187,6 +198,7 @@ def draw(requests: list[Request], arguments: argparse.Namespace) -> None:
         sampler=arguments.sampler,
         num_steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
+        guidance_rescale=arguments.guidance_rescale,
         negative_prompt=arguments.negative_prompt,
     )
     done, before = 0, time.monotonic()

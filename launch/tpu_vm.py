@@ -211,7 +211,8 @@ class Vm:
             if state == "":
                 self._create()
             elif state != said:
-                print(f"{self._args.name}: {state or 'no answer'}", flush=True)
+                no_answer = f"no answer ({self._shell.failure}); it is asked again"
+                print(f"{self._args.name}: {state or no_answer}", flush=True)
                 said = state
             time.sleep(POLL_SECONDS)
         print(f"{self._args.name} is there, after {time.monotonic() - began:.0f} s", flush=True)

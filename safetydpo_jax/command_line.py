@@ -125,6 +125,8 @@ def overrides(argv: list[str], but: tuple[str, ...] = ()) -> list[str]:
 
     >>> overrides(["x", "--config=hate:sd15", "--config.dtype=bfloat16", "--config.seed", "1"])
     ['--config.dtype=bfloat16', '--config.seed=1']
+    >>> overrides(["--config.remat", "--workdir", "runs/x"])
+    ['--config.remat=true']
 
     Args:
       argv: the command line.
@@ -134,7 +136,10 @@ def overrides(argv: list[str], but: tuple[str, ...] = ()) -> list[str]:
     for i, word in enumerate(argv):
         key, equals, value = word.partition("=")
         if key.startswith("--config.") and key.split(".")[1] not in but:
-            found.append(f"{key}={value if equals else ''.join(argv[i + 1 : i + 2])}")
+            if not equals:
+                value = "".join(argv[i + 1 : i + 2])
+                value = "true" if not value or value.startswith("--") else value
+            found.append(f"{key}={value}")
     return found
 
 

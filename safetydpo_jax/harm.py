@@ -197,7 +197,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _check_distinct(said: list[tuple[str, ...]], key: str, file: Path) -> None:
-    folded = [tuple(text.casefold() for text in texts) for texts in said]
-    for i, texts in enumerate(folded):
-        if (first := folded.index(texts)) != i:
+    seen: dict[tuple[str, ...], int] = {}
+    for i, texts in enumerate(said):
+        if (first := seen.setdefault(tuple(text.casefold() for text in texts), i)) != i:
             raise UserError(f"{_where(file, i, key)} repeats entry {first + 1}")

@@ -185,15 +185,17 @@ def param_shardings(mesh: Mesh | AbstractMesh, params: Any, rules: Rules = ()) -
     def shard(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = ".".join(str(key.key) for key in path)
         for pattern, spec in rules:
-            if re.search(pattern, name):
-                sharding = NamedSharding(mesh, PartitionSpec(*spec))
-                try:
+            try:
+                if re.search(pattern, name):
+                    sharding = NamedSharding(mesh, PartitionSpec(*spec))
                     sharding.shard_shape(np.shape(leaf))
-                except ValueError as error:
-                    raise UserError(
-                        f"mesh.rules: {pattern!r} does not fit {name}: {error}"
-                    ) from None
-                return sharding
+                    return sharding
+            except re.error as error:
+                raise UserError(
+                    f"mesh.rules: {pattern!r} is no regular expression: {error}"
+                ) from None
+            except ValueError as error:
+                raise UserError(f"mesh.rules: {pattern!r} does not fit {name}: {error}") from None
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(shard, params)

@@ -25,6 +25,10 @@ def test_defaults(tmp_path, monkeypatch):
     assert read("--config", "configs/emoji_base.py")[1] == Path("runs/emoji_base")
 
 
+def test_an_override_without_a_value():
+    assert overrides(["--config.remat", "--workdir", "runs/x"]) == ["--config.remat=true"]
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_overrides(first):
     config_flag = [f"--config={ROOT / 'configs/hate.py'}:sd15"]

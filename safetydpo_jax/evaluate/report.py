@@ -138,7 +138,6 @@ def write_report(
     adapters: Mapping | None,
     workdir: str | Path,
     *,
-    cache: str | Path | None = None,
     judge: Judge | None = None,
     training: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = print,
@@ -152,8 +151,6 @@ def write_report(
         pipeline: the base model.
         adapters: the expert's collection, ready to apply; None compares the base with itself.
         workdir: of the run.
-        cache: where drawn chunks are kept, `workdir/report/drawn` if None; a folder shared between
-            runs spares the base model's pictures. Unsafe pictures in it are not blurred.
         judge: of the pictures; the embedded world's detector if None.
         training: what the summary is to say of the way there, under this name.
         progress: takes lines of text.
@@ -168,9 +165,14 @@ def write_report(
     started = time.monotonic()
     folder = Path(workdir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = Path(cache) if cache is not None else folder / "drawn"
     evaluation, sections, seconds = evaluate(
-        config, pipeline, adapters, drawn, judge=judge, progress=progress, **detect_options
+        config,
+        pipeline,
+        adapters,
+        folder / "drawn",
+        judge=judge,
+        progress=progress,
+        **detect_options,
     )
     summary = {
         **summarise([evaluation]),

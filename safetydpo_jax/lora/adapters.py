@@ -111,7 +111,7 @@ def routed(adapters: Adapters, expert: Int[Array | np.ndarray, "n"]) -> Adapters
 
     Args:
       adapters: of several experts: leaves `a` (experts, ..., in, rank), `b` (experts, rank, out).
-      expert: each row's, from 0.
+      expert: each row's, from 0; -1 is none.
 
     Returns:
       Leaves `a` (..., in, experts * rank), `b` (experts * rank, out), `gate` (n, experts * rank).

@@ -7,6 +7,7 @@ Adapters here are ready to apply: their scale, alpha / rank, is in `b`. What a k
 import collections
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -79,6 +80,10 @@ class LoraFile:
             if missing := {"a", "b"} - parts.keys():
                 what = "lora_A (or down)" if "a" in missing else "lora_B (or up)"
                 raise UserError(f"{path}: {layer} has no {what}; export the file again")
+            for what, key in parts.items():
+                shape = tensors.shape(key)
+                if math.prod(shape) != 1 if what == "alpha" else len(shape) < 2:
+                    raise UserError(f"{path}: {key} has the shape {shape}: export the file again")
             self.ranks[layer] = tensors.shape(parts["a"])[0]
 
     def check(self, layer: str) -> None:
@@ -104,7 +109,7 @@ class LoraFile:
         _, kernel = self._layers[layer]
         a, b = _fit(parts["a"], parts["b"], kernel, f"{self.path}: {layer}")
         rank = len(b)
-        alpha = float(parts["alpha"]) if "alpha" in parts else self._alpha_of(layer, rank)
+        alpha = float(parts["alpha"].item()) if "alpha" in parts else self._alpha_of(layer, rank)
         return a, b * np.float32(alpha / rank)
 
 
@@ -182,7 +187,7 @@ def _alphas(path: pathlib.Path, header: Mapping[str, str], *, is_peft: bool) -> 
             raise MissingFileError(
                 f"{file}: missing, and peft says there what alpha is: put it beside {path.name}"
             )
-        where, text, prefix = str(file), file.read_text(), ""
+        where, text, prefix = str(file), file.read_text(errors="replace"), ""
     else:
         where, text, prefix = f"{path}: {HEADER} in the header", header.get(HEADER), "unet."
     try:

@@ -17,10 +17,16 @@ def parser(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--name", required=True, help="of the job")
-    found.add_argument("--restarts", type=int, default=50, help="at the most (50)")
+    found.add_argument("--restarts", type=_restarts, default=50, help="at the most (50)")
     found.add_argument("--dry-run", action="store_true", help="print what would run, run nothing")
     found.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...")
     return found
+
+
+def _restarts(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of restarts, 0 or more")
+    return int(text)
 
 
 def add_slice(found: argparse.ArgumentParser) -> None:

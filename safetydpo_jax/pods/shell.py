@@ -13,10 +13,13 @@ class Shell:
     Args:
       dry_run: run nothing.
       say: takes lines of text.
+
+    Attributes:
+      failure: why `ask` had no answer, the last time.
     """
 
     def __init__(self, dry_run: bool, say: Callable[[str], None] = print):
-        self.dry_run, self._say = dry_run, say
+        self.dry_run, self._say, self.failure = dry_run, say, ""
 
     def run(self, *words: str, given: str = "") -> None:
         """Runs a command, its output on the screen.
@@ -44,12 +47,13 @@ class Shell:
         return self._done(words, **options).returncode
 
     def ask(self, *words: str) -> str | None:
-        """What a command says, which changes nothing; None if it fails.
+        """What a command says, which changes nothing; None if it fails, `failure` says why.
 
         Raises:
           UserError: it is not installed.
         """
         done = self._done(words, capture_output=True, text=True)
+        self.failure = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
         return None if done.returncode else done.stdout.strip()
 
     def _done(self, words: tuple[str, ...], **options: object) -> subprocess.CompletedProcess:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from safetydpo_jax import storage
+from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.autoencoder import AutoencoderKL, to_pixels
 from safetydpo_jax.pretrain.fit import fit, quiet_residuals
 
@@ -30,6 +32,10 @@ def train_autoencoder(
     keeps latents smooth and of bounded scale.
     """
     train = len(pictures) - _VALIDATION
+    if train < 1:
+        raise UserError(
+            f"{len(pictures)} pictures: give more than {_VALIDATION}, which are for validation"
+        )
     example = jnp.zeros((1, *pictures.shape[1:]))
     params: Any = jax.jit(vae.init)(jax.random.key(seed), example)["params"]
     params = quiet_residuals(params, ("conv2", "to_out.0"))
@@ -109,6 +115,6 @@ def encode_pictures(
         spread = float(np.sqrt(sample.var() + np.square(noise).mean()))
         mean.flush()
         std.flush()
-        done.write_text(json.dumps({"scaling_factor": round(1.0 / spread, 5)}))
+        storage.write_file(done, json.dumps({"scaling_factor": round(1.0 / spread, 5)}).encode())
     arrays = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("mean", "std"))
     return *arrays, float(json.loads(done.read_text())["scaling_factor"])

@@ -15,7 +15,9 @@ import tensorboardX
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int
 
+from safetydpo_jax import storage
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.train.metrics import lines_until
 from safetydpo_jax.train.workdir import stop_signal
 
 
@@ -145,10 +147,12 @@ def fit(
         state = restored
         print(f"{name}: resuming at step {latest} of {config.steps}", flush=True)
     first = int(state.step)
+    file = folder / "metrics.jsonl"
+    storage.write_file(file, b"".join(lines_until(file, first)))  # not twice what a kill cut off
     board = tensorboardX.SummaryWriter(str(folder), purge_step=first + 1, flush_secs=10)
     with (
         jax.default_matmul_precision(config.matmul_precision),
-        (folder / "metrics.jsonl").open("a") as log,
+        file.open("a") as log,
         board,
         stop_signal() as stop,
     ):
@@ -170,7 +174,7 @@ def fit(
                 if not np.isfinite(figures["loss"]):
                     raise UserError(
                         f"{name}: the loss is {figures['loss']} at step {done}; lower"
-                        f" learning_rate. The last checkpoint in {folder} is from before."
+                        f" learning_rate. {folder} has the last checkpoint."
                     )
                 elapsed = time.perf_counter() - started
                 rate = (done - first) / elapsed
@@ -188,7 +192,7 @@ def fit(
                     figures = evaluate(state.average, done)
                     write(done, figures)
                     print(f"{name}: at {done} " + json.dumps(figures), flush=True)
-            if stopped_by is not None and done < config.steps:
+            if stopped_by is not None:
                 print(f"{name}: stopped by {stopped_by.name}; step {done} is saved in {folder}")
                 raise SystemExit(128 + stopped_by)
     manager.close()

@@ -1,6 +1,5 @@
 """The training set on disk: pictures as one memory-mapped array, and their captions."""
 
-import csv
 import json
 import pathlib
 from collections.abc import Iterator
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from safetydpo_jax import storage
+from safetydpo_jax.csv_file import read_rows
 from safetydpo_jax.errors import MissingFileError, UserError
 
 
@@ -39,7 +40,7 @@ def prepare_pictures(config: Any, workdir: pathlib.Path) -> tuple[np.ndarray, li
             if (i + 1) % 5000 == 0:
                 print(f"pictures: {i + 1}/{count}", flush=True)
         array.flush()
-        captions.write_text(json.dumps(texts))
+        storage.write_file(captions, json.dumps(texts).encode())  # last: it says that all is there
     texts = json.loads(captions.read_text())[: config.count]
     return np.load(folder / "pictures.npy", mmap_mode="r")[: config.count], texts
 
@@ -54,10 +55,7 @@ def _open_source(config: Any) -> tuple[int, Iterator[tuple[np.ndarray, str]]]:
     table = folder / "metadata.csv"
     if not table.is_file():
         raise MissingFileError(f"{table}: missing; it lists the pictures as file_name,text")
-    with table.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    if not rows or not {"file_name", "text"} <= set(rows[0]):
-        raise UserError(f"{table}: needs the columns file_name,text and at least one row")
+    rows = [row for _, row in read_rows(table, ("file_name", "text"))]
     return len(rows), _read_folder(folder, rows, config.resolution)
 
 

@@ -10,6 +10,7 @@ What comes of it lies in the workdir's health/ and in TensorBoard:
 
 import json
 import pathlib
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -81,9 +82,10 @@ class Health:
             )
             if record["step"] <= step:
                 records.append(record)
-        known = {f"step_{record['step']:06d}" for record in records}
+        known = {record["step"] for record in records}
         for file in self.folder.rglob("step_*"):
-            if file.name[: len("step_000000")] not in known:
+            number = re.match(r"step_(\d+)", file.name)
+            if number and int(number[1]) not in known:
                 file.unlink()
         return records
 

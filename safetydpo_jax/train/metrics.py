@@ -32,7 +32,7 @@ class MetricsLog:
     ):
         self._config, self._rows, self._flops, self._progress = config, rows, flops, progress
         self._start, path = start, workdir / "metrics.jsonl"
-        storage.write_file(path, b"".join(_lines_until(path, start)))
+        storage.write_file(path, b"".join(lines_until(path, start)))
         # Line by line, so that a kill loses no step that a checkpoint counts as done.
         self._file = path.open("a", buffering=1)
         self._board = tensorboardX.SummaryWriter(
@@ -105,7 +105,7 @@ class MetricsLog:
         )
 
 
-def _lines_until(path: pathlib.Path, step: int) -> list[bytes]:
+def lines_until(path: pathlib.Path, step: int) -> list[bytes]:
     """The lines of steps up to `step`; what a kill tore off at the end is left out."""
     if not path.exists():
         return []

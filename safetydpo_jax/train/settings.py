@@ -31,6 +31,8 @@ _DECIDING = (
     "lora",
 )
 
+PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
+
 # What the experts of a run cannot have of their own.
 _OF_THE_RUN = (
     "category", "base", "license", "model", "model_config", "vae", "dtype", "mesh", "remat",
@@ -248,7 +250,8 @@ def _check(config: ConfigDict) -> None:
         "loss.preference": tuple(PREFERENCES),
         "optimizer.name": OPTIMIZERS,
         "optimizer.schedule": SCHEDULES,
-        "matmul_precision": ("float32", "tensorfloat32", "bfloat16"),
+        "matmul_precision": PRECISIONS,
+        "drawing.matmul_precision": PRECISIONS,
         "dtype": ("float32", "bfloat16"),
         "cache.dtype": tuple(DTYPES),
         "drawing.sampler": tuple(SAMPLERS),

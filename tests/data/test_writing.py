@@ -275,6 +275,19 @@ def test_a_server_that_takes_no_request(settings):
         write_prompts(replace(settings, url=server.url), lambda line: None)
 
 
+def test_single_requests_that_are_refused(settings):
+    """As by a filter of contents; they are asked again later, even if no others are left."""
+    one_by_one = replace(settings, concurrency=1)
+    with Server(["", "", "", *["400"] * 30]) as server:
+        report = write_prompts(replace(one_by_one, url=server.url), lambda line: None)
+    (refused,) = report["unanswered"].values()
+    assert 5 < refused < 9
+    with Server(["400"]) as server:
+        report = write_prompts(replace(one_by_one, url=server.url), lambda line: None)
+        assert len(server.asked) == refused
+    assert report["unanswered"] == {"status 400": refused}
+
+
 @pytest.mark.parametrize(
     "body",
     [

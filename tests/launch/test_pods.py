@@ -148,6 +148,12 @@ def test_no_more_restarts(tpu_vm):
         tpu_vm(75, 75, 75, options=["--restarts=1"])
 
 
+def test_restarts_that_are_no_number(tpu_vm, capfd):
+    with pytest.raises(SystemExit):
+        tpu_vm(options=["--restarts=-1"])
+    assert "'-1' is no number of restarts, 0 or more" in capfd.readouterr().err
+
+
 def test_a_slice_that_is_taken_away(tpu_vm):
     said = tpu_vm("taken", 0)
     assert "exit code 75: it is started again" in said

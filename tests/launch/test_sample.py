@@ -135,7 +135,13 @@ def test_bad_arguments(tmp_path, drawn):
         run(table, table)
     with pytest.raises(UserError, match="--seed: the seed must be"):
         run(table, tmp_path / "out", "--seed", "-1")
-    for more in (["--scale", "2"], ["--prompt", "p"], ["--steps", "many"], ["--sampler", "x"]):
+    for more in (
+        ["--scale", "2"],
+        ["--prompt", "p"],
+        ["--steps", "many"],
+        ["--sampler", "x"],
+        ["--guidance_rescale", "2"],
+    ):
         with pytest.raises(SystemExit) as caught:
             run(table, tmp_path / "out", *more)
         assert caught.value.code == 2

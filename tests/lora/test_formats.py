@@ -232,6 +232,15 @@ def pissa(tensors, header):
     header["lora_adapter_metadata"] = json.dumps({"unet.init_lora_weights": "pissa_niter_4"})
 
 
+def several_alphas(tensors, header):
+    key = first(tensors, "lora_A").replace("lora_A.weight", "alpha")
+    tensors[key] = np.ones(2, np.float32)
+
+
+def a_number(tensors, header):
+    tensors[first(tensors, "lora_B")] = np.ones((), np.float32)
+
+
 def loha(tensors, header):
     tensors["lora_unet_mid_block.hada_w1_a"] = np.zeros((4, 8), np.float32)
 
@@ -276,6 +285,8 @@ def not_json(tensors, header):
         (only_text_encoder, "all of its keys are for text encoders"),
         (twice, "is the second a of .* two LoRAs in one"),
         (rank_zero, "factors of rank 0"),
+        (several_alphas, r"alpha has the shape \(2,\): export the file again"),
+        (a_number, r"lora_B.weight has the shape \(\): export the file again"),
         (bad_alpha, "is no LoRA's config .*'x'"),
         (bad_pattern, "is no LoRA's config"),
         (pissa, "init_lora_weights 'pissa_niter_4' the adapter goes with a changed base"),

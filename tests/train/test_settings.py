@@ -88,6 +88,7 @@ def test_what_decides_the_numbers(config):
         ({"optimizer.schedule": "linear"}, "optimizer.schedule is 'linear': .*constant, cosine"),
         ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'"),
         ({"matmul_precision": "int8"}, "config.matmul_precision is 'int8'"),
+        ({"drawing.matmul_precision": "int8"}, "config.drawing.matmul_precision is 'int8'"),
         ({"checkpoint.keep": 0}, "config.checkpoint.keep is 0"),
         ({"preserve_batch_size": 0}, "config.preserve_batch_size is 0, but .*preservation"),
         ({"lora.targets": (3,)}, "config.lora.targets is"),

@@ -11,7 +11,8 @@ from safetydpo_jax.errors import UserError
 
 RETRIES = 6  # of the client's own, after 0.5 to 8 s, or after what the server asks for
 KEY = "OPENAI_API_KEY"
-_REFUSED = (400, 402, 422)  # as any other question will be
+_REFUSED = (400, 402, 422)  # as any other question will be, if so many are in a row
+_REFUSALS = 5
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Endpoint:
       model: its name there.
       requests_per_minute: at most, the client's retries not counted; 0 for no limit.
       timeout: seconds until an answer is given up and asked for again.
+      answered: whether it has answered such questions before: then it is a single one's own fault
+        that it is refused, as by a filter of contents.
 
     Attributes:
       used: the sum of what the endpoint says that answers took.
@@ -39,11 +42,20 @@ class Endpoint:
       UserError: its client is not installed.
     """
 
-    def __init__(self, url: str, model: str, *, requests_per_minute: float, timeout: float):
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        requests_per_minute: float,
+        timeout: float,
+        answered: bool = False,
+    ):
         aiolimiter, openai = needed("aiolimiter"), needed("openai")
         logging.getLogger("openai").setLevel(logging.WARNING)  # below, it may show the questions
         self._openai, self._url, self._model = openai, url, model
         self.used = Used()
+        self._answered, self._refusals = answered, 0
         # Servers of one's own take any key, but the client insists on one.
         self._client = openai.AsyncOpenAI(
             base_url=url,
@@ -90,7 +102,8 @@ class Endpoint:
                 "far is kept, and the same command goes on"
             ) from None
         except openai.APIStatusError as error:
-            if error.status_code in _REFUSED and not self.used.answers:
+            self._refusals += error.status_code in _REFUSED
+            if self._refusals >= _REFUSALS and not self._answered:
                 raise UserError(
                     f"{self._url} refuses the requests ({error.status_code}): see what it wants of "
                     "--model and --temperature, or whether its quota is used up"
@@ -108,6 +121,7 @@ class Endpoint:
         if not isinstance(content, str) or not content:
             raise UnusableAnswerError("refused, or an empty answer")
         self.used.answers += 1
+        self._answered = True
         return content
 
     async def close(self) -> None:

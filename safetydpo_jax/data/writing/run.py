@@ -96,6 +96,7 @@ async def _ask_all(
             settings.model,
             requests_per_minute=settings.requests_per_minute,
             timeout=settings.timeout,
+            answered=bool(journal.answers),
         )
         if settings.url
         else LocalModel(settings.model)
