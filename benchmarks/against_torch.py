@@ -21,7 +21,7 @@ whatever else the machine does befalls both, and the second of two runs in a row
 "step_with_table" is our step with the base's answers known (`config.reference.draws`), without what
 it took to ask for them, against the others' whole step. Peaks of memory are of the first two.
 Writes benchmarks/results/against_torch_MODEL_PIXELS.json, with several pairs a step
-..._PIXELS_PAIRS_pairs.json.
+..._PIXELS_PAIRS_pairs.json, with remat ..._remat.json.
 """
 
 import argparse
@@ -78,6 +78,7 @@ def main() -> None:
         "model": args.name or args.checkpoint.name,
         "pixels": args.pixels,
         "pairs_in_a_step": args.pairs,
+        "rounds": args.rounds,
         "remat": args.remat,
         "against": {rival: meet(rival, case, args.rounds) for rival in args.rivals},
     }

@@ -4,7 +4,8 @@
 
 Trains the hate expert on the embedded model for three steps in a new workdir and with an empty
 cache; then again in other workdirs with what the first one compiled, once the very same and once
-with other numbers that are no part of the program. Seconds are those of the phase "compile", which
+with other numbers that are no part of the program. The step has tables of the base's answers, so
+that no reference pass is in it. Seconds are those of the phase "compile", which
 traces, compiles or fetches, and counts FLOPs. Writes benchmarks/results/second_start.json.
 """
 

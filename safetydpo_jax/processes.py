@@ -100,8 +100,10 @@ def first(what: Callable[[], Any]) -> Any:
     if is_first():
         try:
             found = {"value": what()}
-        except UserError as error:
-            found = {"error": str(error)}
+        except Exception as error:
+            if (line := one_line(error)) is None:
+                raise
+            found = {"error": line}
     found = json.loads(told(json.dumps(found)))
     if "error" in found:
         raise UserError(found["error"])
@@ -131,8 +133,10 @@ def each(what: Callable[[], Any]) -> None:
     failed = ""
     try:
         what()
-    except UserError as error:
-        failed = str(error)
+    except Exception as error:
+        if (line := one_line(error)) is None:
+            raise
+        failed = line
     for process in range(jax.process_count()):
         if text := told(failed, process):
             raise UserError(text)

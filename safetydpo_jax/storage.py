@@ -83,19 +83,21 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
       UserError: the disk is full, or does not let us write.
     """
-    partial, old = (path.with_name(path.name + end) for end in (".writing", ".old"))
+    partial = path.with_name(path.name + ".writing")
+    old = path.with_name(f"{path.name}.{secrets.token_hex(4)}.old")
     with explained_writes(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
-            if path.exists():  # at once out of the way: removed file by file it would be half there
-                shutil.rmtree(old, ignore_errors=True)
+            if path.is_dir():  # at once out of the way: removed file by file it would be half there
                 path.rename(old)
             partial.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
-            for folder in (partial, old):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            if old.exists() and not path.exists():
+                old.rename(path)
 
 
 _BUGS = (NotImplementedError, RecursionError)  # RuntimeErrors that no disk is to blame for

@@ -98,7 +98,8 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
         path = _write(
             arguments, experts, options, lessons, statistics, votes, merged, overlap, progress
         )
-    _counted(arguments).unlink(missing_ok=True)  # all of it is in the files now
+    if needs:
+        _counted(arguments).unlink(missing_ok=True)  # all of it is in the files now
     if lessons is not None:
         shutil.rmtree(_lessons_folder(arguments))
     return path
@@ -176,7 +177,8 @@ def _statistics(
         from safetydpo_jax.merge.activity import BANDS, count_votes
 
         voting = sorted({*categories} - {SAFE})
-        vote_weights(voting, BANDS, weights, arguments.band_weights)  # now, not after the count
+        if voting:  # now, not after the count, which says what is wrong without them
+            vote_weights(voting, BANDS, weights, arguments.band_weights)
         found = count_votes(
             base_model.pipeline,
             experts,

@@ -169,12 +169,12 @@ def resolve_vae(path: str | pathlib.Path) -> pathlib.Path:
     folder = pathlib.Path(path)
     if "://" in str(path) and folder.suffix not in (".safetensors", *PICKLES):
         try:
-            return bucket.fetch_checkpoint(str(path), read_json, index_name="config.json")
-        except UserError as error:  # nor that offline, where only the checkpoint's was fetched
-            try:
-                return bucket.fetch_checkpoint(f"{path}/vae", read_json, index_name="config.json")
-            except UserError as of_checkpoint:
-                raise (of_checkpoint if isinstance(error, MissingFileError) else error) from None
+            found = bucket.fetch_checkpoint(str(path), read_json, index_name="config.json")
+            if (found / "config.json").is_file():  # else offline, and what is here is a checkpoint
+                return found
+        except MissingFileError:
+            pass
+        return bucket.fetch_checkpoint(f"{path}/vae", read_json, index_name="config.json")
     if not folder.exists() and hub.ID.fullmatch(str(path)):
         return hub.download(str(path), read_json, index_name="config.json")
     for place in (folder, folder / "vae"):

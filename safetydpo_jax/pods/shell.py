@@ -53,7 +53,8 @@ class Shell:
           UserError: it is not installed.
         """
         done = self._done(words, capture_output=True, text=True)
-        self.failure = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
+        said = done.stderr.strip().splitlines() or ["it does not say why"]
+        self.failure = next((line for line in said if line.startswith("ERROR")), said[-1])
         return None if done.returncode else done.stdout.strip()
 
     def _done(self, words: tuple[str, ...], **options: object) -> subprocess.CompletedProcess:

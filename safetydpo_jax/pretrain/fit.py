@@ -188,10 +188,12 @@ def fit(
             if done % config.save_every == 0 or last:
                 manager.save(done, args=ocp.args.StandardSave(state), force=last)
                 manager.wait_until_finished()
-                if evaluate is not None and stopped_by is None:
+                if evaluate is not None and (stopped_by is None or done == config.steps):
                     figures = evaluate(state.average, done)
                     write(done, figures)
                     print(f"{name}: at {done} " + json.dumps(figures), flush=True)
+            if done == config.steps:
+                stopped_by = stop.asked  # it may have come since
             if stopped_by is not None:
                 print(f"{name}: stopped by {stopped_by.name}; step {done} is saved in {folder}")
                 raise SystemExit(128 + stopped_by)

@@ -123,7 +123,7 @@ def test_bad_tables(tmp_path, drawn, text, message):
     assert not drawn
 
 
-def test_bad_arguments(tmp_path, drawn):
+def test_bad_arguments(tmp_path, drawn, capsys):
     with pytest.raises(MissingFileError, match="no such file"):
         run(tmp_path / "missing.csv", tmp_path / "out")
     latin = tmp_path / "latin.csv"
@@ -140,9 +140,11 @@ def test_bad_arguments(tmp_path, drawn):
         ["--prompt", "p"],
         ["--steps", "many"],
         ["--sampler", "x"],
-        ["--guidance_rescale", "2"],
     ):
         with pytest.raises(SystemExit) as caught:
             run(table, tmp_path / "out", *more)
         assert caught.value.code == 2
+    with pytest.raises(SystemExit):
+        run(table, tmp_path / "out", "--guidance_rescale", "2")
+    assert "--guidance_rescale 2.0: it must be 0 to 1" in capsys.readouterr().err
     assert not drawn

@@ -14,6 +14,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from safetydpo_jax.errors import UserError, first_line
 
 _FEATURES = "tensorflow_datasets.core.features."
+_NAMING = {"pythonClassName", "python_class_name", "type"}  # the keys by which TFDS finds a class
 NAME, VERSION = "safety_pairs", "1.0.0"
 PICTURES = 1024  # of a file, at the most
 AT_ONCE = 64  # pictures in memory; after each lot TFDS writes its metadata
@@ -67,17 +68,17 @@ def open_dataset(folder: Path) -> Any:
 def _check_features(file: Path) -> None:
     """TFDS imports whatever module a dataset's features name, which may come from anywhere."""
 
-    def classes(value: Any) -> Iterator[str]:
+    def named(value: Any) -> Iterator[str]:
         if isinstance(value, dict):
-            yield from (str(x) for key, x in value.items() if key == "pythonClassName")
+            yield from (str(value[key]) for key in _NAMING & value.keys())
             value = list(value.values())
         if isinstance(value, list):
             for part in value:
-                yield from classes(part)
+                yield from named(part)
 
     try:
-        named = set(classes(json.loads(file.read_text())))
-    except (OSError, ValueError) as error:
+        names = set(named(json.loads(file.read_text())))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is missing or damaged ({first_line(error)})") from None
-    if others := sorted(name for name in named if not name.startswith(_FEATURES)):
+    if others := sorted(name for name in names if not name.startswith(_FEATURES)):
         raise UserError(f"{file} asks for {others[0]}: that is no pair set of this program")

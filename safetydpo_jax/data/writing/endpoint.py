@@ -11,8 +11,9 @@ from safetydpo_jax.errors import UserError
 
 RETRIES = 6  # of the client's own, after 0.5 to 8 s, or after what the server asks for
 KEY = "OPENAI_API_KEY"
-_REFUSED = (400, 402, 422)  # as any other question will be, if so many are in a row
+_REFUSED = (400, 402, 422)  # as any other question will be, if so many are before an answer
 _REFUSALS = 5
+_PAY = 402  # as any other question will be, whatever was answered before
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Endpoint:
             ) from None
         except openai.APIStatusError as error:
             self._refusals += error.status_code in _REFUSED
-            if self._refusals >= _REFUSALS and not self._answered:
+            if error.status_code == _PAY or (self._refusals >= _REFUSALS and not self._answered):
                 raise UserError(
                     f"{self._url} refuses the requests ({error.status_code}): see what it wants of "
                     "--model and --temperature, or whether its quota is used up"
