@@ -222,6 +222,7 @@ def _torch(given: Case, official: bool) -> Works:
         reference.requires_grad_(False)
         vae = diffusers.AutoencoderKL.from_pretrained(checkpoint, subfolder="vae")
         text = transformers.CLIPTextModel.from_pretrained(checkpoint, subfolder="text_encoder")
+        text = text.float()  # which comes as it lies on the disk
         vae.requires_grad_(False)
         text.requires_grad_(False)
     scheduler = diffusers.DDPMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
