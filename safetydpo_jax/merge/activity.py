@@ -112,7 +112,7 @@ def _checked(
     trajectory: str,
 ) -> list[str]:
     """The names of the categories that vote; UserError for what cannot be."""
-    names = sorted(set(categories) - {SAFE})
+    names = moments_of.voting(categories)
     if len(prompts) != len(categories) or not names:
         raise UserError(
             f"{len(prompts)} prompts with {len(categories)} categories: give prompts of the "

@@ -20,7 +20,7 @@ from safetydpo_jax.lora.writer import save_lora
 from safetydpo_jax.merge import summary
 from safetydpo_jax.merge.experts import Experts, opened_experts
 from safetydpo_jax.merge.layer import Inputs, Votes
-from safetydpo_jax.merge.moments import SAFE, check_categories
+from safetydpo_jax.merge.moments import check_categories, voting
 from safetydpo_jax.merge.overlap import Overlap, common
 from safetydpo_jax.merge.run import ASKS, Merged, by_layer, check, merge
 from safetydpo_jax.merge.statistics import Statistics, load_statistics, vote_weights
@@ -176,9 +176,8 @@ def _statistics(
         prompts, categories = base_model.prompts(safe=inputs)
         from safetydpo_jax.merge.activity import BANDS, count_votes
 
-        voting = sorted({*categories} - {SAFE})
-        if voting:  # now, not after the count, which says what is wrong without them
-            vote_weights(voting, BANDS, weights, arguments.band_weights)
+        if names := voting(categories):  # now, not after the count, which refuses to have none
+            vote_weights(names, BANDS, weights, arguments.band_weights)
         found = count_votes(
             base_model.pipeline,
             experts,

@@ -40,6 +40,11 @@ def shares(categories: Sequence[str], experts: Experts) -> dict[str, np.ndarray]
     }
 
 
+def voting(categories: Sequence[str]) -> list[str]:
+    """The names of the categories whose prompts vote: all but the safe one."""
+    return sorted(set(categories) - {SAFE})
+
+
 def check_categories(categories: Sequence[str], experts: Experts, *, safe: bool = True) -> None:
     """Raises UserError unless every expert's category, and "safe" if it counts, has prompts."""
     wanted = [*experts.names, *([SAFE] if safe else [])]

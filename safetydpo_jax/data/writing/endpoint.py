@@ -56,7 +56,7 @@ class Endpoint:
         logging.getLogger("openai").setLevel(logging.WARNING)  # below, it may show the questions
         self._openai, self._url, self._model = openai, url, model
         self.used = Used()
-        self._answered, self._refusals = answered, 0
+        self._answered_before, self._refusals = answered, 0
         # Servers of one's own take any key, but the client insists on one.
         self._client = openai.AsyncOpenAI(
             base_url=url,
@@ -104,7 +104,8 @@ class Endpoint:
             ) from None
         except openai.APIStatusError as error:
             self._refusals += error.status_code in _REFUSED
-            if error.status_code == _PAY or (self._refusals >= _REFUSALS and not self._answered):
+            answered = self._answered_before or self.used.answers > 0
+            if error.status_code == _PAY or (self._refusals >= _REFUSALS and not answered):
                 raise UserError(
                     f"{self._url} refuses the requests ({error.status_code}): see what it wants of "
                     "--model and --temperature, or whether its quota is used up"
@@ -122,7 +123,6 @@ class Endpoint:
         if not isinstance(content, str) or not content:
             raise UnusableAnswerError("refused, or an empty answer")
         self.used.answers += 1
-        self._answered = True
         return content
 
     async def close(self) -> None:
