@@ -231,7 +231,7 @@ def job() -> Iterator[None]:
         if line is not None:
             print(f"error: {where}: {line}", file=sys.stderr)
         elif _is_loss(error):
-            reason = str(error).splitlines()[0][:200]
+            reason = first_line(error)[:200]
             print(
                 f"error: {where}: another process is gone ({reason}); start the job again: it goes "
                 "on from its last checkpoint",

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.errors import MissingFileError, UserError, first_line
 from safetydpo_jax.models.state_dict import ONLY_PICKLES, choose_weights
 from safetydpo_jax.tensor_file import PICKLES
 
@@ -59,7 +59,7 @@ def download(
         raise MissingFileError(
             f"{repo}: no such folder here, not in the hub's cache, and the hub was not reached: go "
             "online (without HF_HUB_OFFLINE) once, or give the folder of a diffusers checkpoint, "
-            f"or 'emoji' ({_reason(error)})"
+            f"or 'emoji' ({first_line(error)})"
         ) from error
     except errors.EntryNotFoundError as error:
         raise UserError(
@@ -75,7 +75,7 @@ def download(
         # Of the commit of the index: a repository may change in between.
         names = huggingface_hub.HfApi().list_repo_files(repo, revision=folder.name)
     except Exception as error:  # of the network, in whatever HTTP library is below
-        said = f"{repo}: the hub was not reached ({_reason(error)}); using {folder}"
+        said = f"{repo}: the hub was not reached ({first_line(error)}); using {folder}"
         warnings.warn(said, stacklevel=2)
         return folder
     if index_name == INDEX:
@@ -118,10 +118,6 @@ def network_files(names: Sequence[str], where: str, folder: str = "") -> list[st
 
 def _failed(repo: str, error: Exception) -> str:
     return (
-        f"{repo}: could not be fetched from the hub ({_reason(error)}); the same command goes on "
-        "with what is missing"
+        f"{repo}: could not be fetched from the hub ({first_line(error)}); the same command goes "
+        "on with what is missing"
     )
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
