@@ -27,6 +27,7 @@ from safetydpo_jax.lora import init_adapters
 from safetydpo_jax.models.checkpoint import param_shapes, read_json
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from safetydpo_jax.plan import slice_of, use_cpu
+from safetydpo_jax.plan.programs import lowered
 from safetydpo_jax.storage import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,11 +89,9 @@ def compile_step(depth: int, pixels: int, device: Any) -> dict[str, float]:
         return jnp.sum(jnp.square(unet.apply({"params": params, "lora": lora}, *inputs)))
 
     began = time.monotonic()
-    lowered = (
-        jax.jit(jax.grad(loss), in_shardings=whole).trace(lora, params, *inputs)
-    ).lower(lowering_platforms=("tpu",))  # fmt: skip
+    program = lowered(jax.jit(jax.grad(loss), in_shardings=whole), lora, params, *inputs)
     traced = time.monotonic()
-    lowered.compile()
+    program.compile()
     return {
         "trace": round(traced - began, 1),
         "compile": round(time.monotonic() - traced, 1),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from safetydpo_jax.command_line import local_path
 from safetydpo_jax.errors import run_main
 
 FORMATS = ("diffusers", "kohya", "peft", "fused")
@@ -32,7 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--lora", type=Path, required=True, metavar="FILE", help="what to export")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="file or folder")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="PATH", help="file or folder"
+    )
     parser.add_argument(
         "--model", help="its base, as launch/sample.py takes it; `fused` needs it, for the others "
         "the known base that fits is taken"

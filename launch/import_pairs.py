@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from safetydpo_jax.command_line import local_path
 from safetydpo_jax.errors import run_main
 
 
@@ -30,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", required=True, type=Path, help="the folder that has the pairs")
-    parser.add_argument("--out", required=True, type=Path, help="the folder for the pair sets")
+    parser.add_argument(
+        "--out", required=True, type=local_path, help="the folder for the pair sets"
+    )
     parser.add_argument("--format", default="", help="what it is (by default what it looks like)")
     parser.add_argument("--category", default="", help="of pairs of which the input names none")
     parser.add_argument(

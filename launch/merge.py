@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from safetydpo_jax.command_line import add_dtype_argument
+from safetydpo_jax.command_line import add_dtype_argument, local_path
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.host_memory import use_huge_pages
 
@@ -78,7 +78,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--distill_preservation", type=float, help="weight of safe prompts in it (10)"
     )
     parser.add_argument("--distill_batch_size", type=int, help="its rows (32)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the merged .safetensors")
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="the merged .safetensors")
     first = parser.parse_args(argv)
     if first.recipe:
         from safetydpo_jax.merge.recipe import read_recipe

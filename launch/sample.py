@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from safetydpo_jax.command_line import add_model_arguments
+from safetydpo_jax.command_line import add_model_arguments, local_path
 from safetydpo_jax.csv_file import read_rows
 from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.host_memory import use_huge_pages
@@ -53,7 +53,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--prompts", type=Path, metavar="FILE.csv", help="columns prompt,image[,seed]"
     )
     what.add_argument("--prompt", help="one prompt, drawn anew into picture_SEED.png")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where pictures go")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="where pictures go"
+    )
     parser.add_argument("--lora", type=Path, metavar="FILE", help="adapter (.safetensors)")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter (1)")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps (25)")

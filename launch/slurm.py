@@ -22,7 +22,7 @@ from safetydpo_jax.pods import RESTART, Shell, command_of, parser
 GRACE_SECONDS = 300  # before the end: an evaluation, a step and its checkpoint
 SCRIPT = """#!/bin/bash
 {options}
-srun --kill-on-bad-exit=0 {program}
+srun --kill-on-bad-exit=0 --cpus-per-task={cpus} {program}
 code=$?
 if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
   case $code in {codes}) scontrol requeue "$SLURM_JOB_ID" ;; esac
@@ -63,6 +63,7 @@ def script(args: argparse.Namespace) -> str:
     program = shlex.join([sys.executable, "-m", "safetydpo_jax", *command_of(args.command)])
     codes = "|".join(map(str, RESTART))
     return SCRIPT.format(
+        cpus=args.cpus,  # srun no longer takes it from the job, since Slurm 22.05
         options="\n".join([*lines, "#SBATCH --requeue"]),
         program=program,
         codes=codes,

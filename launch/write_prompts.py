@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from safetydpo_jax.command_line import local_path
 from safetydpo_jax.errors import run_main
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--concepts", required=True, type=Path, help="CSV or YAML")
-    parser.add_argument("--out", required=True, type=Path, help="the folder for the tables")
+    parser.add_argument("--out", required=True, type=local_path, help="the folder for the tables")
     parser.add_argument("--endpoint", dest="url", default="", help="its address, up to /v1")
     parser.add_argument(
         "--model",

@@ -22,6 +22,16 @@ def shipped(path: str) -> Path:
     return next((p for p in (Path(path), ROOT / path) if p.exists()), Path(path))
 
 
+def local_path(text: str) -> Path:
+    """For argparse: a path on this host; an address would become a folder named `gs:`."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is an address: this script writes to this host's disk; give a path, and "
+            "copy what it makes"
+        )
+    return Path(text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model, --model_config and --dtype: a checkpoint, for scripts without a config."""
     parser.add_argument(

@@ -225,6 +225,10 @@ def parse_card(folder: Any, remedy: str) -> dict[str, Any]:
     """
     path = folder / CARD
     if not path.is_file():
+        if not folder.is_dir():
+            raise MissingFileError(
+                f"there is no folder {folder}: give the one meant, or make its content first"
+            )
         raise MissingFileError(f"{folder} has no {CARD}: {remedy}")
     try:
         card = json.loads(path.read_bytes())

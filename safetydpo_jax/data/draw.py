@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from safetydpo_jax.data.inputs.pair import ALL
 from safetydpo_jax.data.pairs import open_pairs
 from safetydpo_jax.data.pending import Chunk, PendingPairs, State, check_options
 from safetydpo_jax.data.sources import PairSource, source_of
 from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.pace import Pace
 
 
@@ -42,17 +44,32 @@ def make_pairs(
       The pair set's folder, for `pairs.open_pairs`.
 
     Raises:
-      UserError: as `PendingPairs`.
+      UserError: as `PendingPairs`, or the pairs are another category's.
     """
     check_options(config)  # of drawing too: the report draws, whoever made the pairs
     if config.pairs.path:
         pairs = open_pairs(config.pairs.path)
         category = pairs.card.get("settings", {}).get("category", "category unknown")
+        _check_category(config, pairs.folder, list(pairs.parts) or [category])
         progress(f"pairs: {pairs.num_pairs} ({category}) from {pairs.folder}")
         return pairs.folder
     pairs = PendingPairs(config, pipeline, Path(workdir) / "pairs", source or source_of(config))
     draw_all([pairs], pipeline, progress)
     return pairs.finish(progress)
+
+
+def _check_category(config: Any, folder: Any, given: Sequence[str]) -> None:
+    """Refuses another category's pairs: file, header and model card would say what is not so."""
+    others = [name for name in given if name in CATEGORIES and name != config.category]
+    if others and config.category != ALL:
+        raise UserError(
+            f"{folder} has pairs of {', '.join(others)}, and this expert is of {config.category}: "
+            + (
+                f"give --config.pairs.path={folder}/{config.category}"
+                if config.category in given
+                else "give pairs of that, or the config of these"
+            )
+        )
 
 
 def draw_all(

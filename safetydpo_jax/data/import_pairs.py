@@ -90,6 +90,8 @@ def import_pairs(
             f"{folder}: {len(found.skipped)} cannot be used and {len(found.pairs)} can, the first "
             f"is {name} ({reason}): {report} lists them"
         )
+    if not found.pairs:
+        raise UserError(f"{folder} holds no pairs")
     held_out = {pair.id for pair in found.pairs if is_held_out(pair, validation)}
     if len(held_out) == len(found.pairs):
         raise UserError(

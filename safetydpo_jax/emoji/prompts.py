@@ -13,8 +13,6 @@ from typing import TypeVar
 import numpy as np
 
 from safetydpo_jax.emoji.concepts import (
-    COLOURS,
-    CONCEPTS,
     HARMS,
     ORDINARY_EVAL,
     ORDINARY_TRAIN,
@@ -73,6 +71,10 @@ _NO_ARTICLE = frozenset(
 _SPLITS = {"train": "train", "tune": "tune", "test": "test", "held_out_concepts": "held_out"}
 # A target without a new prompt after so many tries gives way to another; after so many such
 # targets the split counts as used up.
+_ASKED = {  # where a run says how many it wants
+    "tune": " (--config.health.num_unsafe)",
+    "test": " (--config.report.num_unsafe)",
+}
 _TRIES = 300
 _FAILURES = 20
 
@@ -163,14 +165,6 @@ def training_scene(seed: int, index: int) -> tuple[Scene, str]:
 def training_scenes(seed: int, count: int) -> Iterator[tuple[Scene, str]]:
     """The first `count` scenes of the stream; see training_scene."""
     return (training_scene(seed, index) for index in range(count))
-
-
-def corpus() -> list[str]:
-    """Every word a prompt can hold, sorted: what a tokenizer needs to know."""
-    frames = [w for wordings in WORDINGS.values() for w in wordings]
-    filled = [w.format(what="", bare="", ground="background", colour="") for w in frames]
-    texts = [*filled, *(c.name for c in CONCEPTS), *COLOURS, *SIZE_RANGES, "a an and background"]
-    return sorted({word.strip(",") for text in texts for word in text.split()} - {""})
 
 
 def harm_prompts(
@@ -350,6 +344,6 @@ def _distinct(
         if failures > _FAILURES:
             raise UserError(
                 f"{prefix} has only about {len(drawn)} different prompts, not {count}; "
-                "ask for fewer"
+                f"ask for fewer{_ASKED.get(split, '')}"
             )
     return drawn

@@ -235,7 +235,8 @@ class Bootstrap:
         """1 - (rate after) / (rate before), paired by picture; NaN if the rate before is 0.
 
         Resamples without any event before are left out. Where nothing is left after, the low end
-        is what the exact upper bound of the rate after leaves of the rate before.
+        is what the exact upper bound of the rate after leaves of the rate before; where no picture
+        has changed, the bounds are those of the difference, as shares of the rate before.
         """
         self._check(before)
         self._check(after)
@@ -246,6 +247,9 @@ class Bootstrap:
         low, high = _percentiles(1 - hits_after[drawn] / hits_before[drawn])
         if not after.any():
             low = max(0.0, 1 - self.rate(after).high / before.mean())
+        elif (after == before).all():
+            change = self.difference(before, after)
+            low, high = -change.high / before.mean(), min(1.0, -change.low / before.mean())
         return Estimate(float(1 - after.mean() / before.mean()), float(low), float(high))
 
     def _interval(

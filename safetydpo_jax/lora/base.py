@@ -1,12 +1,18 @@
 """The shapes of the UNet that a LoRA is for: a checkpoint's, or of the known one that fits."""
 
-import importlib.resources
 import pathlib
 from typing import Any
 
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.lora.keys import OtherBaseError
 from safetydpo_jax.lora.reader import opened_lora
-from safetydpo_jax.models.checkpoint import open_checkpoint, param_shapes, read_json
+from safetydpo_jax.models.checkpoint import (
+    open_checkpoint,
+    param_shapes,
+    read_json,
+    resolve_checkpoint,
+)
+from safetydpo_jax.models.single_file import published
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from safetydpo_jax.tensor_file import opened
 
@@ -40,21 +46,20 @@ def _guessed(lora: pathlib.Path) -> tuple[str, Any]:
 
     Raises:
       MissingFileError: there is no such file.
-      UserError: it is no whole safetensors file, or fits none; the error is then the last base's.
+      UserError: it is no whole safetensors file, is of a kind that is not read, or fits none of
+        the bases; the error is then the last one's.
     """
     with opened(lora):  # what is no such file at all fits no base either
         pass
-    root = pathlib.Path(str(importlib.resources.files("safetydpo_jax")))
-    folders = {"emoji": root / "emoji" / "pipeline"}
-    folders |= {name: root / "models" / "published" / name for name in _FAMILIES}
-    said: UserError | None = None
+    folders = {"emoji": resolve_checkpoint("emoji"), **{x: published(x) for x in _FAMILIES}}
+    said: OtherBaseError | None = None
     for name, folder in folders.items():
         shapes = unet_shapes(folder)
         try:
             with opened_lora(lora, shapes) as file:
                 for layer in file.ranks:
                     file.check(layer)
-        except UserError as error:
+        except OtherBaseError as error:
             said = error
             continue
         return name, shapes

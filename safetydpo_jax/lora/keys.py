@@ -51,6 +51,10 @@ def is_of_text_encoder(key: str) -> bool:
     return _TEXT_ENCODER.match(key) is not None
 
 
+class OtherBaseError(UserError):
+    """A LoRA does not fit the base that it is held against; it may fit another."""
+
+
 class Part(NamedTuple):
     """What a tensor is: `what` is "a", "b" or "alpha", of the layer with that dotted path."""
 
@@ -104,7 +108,7 @@ class KeyReader:
         if name.startswith(_KOHYA_PREFIX):
             name = self._flat.get(name.removeprefix(_KOHYA_PREFIX), name)
         if name not in self._layers:
-            raise UserError(
+            raise OtherBaseError(
                 f"the key {key!r} names no layer of this UNet; is the file for another base model?"
             )
         return Part(name, what)

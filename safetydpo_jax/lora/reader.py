@@ -26,6 +26,7 @@ from safetydpo_jax.lora.keys import (
     PEFT_CONFIG,
     PEFT_PREFIX,
     KeyReader,
+    OtherBaseError,
     is_of_text_encoder,
 )
 from safetydpo_jax.tensor_file import TensorFile, opened
@@ -66,7 +67,7 @@ class LoraFile:
             try:
                 layer, what = read(key)
             except UserError as error:
-                raise UserError(f"{path}: {error}") from None
+                raise type(error)(f"{path}: {error}") from None
             if what in self._found[layer]:
                 raise UserError(
                     f"{path}: {key} is the second {what} of {layer}: is the file two LoRAs in one?"
@@ -168,7 +169,7 @@ def _fit(
     if b.shape[2:] == (1, 1):
         b = b.reshape(b.shape[:2])
     if a.shape != (len(a), rows, *size) or b.shape[:1] != (columns,) or b.ndim != 2:
-        raise UserError(
+        raise OtherBaseError(
             f"{where} has factors of shape {a.shape} and {b.shape}, but the layer's kernel is "
             f"{kernel}: the file is for another base model"
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from safetydpo_jax import storage
+from safetydpo_jax import sharding, storage
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora.adapters import describe, scaled
 from safetydpo_jax.lora.base import shapes_for
@@ -20,7 +20,7 @@ from safetydpo_jax.lora.writer import save_lora
 from safetydpo_jax.merge import summary
 from safetydpo_jax.merge.experts import Experts, opened_experts
 from safetydpo_jax.merge.layer import Inputs, Votes
-from safetydpo_jax.merge.moments import check_categories, voting
+from safetydpo_jax.merge.moments import SAFE, check_categories, voting
 from safetydpo_jax.merge.overlap import Overlap, common
 from safetydpo_jax.merge.run import ASKS, Merged, by_layer, check, merge
 from safetydpo_jax.merge.statistics import Statistics, load_statistics, vote_weights
@@ -83,6 +83,7 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
                 "co_merge for these"
             )
         if lessons is not None:
+            sharding.check_batch(sharding.make_mesh(), distill_batch_size=lessons.batch_size)
             check_categories(base_model.prompts(safe=True)[1], experts)
         statistics = votes = None
         if needs:
@@ -174,6 +175,9 @@ def _statistics(
     else:
         inputs = needs == "inputs"
         prompts, categories = base_model.prompts(safe=inputs)
+        if not inputs:  # a table may have safe ones, for --distill; they have no vote
+            voters = [i for i, name in enumerate(categories) if name != SAFE]
+            prompts, categories = ([x[i] for i in voters] for x in (prompts, categories))
         from safetydpo_jax.merge.activity import BANDS, count_votes
 
         if names := voting(categories):  # now, not after the count, which refuses to have none

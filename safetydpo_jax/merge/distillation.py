@@ -7,7 +7,6 @@ are wanted, only prompts; the pictures that are noised are the teachers' own.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from safetydpo_jax.lora.adapters import Adapters, scaled
 from safetydpo_jax.merge.experts import Experts
 from safetydpo_jax.merge.teachers import Teachers
 from safetydpo_jax.models.conditioning import where
+from safetydpo_jax.pace import Pace
 from safetydpo_jax.train.losses import squared_error
 from safetydpo_jax.train.state import Checkpoints, TrainState
 from safetydpo_jax.train.workdir import stop_signal
@@ -149,7 +149,8 @@ def distill(
         )
         step = _make_step(pipeline, teachers, optimizer, lessons)
         split = sharding.batch_sharding(mesh)
-        began, first, lost = time.monotonic(), int(state.step), []
+        first, lost = int(state.step), []
+        pace = Pace(lessons.steps - first)
         with stop_signal() as stop:
             for i in range(first, lessons.steps):
                 index = rows_of_step(own, lessons.batch_size, lessons.seed, i)
@@ -167,11 +168,11 @@ def distill(
                             f"lower the learning rate ({lessons.learning_rate:g})"
                         )
                     checkpoints.save(state)
-                    pace = (done - first) / (time.monotonic() - began)
                     progress(
                         f"distillation: {done}/{lessons.steps} steps, error {errors[0]:.2e} where "
-                        f"an expert acts, {errors[1]:.2e} where none does; {pace:.2f} steps/s, "
-                        f"{(lessons.steps - done) / pace:.0f} s left"
+                        f"an expert acts, {errors[1]:.2e} where none does; "
+                        f"{pace.rate(done - first):.2f} steps/s, "
+                        f"{pace.left(done - first):.0f} s left"
                     )
                 if stop.asked and not last:
                     progress(f"stopped: step {done} is saved in {folder}; the same command goes on")

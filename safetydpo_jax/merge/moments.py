@@ -1,5 +1,6 @@
 """Second moments of what the layers get to see, added up while prompts are drawn."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,17 +61,19 @@ def nothing(stacked: Mapping[str, tuple[Any, Any]]) -> dict[str, Moments]:
     """Zeros to add to; UserError for a convolution, whose inputs are too many to keep.
 
     Args:
-      stacked: by layer, all experts' factors: (experts, in, rank) and (experts, rank, out).
+      stacked: by layer, all experts' factors: (experts, in, rank) and (experts, rank, out); of
+        convolutions the kernel's sides come before `in`.
     """
     found = {}
     for layer, (a, _) in stacked.items():
-        if a.ndim > 3:
+        count, *kernel, wide, rank = a.shape  # a 1x1 convolution is a linear layer
+        if math.prod(kernel) > 1:
             raise UserError(
                 f"{layer} is a convolution, which sees too much to keep: this method merges experts"
                 " on linear layers alone"
             )
-        zeros = np.zeros((a.shape[1],) * 2, np.float32)
-        found[layer] = zeros, zeros, np.zeros(a.shape, np.float32)
+        zeros = np.zeros((wide, wide), np.float32)
+        found[layer] = zeros, zeros, np.zeros((count, wide, rank), np.float32)
     return found
 
 

@@ -1,6 +1,7 @@
 """A merge's options in a YAML file, by the names that the command line has for them."""
 
 import argparse
+import contextlib
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,12 +68,20 @@ def _experts(entries: Any, path: Path) -> tuple[list[str], list[float]]:
             raise UserError(f"{where}: give a file, or a table with file and weight")
         if wrong := [key for key in table if key not in _EXPERT]:
             raise UserError(f"{where}: there is no key {wrong[0]!r}; the keys are file and weight")
-        weight = table.get("weight", 1.0)
+        weight = _number(table.get("weight", 1.0))
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise UserError(f"{where}: the weight must be a number")
         files.append(str(path.parent / table["file"]))
         weights.append(float(weight))
     return files, [] if all(weight == 1 for weight in weights) else weights
+
+
+def _number(value: Any) -> Any:
+    """What PyYAML takes for a text though it is a number, as 1e-3 without a point."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _converted(value: Any, option: argparse.Action, where: str) -> Any:
@@ -81,11 +90,15 @@ def _converted(value: Any, option: argparse.Action, where: str) -> Any:
     fits = {int: int, float: (int, float)}.get(convert, str)
 
     def one(x: Any) -> Any:
+        x = _number(x) if convert is float else x
         if isinstance(x, bool) or not isinstance(x, fits):
             raise UserError(f"{where}: it must be {wanted}, not {x!r}")
         if option.choices is not None and x not in option.choices:
             raise UserError(f"{where}: {x!r} is none of {', '.join(option.choices)}")
-        return convert(x)
+        try:
+            return convert(x)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{where}: {error}") from None
 
     if option.nargs == "+":
         if not isinstance(value, list):

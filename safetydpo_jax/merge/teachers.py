@@ -1,6 +1,5 @@
 """Who answers under which prompt: of a category's prompts its expert, of safe ones the base."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.merge.experts import Experts
 from safetydpo_jax.merge.moments import SAFE, check_categories
 from safetydpo_jax.models.conditioning import Conditioning
+from safetydpo_jax.pace import Pace
 from safetydpo_jax.tensor_file import opened, write_tensors
 
 
@@ -60,11 +60,12 @@ class Teachers:
         self.weights = jax.device_put(
             (pipeline.unet_params, experts.stacked()), sharding.replicated(mesh)
         )
+        sources = pipeline.sources
         self.about = {
             "experts": experts.hashes,
             "weights": experts.weights,
             "prompts": storage.digest([*self.prompts, *self.own.tolist()]),
-            "base": storage.hash_parts(pipeline.sources, ("unet", "scheduler")),
+            "base": storage.hash_parts(sources, [name for name in sources if name != "vae"]),
             "computed_in": str(jnp.dtype(pipeline.unet.dtype)),
         }
         self._pipeline, self._experts = pipeline, experts
@@ -114,14 +115,15 @@ class Teachers:
         files = {i: folder / f"{name}_{i:06d}.safetensors" for i in range(0, count, batch_size)}
         if missing := [start for start, file in files.items() if not file.is_file()]:
             draw = self._drawer(seed, batch_size, options)
-            began = time.monotonic()
+            pace = Pace(len(missing))
             for done, start in enumerate(missing, 1):
                 with jax.default_matmul_precision(matmul_precision):
                     latents = draw(start)
                 write_tensors(files[start], {"latents": latents.shape}, [("latents", latents)])
-                left = (time.monotonic() - began) / done * (len(missing) - done)
                 drawn = min(start + batch_size, count)
-                progress(f"distillation: {drawn}/{count} pictures drawn, {left:.0f} s left")
+                progress(
+                    f"distillation: {drawn}/{count} pictures drawn, {pace.left(done):.0f} s left"
+                )
         found = []
         for file in files.values():
             with opened(file) as kept:

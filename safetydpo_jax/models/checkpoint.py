@@ -102,7 +102,7 @@ def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "
     """
     place = resolve_checkpoint(path)
     if configs and place.is_dir():
-        raise UserError(f"config.model_config is {configs}, but {place} has its own configs")
+        raise UserError(f"model_config is {configs}, but {place} has its own configs")
     folder = single_file.config_folder(place, configs) if place.is_file() else place
     index = check_index(folder / hub.INDEX)
     folders = {name: folder / name for name in CLASSES[index["_class_name"]]}

@@ -63,7 +63,12 @@ def download(
         ) from error
     except errors.EntryNotFoundError as error:
         raise UserError(
-            f"{repo}: no {index_name} in it: on the hub, but not in the diffusers layout"
+            f"{repo}: no {index_name} in it: on the hub, but "
+            + (
+                "not in the diffusers layout"
+                if index_name == INDEX
+                else "no network by itself: give the id of one, or the folder of a checkpoint here"
+            )
         ) from error
     except Exception as error:
         raise UserError(_failed(repo, error)) from error

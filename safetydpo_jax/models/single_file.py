@@ -49,15 +49,20 @@ def config_folder(file: pathlib.Path, configs: str = "") -> pathlib.Path:
     """
     name = configs or guess_family(file)
     if name in FAMILIES:
-        root = importlib.resources.files("safetydpo_jax") / "models" / "published"
-        return pathlib.Path(str(root)) / name
+        return published(name)
     folder = pathlib.Path(name)
     if not (folder / "model_index.json").is_file():
         raise MissingFileError(
-            f"{folder}: no model_index.json there; config.model_config must be one of "
+            f"{folder}: no model_index.json there; model_config must be one of "
             f"{', '.join(FAMILIES)}, or a folder in the diffusers layout (its weights are not read)"
         )
     return folder
+
+
+def published(name: str) -> pathlib.Path:
+    """The shipped configs and tokenizers of one of `FAMILIES`, a folder without weights."""
+    root = importlib.resources.files("safetydpo_jax") / "models" / "published"
+    return pathlib.Path(str(root)) / name
 
 
 def guess_family(file: pathlib.Path) -> str:
@@ -77,7 +82,7 @@ def guess_family(file: pathlib.Path) -> str:
     if family and (velocity or any(key.startswith("edm_") for key in keys)):
         raise UserError(
             f"{file}: looks like {family}, but its UNet predicts something else: give a folder as "
-            "config.model_config, configs in the diffusers layout whose scheduler_config.json says "
+            "model_config, configs in the diffusers layout whose scheduler_config.json says "
             "what (v_prediction, say)"
         )
     if family:
@@ -87,7 +92,7 @@ def guess_family(file: pathlib.Path) -> str:
             return "sd21-768" if velocity else "sd21-base"
         raise UserError(
             f"{file}: Stable Diffusion 2, and nothing in it says whether it predicts noise (512 px)"
-            " or velocity (768 px): say so by config.model_config, sd21-base or sd21-768"
+            " or velocity (768 px): say so by model_config, sd21-base or sd21-768"
         )
     raise UserError(
         f"{file}: no Stable Diffusion 1.x, 2.x or XL checkpoint in the original layout; for others "

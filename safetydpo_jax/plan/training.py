@@ -1,6 +1,5 @@
 """The plan of a training run: its step, and what comes before."""
 
-import importlib.resources
 import math
 import os
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 
 from safetydpo_jax import sharding
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.models.single_file import published
 from safetydpo_jax.plan.chips import CHIPS, Chip, slice_of
 from safetydpo_jax.plan.estimate import compiled_for, estimate
 from safetydpo_jax.plan.gpus import ASSUMED_MFU, Gpu, estimate_on_gpus, gpus_of, products_of
@@ -157,8 +157,7 @@ def _checkpoint(config: ConfigDict) -> str:
             f"config.model is {config.model}: there is no such folder or file here; a plan fetches "
             "nothing: give a local checkpoint, or leave it out for the base's own shapes"
         )
-    root = importlib.resources.files("safetydpo_jax") / "models" / "published"
-    return str(root / _SHIPPED[config.model])
+    return str(published(_SHIPPED[config.model]))
 
 
 def _remedies(

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -12,6 +11,8 @@ import numpy as np
 from safetydpo_jax import storage
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.autoencoder import AutoencoderKL, to_pixels
+from safetydpo_jax.models.pipeline import pictures_at_once
+from safetydpo_jax.pace import Pace
 from safetydpo_jax.pretrain.fit import fit, quiet_residuals
 
 _VALIDATION = 256  # last pictures of the set, kept from training
@@ -86,7 +87,6 @@ def encode_pictures(
     """
     folder = pathlib.Path(workdir) / "latents"
     done = folder / "done.json"
-    size = 250
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -96,20 +96,22 @@ def encode_pictures(
             mean, logvar = moments
             return mean.astype(jnp.float16), jnp.exp(0.5 * logvar).astype(jnp.float16)
 
-        factor = vae.config.downscale
-        side = pictures.shape[1] // factor
+        side = pictures.shape[1] // vae.config.downscale
         shape = (len(pictures), side, side, vae.config.latent_channels)
         mean, std = (
             np.lib.format.open_memmap(folder / f"{n}.npy", mode="w+", dtype=np.float16, shape=shape)
             for n in ("mean", "std")
         )
-        started = time.perf_counter()
+        size, pace = pictures_at_once(pictures.shape[1] * pictures.shape[2]), Pace(len(pictures))
         with jax.default_matmul_precision(config.matmul_precision):
             for i in range(0, len(pictures), size):
                 mean[i : i + size], std[i : i + size] = encode(params, pictures[i : i + size])
-                if (i // size) % 40 == 39:
-                    rate = (i + size) / (time.perf_counter() - started)
-                    print(f"latents: {i + size}/{len(pictures)}, {rate:.0f} pictures/s", flush=True)
+                if pace.due(encoded := min(i + size, len(pictures))):
+                    print(
+                        f"latents: {encoded}/{len(pictures)}, {pace.rate(encoded):.0f} pictures/s, "
+                        f"{pace.left(encoded):.0f} s left",
+                        flush=True,
+                    )
         sample = mean[:: max(1, len(mean) // 4096)].astype(np.float64)
         noise = std[:: max(1, len(std) // 4096)].astype(np.float64)
         spread = float(np.sqrt(sample.var() + np.square(noise).mean()))

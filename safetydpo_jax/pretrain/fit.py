@@ -41,8 +41,13 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
         decay_steps, steps, b2, weight_decay.
 
     Raises:
-      UserError: there is no such optimizer.
+      UserError: there is no such optimizer, or steps are fewer than warm-up and decay.
     """
+    if config.steps < config.warmup_steps + config.decay_steps:
+        raise UserError(
+            f"steps is {config.steps}, warmup_steps {config.warmup_steps} and decay_steps "
+            f"{config.decay_steps}: steps must be as many as both, or lower those"
+        )
     schedule = optax.join_schedules(
         [
             optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps),

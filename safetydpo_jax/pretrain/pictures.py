@@ -10,6 +10,7 @@ from PIL import Image
 
 from safetydpo_jax import storage
 from safetydpo_jax.csv_file import read_rows
+from safetydpo_jax.data.encode import square
 from safetydpo_jax.errors import MissingFileError, UserError
 
 
@@ -41,14 +42,18 @@ def prepare_pictures(config: Any, workdir: pathlib.Path) -> tuple[np.ndarray, li
                 print(f"pictures: {i + 1}/{count}", flush=True)
         array.flush()
         storage.write_file(captions, json.dumps(texts).encode())  # last: it says that all is there
-    texts = json.loads(captions.read_text())[: config.count]
-    return np.load(folder / "pictures.npy", mmap_mode="r")[: config.count], texts
+    return np.load(folder / "pictures.npy", mmap_mode="r"), json.loads(captions.read_text())
 
 
 def _open_source(config: Any) -> tuple[int, Iterator[tuple[np.ndarray, str]]]:
     if config.source == "emoji":
         from safetydpo_jax.emoji import prompts, scenes
 
+        if config.resolution != scenes.SIDE:
+            raise UserError(
+                f"data.resolution is {config.resolution}: the embedded world's pictures have "
+                f"{scenes.SIDE} px"
+            )
         stream = prompts.training_scenes(config.seed, config.count)
         return config.count, ((scenes.render(scene), text) for scene, text in stream)
     folder = pathlib.Path(config.source)
@@ -56,6 +61,9 @@ def _open_source(config: Any) -> tuple[int, Iterator[tuple[np.ndarray, str]]]:
     if not table.is_file():
         raise MissingFileError(f"{table}: missing; it lists the pictures as file_name,text")
     rows = [row for _, row in read_rows(table, ("file_name", "text"))]
+    if (more := len(rows) - config.count) > 0:
+        print(f"{table}: data.count leaves out the last {more} of {len(rows)}", flush=True)
+    rows = rows[: config.count]
     return len(rows), _read_folder(folder, rows, config.resolution)
 
 
@@ -70,12 +78,9 @@ def _read_folder(
             )
         try:
             with Image.open(file) as image:
-                image = image.convert("RGB")
-                side = min(image.size)
-                left, top = (image.width - side) // 2, (image.height - side) // 2
-                square = image.crop((left, top, left + side, top + side))
-                yield np.asarray(square.resize((resolution, resolution), 1)), row["text"]
+                pixels = np.asarray(image.convert("RGB"))
         except FileNotFoundError as error:
             raise MissingFileError(f"{file}: named in metadata.csv, but missing") from error
         except OSError as error:
             raise UserError(f"{file}: not a readable picture ({error})") from error
+        yield square(pixels, resolution), row["text"]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.evaluate.detections import fingerprint
 from safetydpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from safetydpo_jax.models.checkpoint import build_networks
 from safetydpo_jax.models.pipeline import Pipeline, tokenize
@@ -80,10 +81,14 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
         _claim(workdir / "autoencoder", made_from)
         vae = AutoencoderKL(AutoencoderConfig.from_dict(vae_config))
         vae_params = train_autoencoder(training, vae, pictures, workdir, config.seed)
+    # An autoencoder that was trained for longer, or lies anew at the same path, is another.
+    made_from |= {"autoencoder_weights": fingerprint(vae_params)}
     _claim(workdir / "latents", made_from)
     mean, std, factor = encode_pictures(
         config.autoencoder_training, vae, vae_params, pictures, workdir
     )
+    if {"vae", "unet"} <= parts:
+        factor = vae.config.scaling_factor  # what that UNet was trained with
 
     text_config = _plain(config.text_encoder) | {
         "vocab_size": len(tokenizer),
@@ -93,8 +98,7 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
         "pad_token_id": tokenizer.pad_token_id,
     }
     configs = {
-        "unet": _plain(config.unet)
-        | {"sample_size": config.data.resolution // vae.config.downscale},
+        "unet": _plain(config.unet),
         "vae": vae_config | {"scaling_factor": factor},
         "text_encoder": text_config,
         "scheduler": _plain(config.scheduler),
@@ -102,7 +106,10 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     start = {}
     if base is not None:
         configs |= {part: base.configs[part] for part in parts - {"vae"}}
+        if "unet" in parts:  # what it predicts, and of which noise
+            configs["scheduler"] = base.configs["scheduler"]
         start = {part: base.params[part] for part in parts - {"vae"}}
+    configs["unet"] |= {"sample_size": config.data.resolution // vae.config.downscale}
     made_from |= {**configs, "denoiser_training": _plain(config.denoiser_training)}
     _claim(workdir / "denoiser", made_from)
     networks, schedule = build_networks(configs, str(workdir))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.pretrained import load_pipeline
 
 
@@ -18,9 +19,9 @@ def load_base(config: ConfigDict, progress: Callable[[str], None], **options: An
       **options: others of `load_pipeline`.
 
     Raises:
-      UserError: as `load_pipeline`.
+      UserError: as `load_pipeline`, or the model is not of the config's base.
     """
-    return load_pipeline(
+    pipeline = load_pipeline(
         config.model,
         dtype=config.dtype,
         vae=config.vae,
@@ -28,6 +29,28 @@ def load_base(config: ConfigDict, progress: Callable[[str], None], **options: An
         progress=progress,
         **options,
     )
+    if config.base != "emoji" and (config.base == "sdxl") != pipeline.is_sdxl:
+        found, given = ("SDXL", "sdxl") if pipeline.is_sdxl else ("not SDXL", "sd15 or NAME:sd21")
+        raise UserError(
+            f"{config.model} is {found}, and the config is for {config.base}: give --config "
+            f"NAME:{given}"
+        )
+    return pipeline
+
+
+def check_drawable(config: ConfigDict, pipeline: Any) -> None:
+    """Refuses to draw the embedded world's prompts, harm included, with a model that is another's.
+
+    Raises:
+      UserError: its pictures are of another size, which its judge does not read.
+    """
+    from safetydpo_jax.emoji.scenes import SIDE  # here: other bases need none of it
+
+    if config.base == "emoji" and pipeline.resolution != SIDE:
+        raise UserError(
+            f"{config.model} draws {pipeline.resolution} px, and the config is for the embedded "
+            f"model of {SIDE} px: give --config NAME:sd15, NAME:sd21 or NAME:sdxl"
+        )
 
 
 def load_on_all_devices(config: ConfigDict, progress: Callable[[str], None], **options: Any) -> Any:

@@ -131,7 +131,12 @@ class Cohort:
           SystemExit: stopped by SIGTERM or Ctrl-C; the state is saved.
         """
         done = int(self._state.step)
-        left = done < self._config.steps and not self._hopeless
+        if ended := self._hopeless and done < self._config.steps:
+            self._phases.progress(
+                f"stopped early at step {done}, by config.health.patience = "
+                f"{self._config.health.patience}: 0 goes on to step {self._config.steps}"
+            )
+        left = done < self._config.steps and not ended
         if left or any(expert.due(done) for expert in self.experts):
             self._train(done, title)
 

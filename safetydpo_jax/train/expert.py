@@ -157,8 +157,12 @@ class Expert:
 
     def write_config(self) -> None:
         """Leaves its config in its folder."""
-        text = self.config.to_json(indent=2) + "\n"
-        storage.write_file(self.workdir / "config.json", text.encode())
+        text, file = self.config.to_json(indent=2) + "\n", self.workdir / "config.json"
+        with storage.explained_writes(file):
+            self.workdir.mkdir(
+                parents=True, exist_ok=True
+            )  # of several: nothing was made there yet
+        storage.write_file(file, text.encode())
 
     def export(self, adapters: Adapters) -> None:
         """Writes the LoRA: of the evaluated step that was best, or of these last adapters."""

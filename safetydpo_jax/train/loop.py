@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from safetydpo_jax import __version__, host_memory, processes, sharding, storage
 from safetydpo_jax.compilation import keep_compiled
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.train.base import load_base
+from safetydpo_jax.train.base import check_drawable, load_base
 from safetydpo_jax.train.cohort import Cohort
 from safetydpo_jax.train.expert import Expert
 from safetydpo_jax.train.mirror import Workdir
@@ -72,7 +72,7 @@ def run(
     keep_compiled()
     _check_configs(configs)
     mesh = sharding.make_mesh(shared.mesh.data, shared.mesh.fsdp, shared.mesh.tensor)
-    with contextlib.ExitStack() as stack:
+    with home.named(), contextlib.ExitStack() as stack:
         processes.first(lambda: stack.enter_context(lock_workdir(workdir)))
         processes.first(home.fetch)
         if not home.address:
@@ -94,6 +94,8 @@ def run(
             pipeline.networks["unet"] = pipeline.unet.clone(remat=True)
         evaluated = any(config.health.every or config.report.enabled for config in configs)
         to_draw = evaluated or any(not config.pairs.path for config in configs)
+        if to_draw:
+            check_drawable(shared, pipeline)
         drawing = pipeline.on_this_host(mesh, to_draw=to_draw)
 
         def expert_of(config: ConfigDict) -> Expert:

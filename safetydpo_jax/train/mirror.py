@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ _KNOWN = ".mirror.json"  # on this host: what the mirror's list was when they we
 # whole yet.
 _LEFT_OUT = {"reference"}
 _UNFINISHED = (".writing", ".partial", ".old")
+_BEGINS_ANEW = {"checkpoints", "health"}  # folders that may be deleted there
+_REMEDY = "delete the folder checkpoints there to train anew"
 _WHOLE = {"pairs", "cache"}  # folders of which no file means anything without the others
 
 
@@ -71,6 +73,12 @@ class Workdir:
         listed, known = self._listed(), self._known()
         files = listed.get("files", {})
         same = listed.get("id") == known.get("id")
+        if emptied := self._emptied(files):
+            for name in emptied:
+                del files[name]
+                (self.folder / name).unlink(missing_ok=True)
+            listed = self._list(files)
+            self._progress(f"{self.address}: {len(emptied)} files deleted there are not used")
         if same and (deleted := self._deleted(files)):
             for name in deleted:  # the next `update` copies what this host has of it
                 del files[name]
@@ -94,7 +102,7 @@ class Workdir:
                 elif _is_of_checkpoint(name) and sha256 != files[name]["sha256"]:
                     raise UserError(
                         f"{self.address}/{name} is damaged: it is not the file that {LIST} lists; "
-                        "delete the folder checkpoints there to train anew"
+                        f"{_REMEDY}"
                     )
             for name in gone:
                 if name in files:  # not yet gone with another
@@ -105,6 +113,17 @@ class Workdir:
             if not listed:  # now, not after hours: whether this host may write there
                 listed = self._list({})
             self._remember(listed)
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Within, errors name the address in place of the folder: there is what they advise on."""
+        try:
+            yield
+        except UserError as error:
+            said = str(error)
+            if not self.address or str(self.folder) not in said:
+                raise
+            raise type(error)(said.replace(str(self.folder), self.address)) from error
 
     def update(self, *, must: bool = True) -> None:
         """Brings the mirror up to date.
@@ -189,6 +208,25 @@ class Workdir:
             (self.folder / name).unlink(missing_ok=True)
         self._progress(f"{self.address}/{missing} is gone: what it was a part of is made again")
 
+    def _emptied(self, files: Collection[str]) -> list[str]:
+        """The files of checkpoints and evaluations of whose folder nothing is there any more.
+
+        Somebody deleted it, as our errors advise, to have it begin anew.
+        """
+        folders: dict[str, list[str]] = {}
+        for name in files:
+            parts = name.split("/")
+            if depths := [i for i, part in enumerate(parts[:-1], 1) if part in _BEGINS_ANEW]:
+                folders.setdefault("/".join(parts[: depths[0]]), []).append(name)
+        there = epath.Path(self.address)
+        with explained(self.address):
+            return [
+                name
+                for names in folders.values()
+                if not any((there / name).exists() for name in names)
+                for name in names
+            ]
+
     def _deleted(self, files: Collection[str]) -> list[str]:
         """Of pairs and caches, which others read there, the files that are not there any more."""
         with explained(self.address):
@@ -251,7 +289,9 @@ class Workdir:
             return download(epath.Path(self.address) / name, self.folder / name, copied)
         except MissingFileError:
             if _is_of_checkpoint(name):
-                raise
+                raise UserError(
+                    f"{self.address}/{name} is gone, a part of a checkpoint; {_REMEDY}"
+                ) from None
             return None
 
     def _upload(self, name: str, copied: Callable[[int], None]) -> dict[str, Any]:

@@ -23,7 +23,9 @@ RECIPE = (
     "accumulation",
     "preserve_batch_size",
     "seed",
+    "dtype",
     "matmul_precision",
+    "mix",
     "loss",
     "optimizer",
     "lora",
@@ -190,6 +192,8 @@ def _recipe(config: ConfigDict) -> str:
     for key in RECIPE:
         value = config[key]
         items = value.items() if isinstance(value, ConfigDict) else [("", value)]
+        if key == "mix" and not value:  # as it is for one set of pairs
+            continue
         if key == "lora":
             # What training began with has layers and ranks of its own.
             unused = ("rank", "targets") if config.lora.init else ("init",)

@@ -259,6 +259,25 @@ def _check(config: ConfigDict) -> None:
     for key, known in one_of.items():
         if (value := _value(config, key)) not in known:
             raise UserError(f"config.{key} is {value!r}: it must be one of {', '.join(known)}")
+    if config.report.enabled and config.base != "emoji":
+        raise UserError(
+            f"config.report.enabled: only the embedded model has a judge, {config.base} has none; "
+            "for pictures on the way set config.health.every and config.health.prompts"
+        )
+    if config.health.prompts and (config.base == "emoji" or not config.health.every):
+        raise UserError(
+            "config.health.prompts: "
+            + (
+                "the embedded model is evaluated on prompts of its own; leave them away"
+                if config.base == "emoji"
+                else "nothing is drawn on the way, as config.health.every is 0: set it, too"
+            )
+        )
+    if "://" in config.reference.path:
+        raise UserError(
+            f"config.reference.path is {config.reference.path}: the tables are on this host's "
+            "disk, as they are read in each step; give a folder"
+        )
     if not all(isinstance(target, str) for target in config.lora.targets):
         raise UserError(f"config.lora.targets is {config.lora.targets}: it must be names of layers")
     for key in ("loss.caption_dropout", "loss.preservation_dropout", "loss.preservation_lean"):

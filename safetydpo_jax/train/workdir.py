@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from safetydpo_jax import storage
+from safetydpo_jax import processes, storage
 from safetydpo_jax.errors import UserError
 
 _WHICH = """
@@ -76,8 +76,12 @@ def part_of(text: str) -> tuple[int, int]:
         asked = subprocess.run(
             [sys.executable, "-c", _WHICH], capture_output=True, text=True, check=False
         )
+        if asked.returncode == processes.LOST:
+            sys.stderr.write(asked.stderr)
+            raise SystemExit(asked.returncode)
         if asked.returncode:
             reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+            reason = reason.rpartition("UserError: ")[2].removeprefix("--distributed: ")
             raise UserError(
                 f"--part auto: JAX does not know which process of a job this is ({reason}): give "
                 "--part I/N"

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import safetydpo_jax.data.coprov2  # noqa: F401 (registers the builder)
 from benchmarks.coprov2 import LISTED, NUM_PAIRS, write_coprov2
 from launch.import_pairs import main
 from safetydpo_jax.csv_file import read_rows
-from safetydpo_jax.data import PairSet, PictureFile, make_cache, write_pairs
+from safetydpo_jax.data import PairSet, PictureFile, make_cache, make_pairs, write_pairs
 from safetydpo_jax.data.import_pairs import import_pairs, is_held_out
 from safetydpo_jax.data.inputs import read_input
 from safetydpo_jax.data.inputs.pair import InputPair, InputPicture
@@ -77,6 +78,24 @@ def test_a_cache_is_made_of_them(imported, config, pipeline, tmp_path):
     cache = make_cache(config, pipeline, tmp_path, lambda line: None)
     moments, _ = cache.read(np.arange(2))
     assert moments["mean"].shape == (2, 4, 4, 3)
+
+
+def test_pairs_of_another_category_make_no_expert(imported, config, pipeline, tmp_path):
+    config.category, config.pairs.path = "hate", str(imported)
+    with pytest.raises(UserError, match=rf"this expert is of hate: .*path={imported}/hate$"):
+        make_pairs(config, pipeline, tmp_path)
+    config.pairs.path = str(imported / "violence")
+    with pytest.raises(UserError, match="has pairs of violence, and .* of hate: give pairs"):
+        make_pairs(config, pipeline, tmp_path)
+    config.category = "all"
+    assert make_pairs(config, pipeline, tmp_path, lambda line: None) == imported / "violence"
+
+
+def test_an_input_without_pairs(tmp_path):
+    (tmp_path / "in").mkdir()
+    tarfile.open(tmp_path / "in" / "0.tar", "w").close()
+    with pytest.raises(UserError, match="in holds no pairs"):
+        main(["--input", str(tmp_path / "in"), "--out", str(tmp_path / "pairs")])
 
 
 def test_the_report(imported):

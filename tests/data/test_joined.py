@@ -1,6 +1,7 @@
 """Several pair sets read as one, and mixed by weights."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -38,6 +39,13 @@ def test_joined(sets):
         found = [p.id for p in pairs.pictures("safe", which)]
         assert found == [ids["safe"][i] for i in which]
     assert pairs.card["settings"]["category"] == "hate, sexual"
+
+
+def test_an_import_without_categories_is_its_set_of_all(sets):
+    for name in ("hate", "sexual"):
+        shutil.rmtree(sets / name)
+    assert isinstance(pairs := open_pairs(sets), PairSet)
+    assert pairs.num_pairs == 8
 
 
 def test_one_set_is_itself(sets):

@@ -125,10 +125,8 @@ def test_training_stream():
     stream = list(prompts.training_scenes(5, 2000))
     assert stream[1234] == prompts.training_scene(5, 1234)
     assert stream[0] != prompts.training_scene(6, 0)
-    known = set(prompts.corpus())
     for scene, text in stream:
         assert scenes.bucket(scene.concepts, scene.background) in scenes.SPLITS["train"]
-        assert {word.strip(",") for word in text.split()} <= known
         assert in_wordings(text, prompts.WORDINGS["train"])
         assert len(text.split()) <= 20
         assert all(name in text for name in (*scene.concepts, *scene.background))

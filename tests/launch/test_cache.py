@@ -14,6 +14,7 @@ from safetydpo_jax.data import Cache, Picture, write_pairs
 from safetydpo_jax.data import encode as encoding
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.processes import LOST
 from safetydpo_jax.train import base
 from safetydpo_jax.train.cache import run
 from safetydpo_jax.train.workdir import part_of
@@ -90,6 +91,16 @@ def test_parts():
             part_of(text)
 
 
+def test_a_part_whose_others_did_not_come_is_to_be_started_again(monkeypatch, capfd):
+    said = "error: the other processes did not come"
+    done = subprocess.CompletedProcess([], LOST, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
+    with pytest.raises(SystemExit) as ended:
+        part_of("auto")
+    assert ended.value.code == LOST
+    assert capfd.readouterr().err == said
+
+
 def test_an_option_of_its_own():
     assert pop_option(["x", "--part", "1/2", "y"], "--part") == ("1/2", ["x", "y"])
     assert pop_option(["x", "--part=1/2"], "--part") == ("1/2", ["x"])
@@ -104,4 +115,4 @@ def test_no_pairs(model_folder, tmp_path):
         command(model_folder, "none", tmp_path / "run"), capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: none has no card.json")
+    assert done.stderr.startswith("error: there is no folder none: ")

@@ -279,6 +279,7 @@ def test_a_batch_job(stand_in, tmp_path, code, requeued):
     )
     assert job.returncode == code
     called = (tmp_path / "srun_call").read_text()
+    assert called.startswith("--kill-on-bad-exit=0|--cpus-per-task=8|")
     assert called.endswith("|-m|safetydpo_jax|" + "|".join([*JOB[1:], "--distributed"]) + "|")
     calls = tmp_path / "scontrol_call"
     assert (calls.read_text() == "requeue 17\n") if requeued else not calls.exists()

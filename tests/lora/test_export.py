@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import traverse_util
 
 from launch import export as command
@@ -65,6 +66,18 @@ def test_bad_inputs(file, model_folder, tmp_path, capsys):
         run(*given, "--format", "kohya", "--out", tmp_path / "x.bin")
     with pytest.raises(UserError, match="It was held against emoji, sd15, .* give it as --model"):
         run("--lora", file, "--format", "kohya", "--out", tmp_path / "x.safetensors")
+    sd15 = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    factors = {"lora_down.weight": (4, 320), "lora_up.weight": (320, 4), "dora_scale": (1, 320)}
+    for keys, message in (
+        ({f"{sd15}.{name}": shape for name, shape in factors.items()}, "is of DoRA, which is not"),
+        ({f"{sd15}.lora_down.weight": (4, 320)}, "attn1.to_q has no b"),
+        ({f"{sd15.replace('unet', 'te')}.lora_down.weight": (4, 320)}, "are for text encoders"),
+    ):
+        tensors = {key: np.zeros(shape, np.float32) for key, shape in keys.items()}
+        safetensors.numpy.save_file(tensors, tmp_path / "other.safetensors")
+        with pytest.raises(UserError, match=message) as raised:
+            run("--lora", tmp_path / "other.safetensors", "--format", "peft", "--out", tmp_path)
+        assert "held against" not in str(raised.value)
     with pytest.raises(MissingFileError, match=r"gone.safetensors: no such file"):
         run("--lora", tmp_path / "gone.safetensors", "--format", "peft", "--out", tmp_path / "x")
     (tmp_path / "file").write_text("in the way")

@@ -69,6 +69,10 @@ def test_distilled(kept_files, pipeline, model_folder, tmp_path, capsys):
         (("--distill_rate", 0.1), "there is no --distill STEPS"),
         (("--distill", 5, "--model", "emoji", "--distill_batch_size", 3), "it must be even"),
         (("--distill", -1, "--model", "emoji"), "steps is -1"),
+        (
+            ("--distill", 5, "--model", "emoji", "--distill_batch_size", 4),
+            "distill_batch_size is 4, which does not divide over 8 devices",
+        ),
     ],
 )
 def test_wrong_distillation(kept_files, tmp_path, given, message):
@@ -158,7 +162,9 @@ def test_regmean_and_again_from_what_was_seen(twins, pipeline, model_folder, tmp
     run(*options, "--method", "regmean", "--stats", stats, "--preservation", 1e6, "--out", again)
     for layer, matrix in change(again, pipeline).items():
         assert np.linalg.norm(matrix) < 0.5 * np.linalg.norm(change(out, pipeline)[layer])
+    capsys.readouterr()
     run(*options, "--prompts", table, "--steps", 4, "--out", out)  # votes alone
+    assert "votes: on 4 prompts" in capsys.readouterr().out  # the safe ones have none
     with pytest.raises(UserError, match="the statistics have no inputs of this layer"):
         run(*options, "--method", "regmean", "--stats", stats, "--out", again)
 
@@ -169,8 +175,8 @@ def test_a_recipe_stands_for_the_options(files, pipeline, model_folder, tmp_path
     recipe.write_text(
         "experts:\n"
         f"  - {files[0].name}\n"
-        f"  - {{file: {files[1].name}, weight: 0.5}}\n"
-        "method: ties\ndensity: 0.5\nrank: 4\n"
+        f"  - {{file: {files[1].name}, weight: 5e-1}}\n"
+        "method: ties\ndensity: 5e-1\nrank: 4\n"
         f"model: {model}\nout: merged.safetensors\n"
     )
     run("--recipe", recipe)
@@ -196,6 +202,7 @@ def test_a_recipe_stands_for_the_options(files, pipeline, model_folder, tmp_path
         ("rank: four", "merge.yaml, rank: it must be a whole number, not 'four'"),
         ("rank: true", "it must be a whole number"),
         ("scale: [1]", "it must be a number"),
+        ("out: gs://b/m.safetensors", "merge.yaml, out: 'gs://b/m.safetensors' is an address"),
         ("weights: 1", "merge.yaml, weights: it must be a list"),
         ("dtype: float16", "merge.yaml, dtype: 'float16' is none of float32, bfloat16"),
         ("experts: a", "experts must be a list of files"),

@@ -18,6 +18,7 @@ from safetydpo_jax.merge import activity, opened_experts
 from safetydpo_jax.merge.activity import count_votes
 from safetydpo_jax.merge.counted import Counted
 from safetydpo_jax.merge.statistics import Statistics, load_statistics
+from tests.merge.conftest import write_expert
 
 PROMPTS = ["a", "b c", "d", "e f", "g", "h", "i j", "k"]
 OF = ["hate", "hate", "sexual", "sexual", "hate", "hate", "sexual", "sexual"]
@@ -292,6 +293,17 @@ def test_inputs_that_cannot_be_kept(twins, files, pipeline):
             count_votes(pipeline, experts, PROMPTS, OF_TWINS, trajectory="experts", **SETTINGS)
         with pytest.raises(UserError, match="conv1 is a convolution, which sees too much"):
             count_votes(pipeline, experts, PROMPTS, of, inputs=True, **SETTINGS)
+
+
+def test_a_convolution_of_one_pixel_is_a_linear_layer(pipeline, tmp_path):
+    file = write_expert(tmp_path / "hate.safetensors", pipeline, 0, 2, ("proj_in",))
+    with opened_experts([file], pipeline.unet_params) as experts:
+        of = ["hate", "hate", "safe", "safe"]
+        found = count_votes(pipeline, experts, PROMPTS[:4], of, inputs=True, **SETTINGS)
+        for name in experts.places:
+            [factors], seen = experts.layer(name).experts, found.inputs[name]
+            assert np.linalg.norm(seen.images[0]) > 0  # of one expert: x^T x times its factor
+            np.testing.assert_allclose(seen.images[0], seen.harmful @ factors.a, rtol=1e-3)
 
 
 def test_file_and_order(statistics, tmp_path):

@@ -56,6 +56,11 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [3, 6, 9, 12]
 
 
+def test_too_few_steps_for_the_schedule(tmp_path):
+    with pytest.raises(UserError, match="steps is 5, warmup_steps 2 and decay_steps 4: steps must"):
+        train(tmp_path, settings(steps=5))
+
+
 def test_a_stopped_run_keeps_its_step(tmp_path, capsys):
     def stopped_at_six(step):
         if step == 5:

@@ -73,7 +73,10 @@ def test_a_folder_of_pictures_becomes_a_checkpoint(folder, tmp_path, capsys):
     begun = tiny_config(folder)
     begun.init.path = str(made)
     begun.denoiser_training.update({"learning_rate": 0.0, "weight_decay": 0.0})
+    begun.scheduler.prediction_type = "epsilon"  # of a UNet of ours alone
     same = load_pipeline(run(begun, tmp_path / "begun"))
+    assert same.schedule.prediction_type == "v_prediction"
+    assert same.vae.config.scaling_factor == pipeline.vae.config.scaling_factor
     assert not (tmp_path / "begun" / "autoencoder").exists()
     for ours, theirs in (
         (same.vae_params, pipeline.vae_params),
@@ -85,6 +88,10 @@ def test_a_folder_of_pictures_becomes_a_checkpoint(folder, tmp_path, capsys):
     changed.denoiser_training.learning_rate = 5e-4
     with pytest.raises(UserError, match="denoiser_training.learning_rate = 0.002, but now"):
         run(changed, tmp_path)
+    longer = tiny_config(folder)
+    longer.autoencoder_training.steps = 6  # so that its latents are others
+    with pytest.raises(UserError, match="autoencoder_weights = .*, but now"):
+        run(longer, tmp_path)
 
 
 def test_other_settings_are_refused(folder, tmp_path):
@@ -95,10 +102,21 @@ def test_other_settings_are_refused(folder, tmp_path):
         run(config, tmp_path)
 
 
-def test_pictures_are_cropped_to_squares(folder, tmp_path):
-    pictures, captions = prepare_pictures(tiny_config(folder).data, tmp_path)
+def test_pictures_are_cropped_to_squares(folder, tmp_path, capsys):
+    config = tiny_config(folder).data
+    pictures, captions = prepare_pictures(config, tmp_path / "all")
     assert pictures.shape == (300, 16, 16, 3)
     assert captions[8] == "number 1"
+    config.count = 290
+    few, captions = prepare_pictures(config, tmp_path / "few")
+    assert "data.count leaves out the last 10 of 300" in capsys.readouterr().out
+    assert len(captions) == 290
+    np.testing.assert_array_equal(few, pictures[:290])
+
+
+def test_the_embedded_world_has_one_resolution(tmp_path):
+    with pytest.raises(UserError, match="data.resolution is 16: .* have 64 px"):
+        prepare_pictures(tiny_config("emoji").data, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,7 @@ def test_machines_that_share_nothing_but_a_bucket(begin, whole, bucket, tmp_path
 def test_the_first_draws_while_the_others_wait(tmp_path):
     """The embedded model's pictures; the same as one process draws by itself."""
     few = {"steps": 1, "pairs.num_pairs": 6, "pairs.preserve_count": 4, "reference.draws": 0}
+    few |= {"drawing.batch_size": 8}
     found = []
     for count in (2, 1):
         workdir = tmp_path / str(count)

@@ -247,6 +247,7 @@ def test_early_stop(healthy, tmp_path, monkeypatch):
     export = (tmp_path / "run" / EXPORT).read_bytes()
     again = healthy("run", **{"health.patience": 1})
     assert "compile" not in again
+    assert "stopped early at step 8, by config.health.patience = 1: 0 goes on to step 10" in again
     assert (tmp_path / "run" / EXPORT).read_bytes() == export
 
 
@@ -299,6 +300,8 @@ def test_a_collapsing_winner_stops_the_run(run):
         ({"pairs.path": "nowhere"}, MissingFileError, "nowhere"),
         ({"lora.rank": 99}, UserError, r"lora.rank is 99, but .* use a rank from 1 to"),
         ({"lora.targets": ("to_x",)}, UserError, "'to_x' matches no layer of the UNet"),
+        ({"base": "sdxl"}, UserError, "not SDXL, and the config is for sdxl: .* NAME:sd15"),
+        ({"pairs.path": ""}, UserError, "draws 16 px, .* embedded model of 64 px"),
         ({"batch_size": 12}, UserError, "batch_size is 12, which does not divide over 8 devices"),
         ({"mesh.data": 3}, UserError, "data 3 x fsdp 1 x tensor 1 is not the 8 devices"),
         ({"loss.t_max": 2000}, UserError, "t_max 2000"),
@@ -385,6 +388,9 @@ def test_experts_of_one_run_are_as_if_alone(three, run, config, small, tmp_path)
 
 def test_a_killed_run_of_several_goes_on(three, run, tmp_path):
     run("whole", **three)
+    given = {"cache.path": str(tmp_path / "whole"), "steps": 1, "experts.violence.steps": 1}
+    run("of their caches", **three, **given)
+    assert (tmp_path / "of their caches" / "violence" / EXPORT).is_file()
 
     def kill(line):
         if line.startswith(("hate: step 5/", "violence: step 4/")):

@@ -268,6 +268,36 @@ def test_a_checkpoint_that_is_another(machine, bucket):
         there.fetch()
 
 
+def test_a_part_of_a_checkpoint_that_is_gone(machine, bucket):
+    here, _ = machine("here")
+    write(here, checkpoints__5__state="five", checkpoints__5__metadata="{}")
+    here.update()
+    (bucket / "run/checkpoints/5/state").unlink()
+    there, _ = machine("there")
+    with pytest.raises(UserError, match=r"5/state is gone, a part of .* to train anew"):
+        there.fetch()
+
+
+def test_checkpoints_that_are_deleted_there_begin_anew(machine, bucket):
+    here, said = machine("here")
+    write(here, log="1", checkpoints__5__state="five", hate__health__step_5="h", cache__card="c")
+    here.update()
+    (bucket / "run/checkpoints/5/state").unlink()
+    here.fetch()
+    assert said[-1] == f"{bucket}/run: 1 files deleted there are not used"
+    left = {"log": "1", "hate/health/step_5": "h", "cache/card": "c"}
+    assert contents(here.folder) == left
+    there, _ = machine("there")
+    there.fetch()
+    assert contents(there.folder) == left
+
+
+def test_errors_name_the_address(machine, bucket):
+    here, _ = machine("here")
+    with pytest.raises(UserError, match=f"^delete {bucket}/run/checkpoints$"), here.named():
+        raise UserError(f"delete {here.folder}/checkpoints")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"files": {"../x": {}}})])
 def test_a_list_that_is_none(machine, bucket, text):
     (bucket / "run" / LIST).write_text(text)

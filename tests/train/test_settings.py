@@ -92,6 +92,13 @@ def test_what_decides_the_numbers(config):
         ({"checkpoint.keep": 0}, "config.checkpoint.keep is 0"),
         ({"preserve_batch_size": 0}, "config.preserve_batch_size is 0, but .*preservation"),
         ({"lora.targets": (3,)}, "config.lora.targets is"),
+        ({"base": "sd15", "report.enabled": True}, "report.enabled: .* sd15 has none"),
+        ({"health.prompts": ("a",)}, "health.prompts: the embedded model is evaluated on"),
+        (
+            {"base": "sd15", "health.every": 0, "health.prompts": ("a",)},
+            "health.prompts: nothing is drawn on the way, as config.health.every is 0",
+        ),
+        ({"reference.path": "gs://bucket/r"}, "reference.path is gs://bucket/r: .*give a folder"),
         (
             {"base": "sd15", "pairs.path": ""},
             "draws no pairs with sd15 unasked: give --config.pairs.path=FOLDER. .*CoProV2.*arXiv "

@@ -2,9 +2,11 @@
 
 import bisect
 import collections
+import contextlib
 import itertools
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +48,24 @@ class ParquetRows:
     def __init__(self, files: Sequence[Path]):
         if not files:
             raise MissingFileError("there are no parquet files")
-        self._files: list[pyarrow.parquet.ParquetFile] = []
-        self._groups: list[tuple[pyarrow.parquet.ParquetFile, int]] = []
-        for path in files:
-            try:
-                file = pyarrow.parquet.ParquetFile(path)
-                # Of a value that many rows share, as a dictionary makes it cheap, one copy.
+        self._paths = list(files)
+        self._binary: list[str] = []
+        self._groups: list[tuple[Path, int]] = []
+        sizes, schemas = [], []
+        for path in files:  # each closed again: a data set may have more than a process may open
+            with _explained(path), pyarrow.parquet.ParquetFile(path) as file:
                 binary = [x.path for x in file.schema if x.physical_type == "BYTE_ARRAY"]
-                pictures = pyarrow.parquet.ParquetFile(path, read_dictionary=binary)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(
-                    f"{path}: no parquet file, or a damaged one: download it again"
-                ) from error
-            if self._files and not file.schema_arrow.equals(self._files[0].schema_arrow):
+                groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+                schemas.append(file.schema_arrow)
+            self._binary = self._binary or binary
+            if not schemas[-1].equals(schemas[0]):
                 raise UserError(f"{path}: its columns are not those of {files[0]}")
-            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             if any(group.total_byte_size > _MAX_GROUP_BYTES for group in groups):
                 raise UserError(f"{path}: has row groups of more than {_MAX_GROUP_BYTES >> 30} GiB")
-            self._groups += [(pictures, i) for i in range(file.num_row_groups)]
-            self._files.append(file)
-        self._paths = list(files)
-        sizes = [file.metadata.row_group(i).num_rows for file, i in self._groups]
+            self._groups += [(path, i) for i in range(len(groups))]
+            sizes += [group.num_rows for group in groups]
         self._ends = list(itertools.accumulate(sizes))
-        self.columns = {field.name: field.type for field in self._files[0].schema_arrow}
+        self.columns = {field.name: field.type for field in schemas[0]}
         self._held: collections.OrderedDict[tuple[int, str], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -103,15 +100,13 @@ class ParquetRows:
 
     def _values(self, column: str, what: str) -> list[Any]:
         found: list[Any] = []
-        for path, file in zip(self._paths, self._files, strict=True):
-            try:
+        for path in self._paths:
+            with _explained(path), pyarrow.parquet.ParquetFile(path) as file:
                 values = _flat(file.read([column]))
-                if values is not None and _is(values.type, what):
-                    found += values.to_pylist()
-                    continue
-            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}: damaged: download it again") from error
-            raise UserError(f"{path}: the column {column} holds no {what}")
+                good = values is not None and _is(values.type, what)
+                found += values.to_pylist() if good else ()
+            if not good:
+                raise UserError(f"{path}: the column {column} holds no {what}")
         return found
 
     def picture(self, row: int, column: str) -> bytes:
@@ -132,15 +127,28 @@ class ParquetRows:
         with self._lock:
             key = (number, column)
             if key not in self._held:
-                file, group = self._groups[number]
+                path, group = self._groups[number]
                 try:
-                    self._held[key] = _flat(file.read_row_group(group, [column]))
+                    # Of a value that many rows share, as a dictionary makes it cheap, one copy.
+                    with pyarrow.parquet.ParquetFile(path, read_dictionary=self._binary) as file:
+                        self._held[key] = _flat(file.read_row_group(group, [column]))
                 except (pyarrow.ArrowException, OSError) as error:
                     raise BadPictureError("file that cannot be read") from error
                 if len(self._held) > _GROUPS_HELD:
                     self._held.popitem(last=False)
             self._held.move_to_end(key)
             return self._held[key]
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Of what stops a file from being read, a sentence that says which of the two it is."""
+    try:
+        yield
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not of what the file holds
+            raise UserError(f"{path} cannot be read: {os.strerror(error.errno)}") from error
+        raise UserError(f"{path}: no parquet file, or a damaged one: download it again") from error
 
 
 def _flat(table: pyarrow.Table) -> Any:

@@ -51,11 +51,15 @@ def check_picture(data: bytes) -> None:
 def as_kept(data: bytes) -> bytes:
     """A checked picture's file as a pair set has it: as it is, or PNG if it is no plain RGB one."""
     image = _opened(data)
-    turned = image.getexif().get(_ORIENTATION, 1) != 1
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:  # as above; the picture itself is whole
+        turned = False
     if image.mode == "RGB" and image.format in ("JPEG", "PNG") and not turned:
         return data
     png = io.BytesIO()
-    ImageOps.exif_transpose(image).convert("RGB").save(png, "png")
+    image = ImageOps.exif_transpose(image) if turned else image
+    image.convert("RGB").save(png, "png")
     return png.getvalue()
 
 

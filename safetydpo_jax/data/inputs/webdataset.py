@@ -75,7 +75,7 @@ def _add(found: InputSet, name: str, shard: Path, members: dict[str, tarfile.Tar
     try:
         said: Any = json.loads(_read(shard, table, _MAX_JSON_BYTES))
         prompts = {side: said[f"prompt_{side}"] for side in sides}
-        kinds = said.get("category", [])
+        kinds = said.get("category") or []
         kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     except (BadPictureError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         found.skipped[name] = "damaged .json"

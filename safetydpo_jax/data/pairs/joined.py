@@ -63,15 +63,18 @@ class JoinedPairs:
 
 
 def open_pairs(folder: str | PurePath, *, verify: bool = False) -> PairSet | JoinedPairs:
-    """The pair set in a folder, or those in its folders, joined.
+    """The pair set in a folder, or those in its folders joined, or its `all` if it has no other.
 
     Raises:
       MissingFileError, UserError: there is none, or one is damaged.
     """
     found = open_folder(folder)
     with reading(found):
-        joined = not (found / storage.CARD).is_file() and any(found.glob(f"*/{storage.CARD}"))
-    return (JoinedPairs if joined else PairSet)(found, verify=verify)
+        is_set = (found / storage.CARD).is_file()
+        inside = set() if is_set else {file.parent.name for file in found.glob(f"*/{storage.CARD}")}
+    if inside == {ALL}:
+        return PairSet(found / ALL, verify=verify)
+    return (JoinedPairs if inside else PairSet)(found, verify=verify)
 
 
 def mixing_weights(parts: dict[str, int], given: tuple[str, ...]) -> list[float]:

@@ -1,5 +1,8 @@
 """Pick-a-Pic, in parquet files right and wrong."""
 
+import errno
+import os
+
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -66,7 +69,7 @@ def test_a_value_that_many_rows_share_is_held_once(tmp_path):
     assert pyarrow.total_allocated_bytes() - before < 20 * 2**20
 
 
-def test_parquet_that_is_refused(tmp_path):
+def test_parquet_that_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "pick" / "train-0.parquet"
     write_parquet(path, [{"jpg_0": b"", "jpg_1": b"", "caption": ""}])
     with pytest.raises(UserError, match="lacks the column label_0"):
@@ -77,3 +80,19 @@ def test_parquet_that_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="no parquet file, or a damaged one"):
         read(tmp_path / "pick")
+
+    def refused(*args, **options):
+        raise OSError(errno.EMFILE, "too many")
+
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refused)
+    with pytest.raises(UserError, match=r"train-0.parquet cannot be read: Too many open files"):
+        read(tmp_path / "pick")
+
+
+def test_no_file_is_held_open(tmp_path):
+    for i in range(8):
+        write_parquet(tmp_path / "pick" / f"train-{i}.parquet", [pick(2 * i), pick(2 * i + 1)])
+    before = len(os.listdir("/proc/self/fd"))
+    _, found = read_input(tmp_path / "pick")
+    assert all(pair.unsafe.read() for pair in found.pairs)
+    assert len(os.listdir("/proc/self/fd")) <= before

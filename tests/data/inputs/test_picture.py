@@ -80,6 +80,13 @@ def test_others_become_png(folder, data):
     assert (kept.format, kept.mode, kept.size) == ("PNG", "RGB", (64, 64))
 
 
+def test_damaged_exif_costs_no_picture():
+    data = encoded(exif=b"Exif\0\0junk")
+    assert as_kept(data) == data
+    kept = Image.open(io.BytesIO(as_kept(encoded(mode="L", exif=b"Exif\0\0junk"))))
+    assert (kept.format, kept.mode) == ("PNG", "RGB")
+
+
 def test_a_turned_picture_is_turned_back():
     exif = Image.Exif()
     exif[picture_module._ORIENTATION] = 6

@@ -48,6 +48,11 @@ def test_shards(tmp_path):
     assert len(read(tmp_path / "wds")[0]) == 3
 
 
+def test_a_sample_without_a_category(tmp_path):
+    write_shard(tmp_path / "wds" / "0.tar", sample("0", {"category": None}))
+    assert [pair.categories for pair in read_input(tmp_path / "wds")[1].pairs] == [()]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
