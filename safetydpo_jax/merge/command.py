@@ -83,7 +83,6 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
                 "co_merge for these"
             )
         if lessons is not None:
-            sharding.check_batch(sharding.make_mesh(), distill_batch_size=lessons.batch_size)
             check_categories(base_model.prompts(safe=True)[1], experts)
         statistics = votes = None
         if needs:
@@ -126,6 +125,7 @@ def _lessons(arguments: Any) -> "Lessons | None":
         steps=arguments.distill, seed=arguments.seed, num_steps=arguments.steps, **given
     )
     lessons.check()
+    sharding.check_batch(sharding.make_mesh(), distill_batch_size=lessons.batch_size)
     return lessons
 
 

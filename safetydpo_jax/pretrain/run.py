@@ -3,6 +3,7 @@
 import json
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
         raise UserError(
             f"{config.init.path}: pretraining goes on from Stable Diffusion 1.x and 2.x"
         )
-    made_from = {"data": _plain(config.data)}
+    made_from: dict[str, Any] = {"data": _plain(config.data)}
     _claim(workdir / "pictures", made_from)
     pictures, captions = prepare_pictures(config.data, workdir)
     print(f"pictures: {len(pictures)} of {config.data.resolution} px", flush=True)
@@ -144,7 +145,7 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def _claim(folder: pathlib.Path, settings: dict[str, dict[str, Any]]) -> None:
+def _claim(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Notes what a stage is made from, or compares it with what was noted before.
 
     Raises:

@@ -94,8 +94,6 @@ def run(
             pipeline.networks["unet"] = pipeline.unet.clone(remat=True)
         evaluated = any(config.health.every or config.report.enabled for config in configs)
         to_draw = evaluated or any(not config.pairs.path for config in configs)
-        if to_draw:
-            check_drawable(shared, pipeline)
         drawing = pipeline.on_this_host(mesh, to_draw=to_draw)
 
         def expert_of(config: ConfigDict) -> Expert:
@@ -114,6 +112,8 @@ def run(
             saved = lambda: home.update(must=False)  # noqa: E731
             cohorts.append(Cohort(experts, pipeline, mesh, folder, phases, saved))
         experts = [expert for cohort in cohorts for expert in cohort.experts]
+        if to_draw:
+            check_drawable(shared, pipeline)
 
         phases.begin("pairs")
         for expert in experts:

@@ -259,7 +259,7 @@ def test_a_resolution_that_makes_no_latents(made, write, config, side):
 
 
 def test_no_pair_set(made):
-    with pytest.raises(MissingFileError, match=r"pairs has no card\.json"):
+    with pytest.raises(MissingFileError, match="there is no folder .*pairs: "):
         made()
 
 

@@ -70,7 +70,7 @@ def test_bad_inputs(file, model_folder, tmp_path, capsys):
     factors = {"lora_down.weight": (4, 320), "lora_up.weight": (320, 4), "dora_scale": (1, 320)}
     for keys, message in (
         ({f"{sd15}.{name}": shape for name, shape in factors.items()}, "is of DoRA, which is not"),
-        ({f"{sd15}.lora_down.weight": (4, 320)}, "attn1.to_q has no b"),
+        ({f"{sd15}.lora_down.weight": (4, 320)}, "attn1.to_q has no lora_B"),
         ({f"{sd15.replace('unet', 'te')}.lora_down.weight": (4, 320)}, "are for text encoders"),
     ):
         tensors = {key: np.zeros(shape, np.float32) for key, shape in keys.items()}

@@ -102,7 +102,7 @@ def test_another_autoencoder(checkpoint, tmp_path):
     for name, what in (("nowhere", "no such folder"), ("vae/config.json", "not a folder")):
         with pytest.raises(MissingFileError, match=f"{name}: {what}; give an autoencoder's"):
             load_pipeline(file, configs=str(folder), vae=str(tmp_path / name))
-    with pytest.raises(UserError, match=r"config.model_config is sd15, but .* has its own configs"):
+    with pytest.raises(UserError, match=r"model_config is sd15, but .* has its own configs"):
         load_pipeline(folder, configs="sd15")
     # The folder's own autoencoder, and not the file's, if it is asked for.
     ours = load_pipeline(file, configs=str(folder), vae=str(folder))
@@ -136,7 +136,7 @@ def test_families_are_told_apart(family, contents, tmp_path):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({"width": 1024}, "predicts noise .* or velocity .*config.model_config, sd21-base or"),
+        ({"width": 1024}, "predicts noise .* or velocity .*model_config, sd21-base or"),
         ({"keys": ["conditioner.embedders.1.x", "v_pred"]}, "like sdxl, but its UNet predicts"),
         ({"keys": ["conditioner.embedders.1.x", "edm_mean"]}, "like sdxl, but its UNet predicts"),
         ({"width": 768, "modelspec.prediction_type": "v"}, "like sd15, but its UNet predicts"),

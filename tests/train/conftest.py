@@ -84,6 +84,7 @@ class SmallPipeline:
 
     resolution = 16
     num_devices = 1
+    is_sdxl = False
     vae = types.SimpleNamespace(config=types.SimpleNamespace(downscale=2))
 
     def encode_images(self, pictures):

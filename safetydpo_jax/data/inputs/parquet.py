@@ -103,10 +103,9 @@ class ParquetRows:
         for path in self._paths:
             with _explained(path), pyarrow.parquet.ParquetFile(path) as file:
                 values = _flat(file.read([column]))
-                good = values is not None and _is(values.type, what)
-                found += values.to_pylist() if good else ()
-            if not good:
-                raise UserError(f"{path}: the column {column} holds no {what}")
+                if values is None or not _is(values.type, what):
+                    raise UserError(f"{path}: the column {column} holds no {what}")
+                found += values.to_pylist()
         return found
 
     def picture(self, row: int, column: str) -> bytes:
