@@ -110,7 +110,8 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
         if "unet" in parts:  # what it predicts, and of which noise
             configs["scheduler"] = base.configs["scheduler"]
         start = {part: base.params[part] for part in parts - {"vae"}}
-    configs["unet"] |= {"sample_size": config.data.resolution // vae.config.downscale}
+    side = config.data.resolution // vae.config.downscale
+    configs["unet"] = configs["unet"] | {"sample_size": side}
     made_from |= {**configs, "denoiser_training": _plain(config.denoiser_training)}
     _claim(workdir / "denoiser", made_from)
     networks, schedule = build_networks(configs, str(workdir))

@@ -159,9 +159,7 @@ class Expert:
         """Leaves its config in its folder."""
         text, file = self.config.to_json(indent=2) + "\n", self.workdir / "config.json"
         with storage.explained_writes(file):
-            self.workdir.mkdir(
-                parents=True, exist_ok=True
-            )  # of several: nothing was made there yet
+            self.workdir.mkdir(parents=True, exist_ok=True)  # where nothing was made before
         storage.write_file(file, text.encode())
 
     def export(self, adapters: Adapters) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -74,11 +75,12 @@ class Workdir:
         files = listed.get("files", {})
         same = listed.get("id") == known.get("id")
         if emptied := self._emptied(files):
-            for name in emptied:
-                del files[name]
-                (self.folder / name).unlink(missing_ok=True)
+            for folder, names in emptied.items():
+                shutil.rmtree(self.folder / folder, ignore_errors=True)
+                for name in names:
+                    del files[name]
+                self._progress(f"{self.address}/{folder} was deleted, and begins anew")
             listed = self._list(files)
-            self._progress(f"{self.address}: {len(emptied)} files deleted there are not used")
         if same and (deleted := self._deleted(files)):
             for name in deleted:  # the next `update` copies what this host has of it
                 del files[name]
@@ -102,7 +104,7 @@ class Workdir:
                 elif _is_of_checkpoint(name) and sha256 != files[name]["sha256"]:
                     raise UserError(
                         f"{self.address}/{name} is damaged: it is not the file that {LIST} lists; "
-                        f"{_REMEDY}"
+                        + _REMEDY
                     )
             for name in gone:
                 if name in files:  # not yet gone with another
@@ -208,10 +210,10 @@ class Workdir:
             (self.folder / name).unlink(missing_ok=True)
         self._progress(f"{self.address}/{missing} is gone: what it was a part of is made again")
 
-    def _emptied(self, files: Collection[str]) -> list[str]:
-        """The files of checkpoints and evaluations of whose folder nothing is there any more.
+    def _emptied(self, files: Collection[str]) -> dict[str, list[str]]:
+        """Folders of checkpoints and evaluations of which nothing is there any more; their files.
 
-        Somebody deleted it, as our errors advise, to have it begin anew.
+        Somebody deleted them, as our errors advise, to have it begin anew.
         """
         folders: dict[str, list[str]] = {}
         for name in files:
@@ -220,12 +222,11 @@ class Workdir:
                 folders.setdefault("/".join(parts[: depths[0]]), []).append(name)
         there = epath.Path(self.address)
         with explained(self.address):
-            return [
-                name
-                for names in folders.values()
+            return {
+                folder: names
+                for folder, names in folders.items()
                 if not any((there / name).exists() for name in names)
-                for name in names
-            ]
+            }
 
     def _deleted(self, files: Collection[str]) -> list[str]:
         """Of pairs and caches, which others read there, the files that are not there any more."""

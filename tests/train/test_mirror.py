@@ -283,8 +283,10 @@ def test_checkpoints_that_are_deleted_there_begin_anew(machine, bucket):
     write(here, log="1", checkpoints__5__state="five", hate__health__step_5="h", cache__card="c")
     here.update()
     (bucket / "run/checkpoints/5/state").unlink()
+    write(here, checkpoints__6__state="not copied yet")
     here.fetch()
-    assert said[-1] == f"{bucket}/run: 1 files deleted there are not used"
+    assert said[-1] == f"{bucket}/run/checkpoints was deleted, and begins anew"
+    assert not (here.folder / "checkpoints").exists()
     left = {"log": "1", "hate/health/step_5": "h", "cache/card": "c"}
     assert contents(here.folder) == left
     there, _ = machine("there")
