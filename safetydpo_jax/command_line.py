@@ -14,6 +14,7 @@ from safetydpo_jax.errors import MissingFileError, UserError
 # Where configs/ and launch/ are: a wheel holds them in share/, a checkout in its root.
 _SHARE = Path(__file__).resolve().with_name("share")
 ROOT = _SHARE if _SHARE.is_dir() else _SHARE.parents[1]
+_HERE = "this script writes to this host's disk; give a path there, and copy what it makes"
 _PROMPTS = "config.health.prompts"  # a key whose value is not shown
 
 
@@ -25,10 +26,7 @@ def shipped(path: str) -> Path:
 def local_path(text: str) -> Path:
     """For argparse: a path on this host; an address would become a folder named `gs:`."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is an address: this script writes to this host's disk; give a path, and "
-            "copy what it makes"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is an address: {_HERE}")
     return Path(text)
 
 
@@ -101,10 +99,7 @@ def read_command_line(
     if "://" not in workdir:
         return values.config, Path(workdir)
     if not bucket:
-        raise UserError(
-            f"--workdir {workdir}: this script writes to this host's disk; give a folder, and copy "
-            "what it makes"
-        )
+        raise UserError(f"--workdir {workdir}: {_HERE}")
     return values.config, workdir
 
 

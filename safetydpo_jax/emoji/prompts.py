@@ -69,12 +69,12 @@ _NO_ARTICLE = frozenset(
 )
 # Prompt splits, and the combinations (scenes.SPLITS) each draws from.
 _SPLITS = {"train": "train", "tune": "tune", "test": "test", "held_out_concepts": "held_out"}
-# A target without a new prompt after so many tries gives way to another; after so many such
-# targets the split counts as used up.
 _ASKED = {  # where a run says how many it wants
     "tune": " (--config.health.num_unsafe)",
     "test": " (--config.report.num_unsafe)",
 }
+# A target without a new prompt after so many tries gives way to another; after so many such
+# targets the split counts as used up.
 _TRIES = 300
 _FAILURES = 20
 

@@ -20,7 +20,7 @@ from safetydpo_jax.lora.writer import save_lora
 from safetydpo_jax.merge import summary
 from safetydpo_jax.merge.experts import Experts, opened_experts
 from safetydpo_jax.merge.layer import Inputs, Votes
-from safetydpo_jax.merge.moments import SAFE, check_categories, voting
+from safetydpo_jax.merge.moments import check_categories, voting
 from safetydpo_jax.merge.overlap import Overlap, common
 from safetydpo_jax.merge.run import ASKS, Merged, by_layer, check, merge
 from safetydpo_jax.merge.statistics import Statistics, load_statistics, vote_weights
@@ -152,7 +152,7 @@ class _Base:
         if count is not None and count < 1:
             raise UserError(f"--num_prompts {count}: it must be 1 or more")
         if self._arguments.prompts is not None:
-            return read_prompts(self._arguments.prompts, count)
+            return read_prompts(self._arguments.prompts, count, safe=safe)
         if self._arguments.model == "emoji":
             return emoji_prompts(count or 16, self._arguments.seed, safe=safe)
         raise UserError(
@@ -175,9 +175,6 @@ def _statistics(
     else:
         inputs = needs == "inputs"
         prompts, categories = base_model.prompts(safe=inputs)
-        if not inputs:  # a table may have safe ones, for --distill; they have no vote
-            voters = [i for i, name in enumerate(categories) if name != SAFE]
-            prompts, categories = ([x[i] for i in voters] for x in (prompts, categories))
         from safetydpo_jax.merge.activity import BANDS, count_votes
 
         if names := voting(categories):  # now, not after the count, which refuses to have none

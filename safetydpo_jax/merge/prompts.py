@@ -9,12 +9,15 @@ from safetydpo_jax.merge.moments import SAFE
 COLUMNS = ("category", "prompt")
 
 
-def read_prompts(path: Path, most: int | None = None) -> tuple[list[str], list[str]]:
+def read_prompts(
+    path: Path, most: int | None = None, *, safe: bool = True
+) -> tuple[list[str], list[str]]:
     """The prompts of a CSV and the category of each.
 
     Args:
       path: a table with the columns category and prompt; others are ignored.
       most: of each category, the first; None for all.
+      safe: those of category "safe", too.
 
     Raises:
       UserError, MissingFileError: it is no such table, or a field is empty.
@@ -25,6 +28,8 @@ def read_prompts(path: Path, most: int | None = None) -> tuple[list[str], list[s
             if not row[column].strip():
                 raise UserError(f"{where}: the column {column} is empty")
         category = row["category"].strip()
+        if category == SAFE and not safe:
+            continue
         if most is None or categories.count(category) < most:
             prompts.append(row["prompt"].strip())
             categories.append(category)

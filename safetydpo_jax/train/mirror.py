@@ -199,8 +199,7 @@ class Workdir:
         That is what is beside it, and of pairs and caches all that there is.
         """
         *folders, _ = missing.split("/")
-        tops = [i for i, folder in enumerate(folders, 1) if folder in _WHOLE]
-        depth = tops[0] if tops else None
+        depth = _depth(missing, _WHOLE)
 
         def place(name: str) -> list[str]:
             return name.split("/")[:-1][:depth]
@@ -217,9 +216,8 @@ class Workdir:
         """
         folders: dict[str, list[str]] = {}
         for name in files:
-            parts = name.split("/")
-            if depths := [i for i, part in enumerate(parts[:-1], 1) if part in _BEGINS_ANEW]:
-                folders.setdefault("/".join(parts[: depths[0]]), []).append(name)
+            if depth := _depth(name, _BEGINS_ANEW):
+                folders.setdefault("/".join(name.split("/")[:depth]), []).append(name)
         there = epath.Path(self.address)
         with explained(self.address):
             return {
@@ -318,6 +316,12 @@ class Workdir:
 
 def _parts(name: str) -> set[str]:
     return set(name.split("/"))
+
+
+def _depth(name: str, among: Collection[str]) -> int | None:
+    """How many parts of a file's name lead to the first folder among these; None without one."""
+    folders = name.split("/")[:-1]
+    return next((i for i, folder in enumerate(folders, 1) if folder in among), None)
 
 
 def _is_of_checkpoint(name: str) -> bool:

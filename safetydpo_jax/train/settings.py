@@ -276,7 +276,7 @@ def _check(config: ConfigDict) -> None:
     if "://" in config.reference.path:
         raise UserError(
             f"config.reference.path is {config.reference.path}: the tables are on this host's "
-            "disk, as they are read in each step; give a folder"
+            "disk; give a folder"
         )
     if not all(isinstance(target, str) for target in config.lora.targets):
         raise UserError(f"config.lora.targets is {config.lora.targets}: it must be names of layers")
