@@ -124,6 +124,17 @@ def told(text: str, process: int = 0) -> str:
     return client.blocking_key_value_get(key, 1000 * DAY_SECONDS)
 
 
+def meet() -> None:
+    """Waits until all processes are here, by the coordinator.
+
+    To be called before a collective to which they do not come at one time, as one compiles longer
+    than another or has read a file: Gloo, by which CPUs speak, gives up after 30 s.
+    """
+    if jax.process_count() > 1:
+        client: Any = distributed.global_state.client
+        client.wait_at_barrier(f"safetydpo_jax/meet/{next(_count)}", 1000 * DAY_SECONDS)
+
+
 def each(what: Callable[[], Any]) -> None:
     """Does something in every process, and waits until it is done in all.
 
@@ -151,6 +162,7 @@ def first_arrays(tree: Any) -> Any:
     """The first process's arrays, NumPy's, in all; others give any of the same shapes."""
     if jax.process_count() == 1:
         return tree
+    meet()  # the first one has read them
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 

@@ -244,6 +244,7 @@ class Cohort:
         seconds = time.monotonic() - began
         host_memory.give_back()
         self._phases.progress(f"compiled in {seconds:.1f} s; {flops / 1e12:.3f} TFLOP a step")
+        processes.meet()
         return compiled, flops
 
     def _to_hold(self) -> tuple[Any, ...]:

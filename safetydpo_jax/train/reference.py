@@ -12,7 +12,6 @@ named by all that the answers depend on:
 All in float32, rows in the order of their row_id. More draws go on from fewer.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,8 +102,8 @@ def reference_tables(
         common = {k: config[k] for k in ("seed", "dtype", "matmul_precision")}
         key = storage.digest({"model": model_hash, "cache": cache.key, **common, **table.depends})
         files = [home / key[:16] / f"{name}_{i:05d}.safetensors" for i in range(draws)]
-        ask = functools.partial(answers[name], pipeline.unet_params)
-        _complete(name, table, files, ask, config, cache, mesh, progress)
+        params = pipeline.unet_params
+        _complete(name, table, files, answers[name], params, config, cache, mesh, progress)
         found[name] = np.zeros((len(table.rows), draws, *table.shape), np.float32)
         for i, file in enumerate(files):
             if processes.is_first():
@@ -127,7 +126,8 @@ def _complete(
     name: str,
     table: _Table,
     files: Sequence[Path],
-    ask: Callable[[Batch, Conditioning], Array],
+    answer_of: Any,
+    params: Any,
     config: ConfigDict,
     cache: Cache,
     mesh: Mesh,
@@ -141,6 +141,7 @@ def _complete(
     count, what, pace = len(table.rows), f"reference: {name}", Pace(len(missing))
     progress(f"{what}, {count} rows, {len(missing)} of {len(files)} draws to be computed")
     null = sharding.put(cache.null, sharding.replicated(mesh))
+    ask = None
     for done, draw in enumerate(missing):
         answer = np.empty((count, *table.shape), np.float32)
         for start in range(0, count, table.size):
@@ -149,7 +150,10 @@ def _complete(
             batch = table.read(cache, table.rows[index], np.full_like(index, draw))
             batch = sharding.put(batch, sharding.batch_sharding(mesh))
             with jax.default_matmul_precision(config.matmul_precision), jax.set_mesh(mesh):
-                answer[index] = ask(batch, null)
+                if ask is None:
+                    ask = answer_of.lower(params, batch, null).compile()
+                    processes.meet()
+                answer[index] = ask(params, batch, null)
             part = done + min(1, (start + table.size) / count)
             if part < len(missing) and pace.due(part):
                 progress(

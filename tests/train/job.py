@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import tempfile
 
 
 class Job:
@@ -13,6 +14,7 @@ class Job:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         flag = f"--xla_force_host_platform_device_count={devices // count}"
+        self._outputs = [tempfile.TemporaryFile("w+") for _ in range(count)]
         self.processes = [
             subprocess.Popen(
                 [*arguments, "--distributed", *own(i)],
@@ -20,18 +22,23 @@ class Job:
                 | {"XLA_FLAGS": flag, "JAX_COORDINATOR_ADDRESS": address}
                 | {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
                 | env(i),
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.STDOUT,
-                text=True,
             )
-            for i in range(count)
+            for i, output in enumerate(self._outputs)
         ]
+
+    def said(self, i):
+        """What a process has said until now."""
+        # Not by its own position, from which the process writes.
+        size = os.fstat(self._outputs[i].fileno()).st_size
+        return os.pread(self._outputs[i].fileno(), size, 0).decode()
 
     def end(self, timeout=900):
         """The exit codes, and what each said."""
         try:
-            said = [process.communicate(timeout=timeout)[0] for process in self.processes]
+            codes = [process.wait(timeout) for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()  # if they did not end in time
-        return [process.returncode for process in self.processes], said
+        return codes, [self.said(i) for i in range(len(codes))]

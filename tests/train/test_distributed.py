@@ -38,9 +38,16 @@ def start(begin, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(begin, tmp_path_factory):
-    """Of two processes that nothing befalls, the workdir."""
+    """Of two processes, one of which takes long to compile, the workdir."""
     workdir = tmp_path_factory.mktemp("whole")
-    codes, said = begin(2, workdir).end()
+    job = begin(2, workdir)
+    while "compile" not in job.said(0):
+        assert all(p.poll() is None for p in job.processes), job.end()
+        time.sleep(0.1)
+    job.processes[1].send_signal(signal.SIGSTOP)
+    time.sleep(40)  # in a collective the first would have given up
+    job.processes[1].send_signal(signal.SIGCONT)
+    codes, said = job.end()
     assert codes == [0, 0], said
     assert "4 x cpu in 2 processes" in said[0]
     assert "step" not in said[1]  # the first alone speaks
@@ -161,13 +168,13 @@ def test_a_process_that_is_held_is_noticed(start, tmp_path):
     job = start(2, "hanging", "--config.guard.hang_seconds=60")
     wait_for(job, tmp_path / "hanging", 3)
     job.processes[1].send_signal(signal.SIGSTOP)
-    said, _ = job.processes[0].communicate(timeout=300)
+    job.processes[0].wait(300)
     job.processes[1].kill()
-    job.processes[1].communicate()
+    job.processes[1].wait()
     # By the watch or, as a held process gives no heartbeat either, by the coordinator: both wait
     # for 60 s.
     noticed = {processes.LOST: "nothing has happened for 60 s", -signal.SIGABRT: "unhealthy"}
-    assert noticed[job.processes[0].returncode] in said
+    assert noticed[job.processes[0].returncode] in job.said(0)
 
 
 @pytest.mark.parametrize(
