@@ -26,10 +26,9 @@ from jaxtyping import install_import_hook
 install_import_hook("safetydpo_jax", "tests.check")
 
 
-def pytest_configure(config):
-    """Most tests compile more than they compute: for them LLVM leaves out what takes it long."""
-    if config.option.markexpr == "not slow":
-        jax.config.update("jax_disable_most_optimizations", True)
+# Most tests compile more than they compute: for them LLVM leaves out what takes it long. Not for
+# the processes that they start, some of which draw.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

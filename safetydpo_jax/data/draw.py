@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from safetydpo_jax.data.inputs.pair import ALL
-from safetydpo_jax.data.pairs import open_pairs
+from safetydpo_jax.data.pairs import JoinedPairs, PairSet, open_pairs
 from safetydpo_jax.data.pending import Chunk, PendingPairs, State, check_options
 from safetydpo_jax.data.sources import PairSource, source_of
 from safetydpo_jax.diffusion.samplers import draw_pictures
@@ -49,8 +49,8 @@ def make_pairs(
     check_options(config)  # of drawing too: the report draws, whoever made the pairs
     if config.pairs.path:
         pairs = open_pairs(config.pairs.path)
+        check_category(config, pairs)
         category = pairs.card.get("settings", {}).get("category", "category unknown")
-        _check_category(config, pairs.folder, list(pairs.parts) or [category])
         progress(f"pairs: {pairs.num_pairs} ({category}) from {pairs.folder}")
         return pairs.folder
     pairs = PendingPairs(config, pipeline, Path(workdir) / "pairs", source or source_of(config))
@@ -58,14 +58,20 @@ def make_pairs(
     return pairs.finish(progress)
 
 
-def _check_category(config: Any, folder: Any, given: Sequence[str]) -> None:
-    """Refuses another category's pairs: file, header and model card would say what is not so."""
+def check_category(config: Any, pairs: PairSet | JoinedPairs) -> None:
+    """Refuses another category's pairs: file, header and model card would say what is not so.
+
+    Raises:
+      UserError: it has some.
+    """
+    given = list(pairs.parts) or [pairs.card.get("settings", {}).get("category")]
     others = [name for name in given if name in CATEGORIES and name != config.category]
     if others and config.category != ALL:
         raise UserError(
-            f"{folder} has pairs of {', '.join(others)}, and this expert is of {config.category}: "
+            f"{pairs.folder} has pairs of {', '.join(others)}, and this expert is of "
+            f"{config.category}: "
             + (
-                f"give --config.pairs.path={folder}/{config.category}"
+                f"give --config.pairs.path={pairs.folder}/{config.category}"
                 if config.category in given
                 else "give pairs of that, or the config of these"
             )

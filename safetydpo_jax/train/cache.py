@@ -30,7 +30,7 @@ def run(
       The cache, or None while other parts are missing.
 
     Raises:
-      UserError: a wrong config, no pairs, or what `data.encode_part` raises.
+      UserError: a wrong config, no pairs or another category's, or what `data.encode_part` raises.
     """
     phases = Phases(progress, total=3)
 
@@ -38,6 +38,7 @@ def run(
     config = resolve(config)
     folder = config.pairs.path or pathlib.Path(workdir) / "pairs"
     pairs = data.open_pairs(folder)
+    data.check_category(config, pairs)
     progress(f"{config.category}, {folder}: {pairs.num_pairs} pairs, {pairs.num_preserve} others")
 
     phases.begin("autoencoder and text encoders")

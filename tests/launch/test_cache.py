@@ -110,6 +110,16 @@ def test_an_option_of_its_own():
             pop_option(argv, "--part")
 
 
+def test_pairs_of_another_category(config, tmp_path):
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    picture = Picture("0", "a word", 0, pixels)
+    card = {"settings": {"category": "violence"}}
+    write_pairs(tmp_path / "others", [picture], [picture], [], card)
+    config.pairs.path = str(tmp_path / "others")
+    with pytest.raises(UserError, match="has pairs of violence, and this expert is of hate"):
+        run(config, tmp_path / "run", progress=lambda line: None)
+
+
 def test_no_pairs(model_folder, tmp_path):
     done = subprocess.run(
         command(model_folder, "none", tmp_path / "run"), capture_output=True, text=True, check=False

@@ -14,7 +14,7 @@ class Job:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         flag = f"--xla_force_host_platform_device_count={devices // count}"
-        self._outputs = [tempfile.TemporaryFile("w+") for _ in range(count)]
+        self._outputs = [tempfile.TemporaryFile() for _ in range(count)]  # noqa: SIM115
         self.processes = [
             subprocess.Popen(
                 [*arguments, "--distributed", *own(i)],

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS = 60
+STEPS = 24
+# Such a model's step takes LLVM longer to make fast than it then runs.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 EXPORT = "export/pytorch_lora_weights.safetensors"
 
 
@@ -21,7 +23,7 @@ def command(model_folder, pairs_folder, workdir):
         "batch_size": 4,
         "preserve_batch_size": 4,
         "lora.rank": 2,
-        "checkpoint.every": 7,
+        "checkpoint.every": 4,
         "health.every": 0,
         "report.enabled": False,
     }
@@ -42,11 +44,11 @@ def lines(workdir):
 @pytest.mark.slow
 def test_kill_9_changes_nothing(model_folder, pairs_folder, tmp_path):
     """Killed before training, at its first step and in the middle: the adapters are the same."""
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | QUICK | {"XLA_FLAGS": ""}
     quiet = {"env": environment, "stdout": subprocess.DEVNULL, "cwd": tmp_path}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(model_folder, pairs_folder, whole), check=True, **quiet)
-    for moment in (0, 1, 33):
+    for moment in (0, 1, 13):
         process = subprocess.Popen(command(model_folder, pairs_folder, killed), **quiet)
         while process.poll() is None and not (
             lines(killed) >= moment if moment else (killed / "cache").exists()
