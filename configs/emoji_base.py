@@ -2,9 +2,9 @@ r"""The base model of the embedded world: a small Stable Diffusion for 64 x 64 p
 
     python launch/pretrain.py --config configs/emoji_base.py --workdir runs/emoji_base
 
-On two CPU cores: 21 minutes for the autoencoder (31.2 dB), 5 for the latents, 80 for the denoiser,
+On two CPU cores: 21 minutes for the autoencoder (31.2 dB), 5 for the latents, 86 for the denoiser,
 which then draws 92 to 94 % of single pictograms as asked. The shipped model went on from there on
-fresh pictures, for 70 minutes more (benchmarks/results/emoji_base.json):
+fresh pictures, for 73 minutes more (benchmarks/results/emoji_base_training.json):
 
     python launch/pretrain.py --config configs/emoji_base.py --workdir runs/emoji_base_2 \
         --config.init.path=runs/emoji_base/pipeline --config.data.seed=1 \

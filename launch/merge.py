@@ -62,7 +62,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="the first N of each category (all of the table's; 16 where emoji makes them)",
     )
-    parser.add_argument("--steps", type=int, default=20, help="of the drawing, for votes (20)")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="of the drawing, for votes and --distill (20)"
+    )
+    parser.add_argument("--sampler", default="ddim", choices=("ddim", "dpmsolver++", "euler"))
+    parser.add_argument("--guidance_scale", type=float, default=7.5, help="of it; 1 is none (7.5)")
     parser.add_argument(
         "--trajectory",
         choices=("base", "experts"),

@@ -24,7 +24,7 @@ COMMANDS = (
     "merge",
     "export",
     "pretrain",
-)  # scripts in launch/; the others are maintainers'
+)  # scripts in launch/; the others are maintainers' or start jobs on clouds
 
 
 def main() -> None:

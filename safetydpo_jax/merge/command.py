@@ -121,12 +121,19 @@ def _lessons(arguments: Any) -> "Lessons | None":
         raise UserError("--distill trains the result: give the base as --model")
     from safetydpo_jax.merge.distillation import Lessons
 
-    lessons = Lessons(
-        steps=arguments.distill, seed=arguments.seed, num_steps=arguments.steps, **given
-    )
+    lessons = Lessons(steps=arguments.distill, seed=arguments.seed, **_drawing(arguments), **given)
     lessons.check()
     sharding.check_batch(sharding.make_mesh(), distill_batch_size=lessons.batch_size)
     return lessons
+
+
+def _drawing(arguments: Any) -> dict[str, Any]:
+    """How pictures are drawn, for votes and lessons."""
+    return {
+        "sampler": arguments.sampler,
+        "num_steps": arguments.steps,
+        "guidance_scale": arguments.guidance_scale,
+    }
 
 
 class _Base:
@@ -186,7 +193,7 @@ def _statistics(
             categories,
             seed=arguments.seed,
             batch_size=arguments.batch_size,
-            num_steps=arguments.steps,
+            **_drawing(arguments),
             inputs=inputs,
             trajectory=arguments.trajectory,
             kept=_counted(arguments),

@@ -46,7 +46,8 @@ def test_distilled(kept_files, pipeline, model_folder, tmp_path, capsys):
     rows = [f"{name},secret {i}" for name in names for i in range(2)]
     prompts.write_text("\n".join(["category,prompt", *rows]))
     given = ("--method", "svd", "--rank", 3, "--model", model_folder, "--prompts", prompts,
-             "--steps", 3, "--distill", 2, "--distill_batch_size", 8)  # fmt: skip
+             "--steps", 3, "--guidance_scale", 4, "--distill", 2,
+             "--distill_batch_size", 8)  # fmt: skip
     run("--experts", *kept_files, *given, "--out", out)
     said = capsys.readouterr().out
     assert "secret" not in said
@@ -57,6 +58,7 @@ def test_distilled(kept_files, pipeline, model_folder, tmp_path, capsys):
     _, header = lora.load_lora(out, pipeline.unet_params)
     lessons = json.loads(header["distillation"])
     assert (lessons["steps"], lessons["batch_size"], lessons["num_steps"]) == (2, 8, 3)
+    assert (lessons["sampler"], lessons["guidance_scale"]) == ("ddim", 4.0)
     taught, untaught = (change(path, pipeline) for path in (out, merged))
     assert any(np.abs(taught[layer] - untaught[layer]).max() > 1e-3 for layer in taught)
     assert sorted(path.name for path in out.parent.iterdir()) == ["merged.png", out.name]
@@ -87,7 +89,7 @@ def test_co_merge_and_again_from_its_votes(
 ):
     out = tmp_path / "out" / "merged.safetensors"
     run("--experts", *files, "--model", model_folder, "--prompts", prompts, "--steps", 4,
-        "--rank", 3, "--out", out)  # fmt: skip
+        "--sampler", "euler", "--guidance_scale", 4, "--rank", 3, "--out", out)  # fmt: skip
     said = capsys.readouterr().out
     assert "secret" not in said
     assert "of the outputs have the same winner" in said
@@ -97,7 +99,9 @@ def test_co_merge_and_again_from_its_votes(
     assert "won by" in said
     _, header = lora.load_lora(out, pipeline.unet_params)
     assert (header["method"], header["rank"]) == ("co_merge", "3")
-    assert json.loads(header["statistics"])["trajectory"] == "base"
+    counted = json.loads(header["statistics"])
+    assert (counted["trajectory"], counted["sampler"]) == ("base", "euler")
+    assert (counted["num_steps"], counted["guidance_scale"]) == (4, 4.0)
     assert [x["name"] for x in json.loads(header["experts"])] == ["hate", "violence", "shocking"]
     with Image.open(out.with_suffix(".png")) as picture:
         assert picture.size[0] >= 720
