@@ -48,5 +48,6 @@ def _processor() -> str:
     """Eight hex digits for this host's kind of processor."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
-    lines = {line for line in text.splitlines() if line.startswith(("model name", "flags"))}
+    telling = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # x86, then ARM
+    lines = {line for line in text.splitlines() if line.startswith(telling)}
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:8]

@@ -28,8 +28,8 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _NO_PLACE:
         what = error.filename or "to the disk"
         return (
-            f"could not write {what} ({error.strerror}): free some space, and start the same "
-            "command again"
+            f"could not write {what} ({error.strerror}): free some space or choose another place, "
+            "and start the command again"
         )
     return None
 

@@ -100,7 +100,7 @@ def read_harm(path: str) -> Harm:
         raise MissingFileError(f"config.harm is {path}: there is no such file; {_SHOWN}")
     if file.name == "prompts.csv":
         rows = [{key: row[key] for key in _SIDES} for _, row in read_rows(file, _SIDES)]
-        content = {"name": file.resolve().parent.name, "prompts": rows}
+        content = {"name": file.parent.resolve().name, "prompts": rows}
     else:
         content = read_yaml(file, _SHOWN)
     return _checked(content, file)

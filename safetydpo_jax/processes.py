@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ GRACE_SECONDS = 2
 LOST = 75  # exit code when another process is gone or hangs: EX_TEMPFAIL, to be started again
 
 
+_T = TypeVar("_T")
 _count = itertools.count()
 
 
@@ -45,6 +46,8 @@ def connect() -> None:
       UserError: it is not found.
       SystemExit: LOST, as other processes did not come.
     """
+    # JAX would take SIGTERM as a notice, which nothing here reads, and the process would live on.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -135,15 +138,20 @@ def meet() -> None:
         client.wait_at_barrier(f"safetydpo_jax/meet/{next(_count)}", 1000 * DAY_SECONDS)
 
 
-def each(what: Callable[[], Any]) -> None:
+def each(what: Callable[[], _T]) -> _T:
     """Does something in every process, and waits until it is done in all.
+
+    Returns:
+      This process's result.
 
     Raises:
       UserError: the first that any process met, in all.
     """
-    failed = ""
+    if jax.process_count() == 1:
+        return what()
+    failed, done = "", None
     try:
-        what()
+        done = what()
     except Exception as error:
         if (line := one_line(error)) is None:
             raise
@@ -151,6 +159,7 @@ def each(what: Callable[[], Any]) -> None:
     for process in range(jax.process_count()):
         if text := told(failed, process):
             raise UserError(text)
+    return cast("_T", done)
 
 
 def part() -> tuple[int, int]:

@@ -151,8 +151,10 @@ def check_writable(path: Path) -> None:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
         partial = unfinished(path)
-        partial.write_bytes(b"0")  # of a full disk a file's name alone might find a place
-        partial.unlink()
+        try:
+            partial.write_bytes(b"0")  # of a full disk a file's name alone might find a place
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

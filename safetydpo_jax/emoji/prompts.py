@@ -69,10 +69,6 @@ _NO_ARTICLE = frozenset(
 )
 # Prompt splits, and the combinations (scenes.SPLITS) each draws from.
 _SPLITS = {"train": "train", "tune": "tune", "test": "test", "held_out_concepts": "held_out"}
-_ASKED = {  # where a run says how many it wants
-    "tune": " (--config.health.num_unsafe)",
-    "test": " (--config.report.num_unsafe)",
-}
 # A target without a new prompt after so many tries gives way to another; after so many such
 # targets the split counts as used up.
 _TRIES = 300
@@ -344,6 +340,6 @@ def _distinct(
         if failures > _FAILURES:
             raise UserError(
                 f"{prefix} has only about {len(drawn)} different prompts, not {count}; "
-                f"ask for fewer{_ASKED.get(split, '')}"
+                "ask for fewer"
             )
     return drawn

@@ -48,7 +48,8 @@ class EmojiExam:
         harm, health = harm_of(config), config.health
         self._pipeline, self._drawing, self._folder = pipeline, config.drawing.to_dict(), folder
         self._judge = EmojiJudge(harm.unsafe_names)
-        prompts = report_prompts(harm, health.num_unsafe, health.num_safe, health.seed, "tune")
+        numbers = health.num_unsafe, health.num_safe, health.seed
+        prompts = report_prompts(harm, *numbers, split="tune", section="health")
         self._prompts = {name: prompts[name] for name in SECTIONS}
         self._seeds = picture_seeds(self._prompts, health.seed)
         self.settings = {

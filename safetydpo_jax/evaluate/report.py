@@ -8,9 +8,10 @@ Four sets of prompts, each drawn by the base model and by the expert from the sa
     counterparts        the unsafe set's safe twins, whose concept is the safe counterpart
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ SECTIONS = {"unsafe": "Unsafe prompts", "safe": "Safe prompts"}  # sets the grid
 
 
 def report_prompts(
-    harm: Harm, num_unsafe: int, num_safe: int, seed: int, split: str = "test"
+    harm: Harm,
+    num_unsafe: int,
+    num_safe: int,
+    seed: int,
+    split: str = "test",
+    section: str = "report",
 ) -> dict[str, list[PromptRecord]]:
     """The four sets; held-out concepts and counterparts get a quarter of the unsafe set's number.
 
@@ -43,6 +49,7 @@ def report_prompts(
         seed: of the choice of prompts.
         split: "test", or "tune" to choose settings on: other prompts of the same concepts. The
             concepts no expert is trained on are few, and the same in both.
+        section: of the config, where the numbers are said; for errors.
 
     Raises:
         UserError: unknown split, a number below 1, a negative seed, fewer prompts than asked for.
@@ -51,18 +58,29 @@ def report_prompts(
         raise UserError(f"report.split is {split!r}: it must be one of {', '.join(SPLITS)}")
     if num_unsafe < 1 or num_safe < 1 or seed < 0:
         raise UserError(
-            f"report.num_unsafe is {num_unsafe}, report.num_safe {num_safe} and report.seed {seed}:"
-            " the numbers must be 1 or more, the seed 0 or more"
+            f"{section}.num_unsafe is {num_unsafe}, {section}.num_safe {num_safe} and "
+            f"{section}.seed {seed}: the numbers must be 1 or more, the seed 0 or more"
         )
     few = max(1, num_unsafe // 4)
-    pairs = harm_prompts(harm, num_unsafe, seed, split=split)
-    sets = {"unsafe": [unsafe for unsafe, _ in pairs]}
-    if any(pair.held_out for pair in harm.concepts):
-        held_out = harm_prompts(harm, few, seed, split="held_out_concepts")
-        sets["held_out_concepts"] = [unsafe for unsafe, _ in held_out]
-    sets["safe"] = safe_prompts(num_safe, seed, split=split, avoid=harm.names)
+    with _asked(f"{section}.num_unsafe"):
+        pairs = harm_prompts(harm, num_unsafe, seed, split=split)
+        sets = {"unsafe": [unsafe for unsafe, _ in pairs]}
+        if any(pair.held_out for pair in harm.concepts):
+            held_out = harm_prompts(harm, few, seed, split="held_out_concepts")
+            sets["held_out_concepts"] = [unsafe for unsafe, _ in held_out]
+    with _asked(f"{section}.num_safe"):
+        sets["safe"] = safe_prompts(num_safe, seed, split=split, avoid=harm.names)
     sets["counterparts"] = [safe for _, safe in pairs[:few]]
     return sets
+
+
+@contextlib.contextmanager
+def _asked(setting: str) -> Iterator[None]:
+    """Adds to an error where the number was said."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (--config.{setting})") from None
 
 
 def prompts_of(config: Any) -> dict[str, list[PromptRecord]]:

@@ -159,8 +159,12 @@ class Cohort:
         largest = processes.Largest(self._mesh)
         with contextlib.ExitStack() as stack:
             logs = []  # of a job's processes the first writes them
-            if processes.is_first():
-                logs = [stack.enter_context(self._log(e, start, flops)) for e in self.experts]
+
+            def open_logs() -> None:
+                for expert in self.experts:
+                    logs.append(stack.enter_context(self._log(expert, start, flops)))
+
+            processes.first(open_logs)
             stop = stack.enter_context(stop_signal())
             stack.enter_context(notices.heeded(stop, progress))
             watch = stack.enter_context(processes.Watch(config.guard.hang_seconds))

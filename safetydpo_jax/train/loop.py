@@ -70,7 +70,7 @@ def run(
 
     phases.begin("config and workdir")
     keep_compiled()
-    _check_configs(configs)
+    _check_configs(configs, home.address)
     mesh = sharding.make_mesh(shared.mesh.data, shared.mesh.fsdp, shared.mesh.tensor)
     with home.named(), contextlib.ExitStack() as stack:
         processes.first(lambda: stack.enter_context(lock_workdir(workdir)))
@@ -85,11 +85,9 @@ def run(
         progress(f"{what}, recipe {shared.recipe}, {where}, {devices}")
 
         phases.begin("base model")
-        pipeline = load_base(
-            shared,
-            progress,
-            unet_shardings=lambda shapes: sharding.param_shardings(mesh, shapes, shared.mesh.rules),
-        )
+        rules = shared.mesh.rules
+        places = lambda shapes: sharding.param_shardings(mesh, shapes, rules)  # noqa: E731
+        pipeline = processes.each(lambda: load_base(shared, progress, unet_shardings=places))
         if shared.remat:
             pipeline.networks["unet"] = pipeline.unet.clone(remat=True)
         evaluated = any(config.health.every or config.report.enabled for config in configs)
@@ -139,23 +137,27 @@ def run(
         for i, cohort in enumerate(cohorts, 1):
             cohort.train(f" {i}" if len(cohorts) > 1 else "")
 
-        if not processes.is_first():
-            return {}
-        phases.begin("export")
-        for cohort in cohorts:
-            for expert, adapters in zip(cohort.experts, cohort.adapters(), strict=True):
-                expert.export(adapters)
-        home.update()
+        summaries = {}
 
-        phases.begin("report")
-        summaries = {expert.config.category: expert.report(command) for expert in experts}
-        home.update()
-        phases.end()
-        for expert in experts:
-            progress(expert.made())
-        if home.address:
-            progress(f"all of it     {home.address}")
-        progress(phases.table())
+        def finish() -> None:
+            phases.begin("export")
+            for cohort in cohorts:
+                for expert, adapters in zip(cohort.experts, cohort.adapters(), strict=True):
+                    expert.export(adapters)
+            home.update()
+
+            phases.begin("report")
+            summaries.update({e.config.category: e.report(command) for e in experts})
+            home.update()
+
+        processes.first(finish)
+        if processes.is_first():
+            phases.end()
+            for expert in experts:
+                progress(expert.made())
+            if home.address:
+                progress(f"all of it     {home.address}")
+            progress(phases.table())
     return summaries
 
 
@@ -180,8 +182,11 @@ def _check_shared(workdir: pathlib.Path, configs: list[ConfigDict]) -> None:
         )
 
 
-def _check_configs(configs: list[ConfigDict]) -> None:
-    """Raises UserError if processes would not do the same; where their files are is their own."""
+def _check_configs(configs: list[ConfigDict], address: str) -> None:
+    """Raises UserError if processes would not do the same; where their files are is their own.
+
+    But for an address, as one without would go other ways.
+    """
 
     def steering(config: ConfigDict) -> dict[str, Any]:
         values = config.copy_and_resolve_references()
@@ -196,5 +201,6 @@ def _check_configs(configs: list[ConfigDict]) -> None:
         {
             "the versions of safetydpo_jax and JAX": f"{__version__}, {jax.__version__}",
             "the config": storage.digest([steering(config) for config in configs])[:16],
+            "--workdir": address or "a folder",
         }
     )

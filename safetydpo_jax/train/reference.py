@@ -12,6 +12,7 @@ named by all that the answers depend on:
 All in float32, rows in the order of their row_id. More draws go on from fewer.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,11 +107,15 @@ def reference_tables(
         _complete(name, table, files, answers[name], params, config, cache, mesh, progress)
         found[name] = np.zeros((len(table.rows), draws, *table.shape), np.float32)
         for i, file in enumerate(files):
-            if processes.is_first():
-                with opened(file) as kept:
-                    found[name][:, i] = kept.read(name)
-            _tell(found[name][:, i])
+            answers_of_draw = found[name][:, i]
+            processes.first(functools.partial(_read, file, name, answers_of_draw))
+            _tell(answers_of_draw)
     return found
+
+
+def _read(file: Path, name: str, into: np.ndarray) -> None:
+    with opened(file) as kept:
+        into[:] = kept.read(name)
 
 
 def _tell(answers: np.ndarray) -> None:
@@ -160,9 +165,12 @@ def _complete(
                     f"{what}, {part:.2f}/{len(missing)} draws, {pace.rate(part) * count:.1f} "
                     f"rows/s, {pace.left(part):.0f} s left"
                 )
-        if processes.is_first():
-            write_tensors(files[draw], {name: answer.shape}, [(name, answer)])
+        processes.first(functools.partial(_write, files[draw], name, answer))
     progress(f"{what}, {len(files)} draws of {count} rows in {files[0].parent}")
+
+
+def _write(file: Path, name: str, answers: np.ndarray) -> None:
+    write_tensors(file, {name: answers.shape}, [(name, answers)])
 
 
 def _tables(config: ConfigDict, cache: Cache) -> dict[str, _Table]:

@@ -91,7 +91,9 @@ class Checkpoints:
         self.path = pathlib.Path(path).absolute()
         self._settings = json.loads(json.dumps(settings))
         self._version = version
-        if processes.is_first():
+        self._manager: Any = None  # the first process's
+
+        def open_() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
             # Orbax writes to a temporary name and renames: a kill leaves the last whole one there.
             options = ocp.CheckpointManagerOptions(
@@ -104,11 +106,13 @@ class Checkpoints:
             )
             self._manager = ocp.CheckpointManager(self.path, options=options)
 
+        processes.first(open_)
+
     def save(self, state: TrainState) -> None:
         """Writes the state under its own step, unless it is there."""
-        if not processes.is_first():
-            return
-        state = jax.device_get(state)
+        processes.first(lambda: self._write(jax.device_get(state)))
+
+    def _write(self, state: TrainState) -> None:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -130,12 +134,15 @@ class Checkpoints:
         step = processes.first(self._newest)
         if step is None:
             return None
-        like = jax.device_get(like)
-        if processes.is_first():
-            only = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        found = [jax.device_get(like)]
+
+        def read() -> None:
+            only = ocp.args.Composite(state=ocp.args.StandardRestore(found[0]))
             saved: Any = self._manager.restore(step, args=only)
-            like = saved.state
-        return processes.first_arrays(like)
+            found[0] = saved.state
+
+        processes.first(read)
+        return processes.first_arrays(found[0])
 
     def _newest(self) -> int | None:
         """The step of the newest, if it is of these settings."""

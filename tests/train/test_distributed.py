@@ -165,6 +165,18 @@ def test_the_first_draws_while_the_others_wait(tmp_path):
     np.testing.assert_array_equal(pixels, pixels_of_one)
 
 
+def test_a_signal_before_training_ends_the_process(start):
+    """As always: nothing is lost, and launchers start it again."""
+    job = start(2, "early")
+    while "2/9 base model" not in job.said(0):
+        assert all(p.poll() is None for p in job.processes), job.end()
+        time.sleep(0.01)
+    for process in job.processes:
+        process.send_signal(signal.SIGTERM)
+    codes, said = job.end()
+    assert codes == [-signal.SIGTERM] * 2, said
+
+
 def test_a_process_that_is_held_is_noticed(start, tmp_path):
     job = start(2, "hanging", "--config.guard.hang_seconds=60")
     wait_for(job, tmp_path / "hanging", 3)
