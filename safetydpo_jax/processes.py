@@ -26,7 +26,7 @@ from safetydpo_jax.errors import UserError, first_line, one_line
 
 DAY_SECONDS = 86400  # the others may wait so long for what the first one does alone
 JOIN_SECONDS = 1800  # machines of a job may start so long after the first
-HEARTBEAT_SECONDS = 60  # after which a process that gives no sign of life counts as dead
+HEARTBEAT_SECONDS = 100  # after which a process that gives no sign of life counts as dead
 GRACE_SECONDS = 2
 LOST = 75  # exit code when another process is gone or hangs: EX_TEMPFAIL, to be started again
 
@@ -130,8 +130,9 @@ def told(text: str, process: int = 0) -> str:
 def meet() -> None:
     """Waits until all processes are here, by the coordinator.
 
-    To be called before a collective to which they do not come at one time, as one compiles longer
-    than another or has read a file: Gloo, by which CPUs speak, gives up after 30 s.
+    To be called before a group's first collective, to which they do not come at one time, as one
+    compiles longer than another or has read a file: Gloo, by which CPUs speak, waits 30 s for all
+    to connect.
     """
     if jax.process_count() > 1:
         client: Any = distributed.global_state.client

@@ -55,7 +55,7 @@ def report_prompts(
         UserError: unknown split, a number below 1, a negative seed, fewer prompts than asked for.
     """
     if split not in SPLITS:
-        raise UserError(f"report.split is {split!r}: it must be one of {', '.join(SPLITS)}")
+        raise UserError(f"{section}.split is {split!r}: it must be one of {', '.join(SPLITS)}")
     if num_unsafe < 1 or num_safe < 1 or seed < 0:
         raise UserError(
             f"{section}.num_unsafe is {num_unsafe}, {section}.num_safe {num_safe} and "

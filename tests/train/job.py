@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 
@@ -40,13 +41,21 @@ class Job:
         """What a process has said until now."""
         return self._output(i).read_text()
 
+    def wait_until(self, condition):
+        """Waits for what comes before the end of any process."""
+        while not condition():
+            assert all(process.poll() is None for process in self.processes), self.end()
+            time.sleep(0.01)
+
     def end(self, timeout=900):
-        """The exit codes, and what each said; once."""
-        try:
-            codes = [process.wait(timeout) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()  # if they did not end in time
+        """The exit codes, and what each said; once. Those that do not end in time are killed."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, deadline - time.monotonic()))
+        for process in self.processes:
+            process.kill()
+        codes = [process.wait() for process in self.processes]
         said = [self.said(i) for i in range(len(codes))]
         shutil.rmtree(self._folder)
         return codes, said

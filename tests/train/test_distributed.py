@@ -37,16 +37,9 @@ def start(begin, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(begin, tmp_path_factory):
-    """Of two processes, one of which takes long to compile, the workdir."""
+    """Of two processes that nothing befalls, the workdir."""
     workdir = tmp_path_factory.mktemp("whole")
-    job = begin(2, workdir)
-    while "compile" not in job.said(0):
-        assert all(p.poll() is None for p in job.processes), job.end()
-        time.sleep(0.1)
-    job.processes[1].send_signal(signal.SIGSTOP)
-    time.sleep(40)  # in a collective the first would have given up
-    job.processes[1].send_signal(signal.SIGCONT)
-    codes, said = job.end()
+    codes, said = begin(2, workdir).end()
     assert codes == [0, 0], said
     assert "4 x cpu in 2 processes" in said[0]
     assert "step" not in said[1]  # the first alone speaks
@@ -70,9 +63,7 @@ def losses(workdir):
 
 
 def wait_for(job, workdir, count):
-    while lines(workdir) < count:
-        assert all(p.poll() is None for p in job.processes), job.end()
-        time.sleep(0.01)
+    job.wait_until(lambda: lines(workdir) >= count)
 
 
 def test_one_process_trains_the_same(whole, start, tmp_path):
@@ -97,7 +88,13 @@ def test_stopped_and_killed_and_taken_up_by_another_number_of_processes(start, w
     assert codes == [128 + signal.SIGTERM] * 2, said
     assert "stopped by SIGTERM: step" in said[0]
     job = start(2, "killed")
-    wait_for(job, tmp_path / "killed", rng.randint(4, 18))
+    before = lines(tmp_path / "killed")
+    job.wait_until(lambda: "=== 6/9 compile" in job.said(0))
+    # Longer than Gloo waits for all to connect, shorter than the coordinator for a heartbeat.
+    job.processes[1].send_signal(signal.SIGSTOP)
+    time.sleep(40)
+    job.processes[1].send_signal(signal.SIGCONT)
+    wait_for(job, tmp_path / "killed", rng.randint(before + 1, 18))
     job.processes[victim].send_signal(signal.SIGKILL)
     began = time.monotonic()
     codes, said = job.end()
@@ -145,9 +142,7 @@ def test_the_first_draws_while_the_others_wait(tmp_path):
         workdir = tmp_path / str(count)
         options = [f"--config.{key}={value}" for key, value in few.items()]
         job = Job(count, [*command("emoji", "", workdir), *options])
-        while "=== 4/9 cache" not in job.said(0):
-            assert all(p.poll() is None for p in job.processes), job.end()
-            time.sleep(0.1)
+        job.wait_until(lambda: "=== 4/9 cache" in job.said(0))  # noqa: B023 (called here)
         for process in job.processes:
             process.kill()
         _, said = job.end()
@@ -168,9 +163,7 @@ def test_the_first_draws_while_the_others_wait(tmp_path):
 def test_a_signal_before_training_ends_the_process(start):
     """As always: nothing is lost, and launchers start it again."""
     job = start(2, "early")
-    while "2/9 base model" not in job.said(0):
-        assert all(p.poll() is None for p in job.processes), job.end()
-        time.sleep(0.01)
+    job.wait_until(lambda: "=== 2/9 base model" in job.said(0))
     for process in job.processes:
         process.send_signal(signal.SIGTERM)
     codes, said = job.end()
@@ -178,14 +171,14 @@ def test_a_signal_before_training_ends_the_process(start):
 
 
 def test_a_process_that_is_held_is_noticed(start, tmp_path):
-    job = start(2, "hanging", "--config.guard.hang_seconds=60")
+    options = "--config.guard.hang_seconds=60", "--config.reference.draws=2"
+    job = start(2, "hanging", *options)
     wait_for(job, tmp_path / "hanging", 3)
     job.processes[1].send_signal(signal.SIGSTOP)
     job.processes[0].wait(300)
     job.processes[1].kill()
     codes, said = job.end()
-    # By the watch or, as a held process gives no heartbeat either, by the coordinator: both wait
-    # for 60 s.
+    # By the watch or, as a held process gives no heartbeat either, by the coordinator.
     noticed = {processes.LOST: "nothing has happened for 60 s", -signal.SIGABRT: "unhealthy"}
     assert noticed[codes[0]] in said[0]
 
