@@ -109,9 +109,10 @@ def run(
             return Cohort([expert_of(c) for c in group], pipeline, mesh, folder, phases, saved)
 
         def made() -> list[Cohort]:
+            cohorts = [cohort_of(i, group) for i, group in enumerate(groups, 1)]
             if to_draw:
                 check_drawable(shared, pipeline)
-            return [cohort_of(i, group) for i, group in enumerate(groups, 1)]
+            return cohorts
 
         cohorts = processes.each(made)
         experts = [expert for cohort in cohorts for expert in cohort.experts]
