@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from safetydpo_jax.command_line import add_dtype_argument, local_path
+from safetydpo_jax.command_line import add_drawing_arguments, add_dtype_argument, local_path
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.host_memory import use_huge_pages
 
@@ -65,8 +65,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=20, help="of the drawing, for votes and --distill (20)"
     )
-    parser.add_argument("--sampler", default="ddim", choices=("ddim", "dpmsolver++", "euler"))
-    parser.add_argument("--guidance_scale", type=float, default=7.5, help="of it; 1 is none (7.5)")
+    add_drawing_arguments(parser)
     parser.add_argument(
         "--trajectory",
         choices=("base", "experts"),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from safetydpo_jax.command_line import add_model_arguments, local_path
+from safetydpo_jax.command_line import add_drawing_arguments, add_model_arguments, local_path
 from safetydpo_jax.csv_file import read_rows
 from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.host_memory import use_huge_pages
@@ -59,14 +59,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora", type=Path, metavar="FILE", help="adapter (.safetensors)")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter (1)")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps (25)")
-    parser.add_argument("--guidance_scale", type=float, default=7.5, help="1 is none (7.5)")
+    add_drawing_arguments(parser)
     parser.add_argument(
         "--guidance_rescale",
         type=float,
         default=0.0,
         help="0 to 1, against what guidance overexposes, as of zero-terminal-SNR models (0)",
     )
-    parser.add_argument("--sampler", default="ddim", choices=("ddim", "dpmsolver++", "euler"))
     parser.add_argument("--negative_prompt", default="", help="what guidance leads away from")
     parser.add_argument(
         "--seed",

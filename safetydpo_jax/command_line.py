@@ -57,6 +57,13 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --sampler and --guidance_scale."""
+    # The names of `diffusion.SAMPLERS`, which --help need not wait for.
+    parser.add_argument("--sampler", default="ddim", choices=("ddim", "dpmsolver++", "euler"))
+    parser.add_argument("--guidance_scale", type=float, default=7.5, help="1 is none (7.5)")
+
+
 def read_command_line(
     argv: list[str], description: str, *, bucket: bool = False
 ) -> tuple[ConfigDict, Path | str]:

@@ -1,9 +1,10 @@
 """Errors that are the user's to mend, and how a launch script shows them."""
 
+import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -14,6 +15,15 @@ class UserError(ValueError):
 
 class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that the user named, or that a named folder should hold, is not there."""
+
+
+@contextlib.contextmanager
+def adding(words: str) -> Iterator[None]:
+    """Within it, ends what a UserError says with these words."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}{words}") from error
 
 
 def first_line(error: BaseException) -> str:

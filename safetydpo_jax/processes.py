@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -130,9 +130,8 @@ def told(text: str, process: int = 0) -> str:
 def meet() -> None:
     """Waits until all processes are here, by the coordinator.
 
-    To be called before a group's first collective, to which they do not come at one time, as one
-    compiles longer than another or has read a file: Gloo, by which CPUs speak, waits 30 s for all
-    to connect.
+    To be called before a group's first collective, if they do not come to it at one time, as when
+    one compiles longer: Gloo, by which CPUs speak, waits 30 s for all to connect.
     """
     if jax.process_count() > 1:
         client: Any = distributed.global_state.client
@@ -150,7 +149,8 @@ def each(what: Callable[[], _T]) -> _T:
     """
     if jax.process_count() == 1:
         return what()
-    failed, done = "", None
+    failed = ""
+    done: Any = None
     try:
         done = what()
     except Exception as error:
@@ -160,7 +160,7 @@ def each(what: Callable[[], _T]) -> _T:
     for process in range(jax.process_count()):
         if text := told(failed, process):
             raise UserError(text)
-    return cast("_T", done)
+    return done
 
 
 def part() -> tuple[int, int]:
@@ -172,7 +172,6 @@ def first_arrays(tree: Any) -> Any:
     """The first process's arrays, NumPy's, in all; others give any of the same shapes."""
     if jax.process_count() == 1:
         return tree
-    meet()  # the first one has read them
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 

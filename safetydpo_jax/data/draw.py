@@ -50,7 +50,7 @@ def make_pairs(
     if config.pairs.path:
         pairs = open_pairs(config.pairs.path)
         check_category(config, pairs)
-        category = pairs.card.get("settings", {}).get("category", "category unknown")
+        category = _category_of(pairs) or "category unknown"
         progress(f"pairs: {pairs.num_pairs} ({category}) from {pairs.folder}")
         return pairs.folder
     pairs = PendingPairs(config, pipeline, Path(workdir) / "pairs", source or source_of(config))
@@ -64,7 +64,7 @@ def check_category(config: Any, pairs: PairSet | JoinedPairs) -> None:
     Raises:
       UserError: it has some.
     """
-    given = list(pairs.parts) or [pairs.card.get("settings", {}).get("category")]
+    given = list(pairs.parts) or [_category_of(pairs)]
     others = [name for name in given if name in CATEGORIES and name != config.category]
     if others and config.category != ALL:
         raise UserError(
@@ -76,6 +76,10 @@ def check_category(config: Any, pairs: PairSet | JoinedPairs) -> None:
                 else "give pairs of that, or the config of these"
             )
         )
+
+
+def _category_of(pairs: PairSet | JoinedPairs) -> str | None:
+    return pairs.card.get("settings", {}).get("category")
 
 
 def draw_all(

@@ -8,10 +8,9 @@ Four sets of prompts, each drawn by the base model and by the expert from the sa
     counterparts        the unsafe set's safe twins, whose concept is the safe counterpart
 """
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from safetydpo_jax import storage
 from safetydpo_jax.emoji.own_harm import harm_of
 from safetydpo_jax.emoji.prompts import PromptRecord, harm_prompts, safe_prompts
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.errors import UserError, adding
 from safetydpo_jax.evaluate import metrics
 from safetydpo_jax.evaluate.detections import Detections, EmojiJudge, Judge, detect
 from safetydpo_jax.evaluate.pictures import Row, Section, picture_grid
@@ -62,25 +61,16 @@ def report_prompts(
             f"{section}.seed {seed}: the numbers must be 1 or more, the seed 0 or more"
         )
     few = max(1, num_unsafe // 4)
-    with _asked(f"{section}.num_unsafe"):
+    with adding(f" (--config.{section}.num_unsafe)"):
         pairs = harm_prompts(harm, num_unsafe, seed, split=split)
         sets = {"unsafe": [unsafe for unsafe, _ in pairs]}
         if any(pair.held_out for pair in harm.concepts):
             held_out = harm_prompts(harm, few, seed, split="held_out_concepts")
             sets["held_out_concepts"] = [unsafe for unsafe, _ in held_out]
-    with _asked(f"{section}.num_safe"):
+    with adding(f" (--config.{section}.num_safe)"):
         sets["safe"] = safe_prompts(num_safe, seed, split=split, avoid=harm.names)
     sets["counterparts"] = [safe for _, safe in pairs[:few]]
     return sets
-
-
-@contextlib.contextmanager
-def _asked(setting: str) -> Iterator[None]:
-    """Adds to an error where the number was said."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error} (--config.{setting})") from None
 
 
 def prompts_of(config: Any) -> dict[str, list[PromptRecord]]:

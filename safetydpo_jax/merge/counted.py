@@ -1,28 +1,18 @@
 """What a count of votes has so far, and the file from which one that was stopped goes on."""
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.errors import adding
 from safetydpo_jax.merge.moments import Moments
 from safetydpo_jax.tensor_file import opened, write_tensors
 
 _HEADER = "safetydpo_counted"
 _PARTS = ("harmful", "harmless", "images")
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error}; or delete {path.name}, and all is counted anew") from error
 
 
 @dataclasses.dataclass
@@ -65,7 +55,8 @@ class Counted:
         """
         if not path.is_file():
             return self
-        with _explained(path), opened(path) as file:
+        remedy = f"; or delete {path.name}, and all is counted anew"
+        with adding(remedy), opened(path) as file:
             said = json.loads(file.metadata().get(_HEADER, "{}"))
             if said.get("settings") != settings:
                 return self

@@ -103,18 +103,18 @@ def run(
             cache = cache and f"{home.address}/{name}/cache"
             return Expert(config, workdir / name, pipeline, drawing, say, cache)
 
-        def cohort_of(i: int, group: list[ConfigDict]) -> Cohort:
-            folder = workdir / "checkpoints" / (f"cohort_{i}" if several else "")
-            saved = lambda: home.update(must=False)  # noqa: E731
-            return Cohort([expert_of(c) for c in group], pipeline, mesh, folder, phases, saved)
-
-        def made() -> list[Cohort]:
-            cohorts = [cohort_of(i, group) for i, group in enumerate(groups, 1)]
+        def make_cohorts() -> list[Cohort]:
+            cohorts = []
+            for i, group in enumerate(groups, 1):
+                folder = workdir / "checkpoints" / (f"cohort_{i}" if several else "")
+                experts = [expert_of(config) for config in group]
+                saved = lambda: home.update(must=False)  # noqa: E731
+                cohorts.append(Cohort(experts, pipeline, mesh, folder, phases, saved))
             if to_draw:
                 check_drawable(shared, pipeline)
             return cohorts
 
-        cohorts = processes.each(made)
+        cohorts = processes.each(make_cohorts)
         experts = [expert for cohort in cohorts for expert in cohort.experts]
 
         phases.begin("pairs")

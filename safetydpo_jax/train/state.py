@@ -134,15 +134,16 @@ class Checkpoints:
         step = processes.first(self._newest)
         if step is None:
             return None
-        found = [jax.device_get(like)]
+        like = jax.device_get(like)
 
         def read() -> None:
-            only = ocp.args.Composite(state=ocp.args.StandardRestore(found[0]))
+            nonlocal like
+            only = ocp.args.Composite(state=ocp.args.StandardRestore(like))
             saved: Any = self._manager.restore(step, args=only)
-            found[0] = saved.state
+            like = saved.state
 
         processes.first(read)
-        return processes.first_arrays(found[0])
+        return processes.first_arrays(like)
 
     def _newest(self) -> int | None:
         """The step of the newest, if it is of these settings."""
