@@ -42,12 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--model_config", default="", help="what such a file is")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (1)")
-    parser.add_argument(
-        "--dtype", default="float16", help="of fused weights: float16, bfloat16 or float32"
-    )
+    parser.add_argument("--dtype", help="of fused weights: float16 (default), bfloat16 or float32")
     arguments = parser.parse_args(argv)
     if arguments.format == "fused" and arguments.model is None:
         parser.error("--format fused adds the LoRA into a model's weights: give --model")
+    if arguments.format != "fused" and arguments.dtype is not None:
+        parser.error(f"--dtype is of fused weights: {arguments.format} has float32")
     from safetydpo_jax.lora.export import export  # here, so that a wrong command is told at once
 
     export(
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         model=arguments.model,
         configs=arguments.model_config,
         scale=arguments.scale,
-        dtype=arguments.dtype,
+        dtype=arguments.dtype or "float16",
         progress=lambda line: print(line, flush=True),
     )
 

@@ -69,10 +69,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trajectory",
         choices=("base", "experts"),
-        default="base",
-        help="who draws, for votes: the base, or each expert the prompts of its category",
+        help="who draws, for votes: the base (default), or each expert its category's prompts",
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time (8)")
+    parser.add_argument("--batch_size", type=int, help="prompts at a time, for votes (8)")
     parser.add_argument(
         "--distill", type=int, default=0, metavar="STEPS", help="teach the result by the experts"
     )

@@ -78,6 +78,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--grid", action="store_true", help=f"also write {GRID_NAME}, the first {GRID_PICTURES}"
     )
     arguments = parser.parse_args(argv)
+    for name in ("steps", "batch_size"):
+        if (value := getattr(arguments, name)) < 1:
+            parser.error(f"--{name} {value}: it must be 1 or more")
     if not 0 <= arguments.guidance_rescale <= 1:
         parser.error(f"--guidance_rescale {arguments.guidance_rescale}: it must be 0 to 1")
     if arguments.lora is None and arguments.scale != 1.0:
@@ -175,7 +178,11 @@ def draw(requests: list[Request], arguments: argparse.Namespace) -> None:
     """Loads the model and draws the requests, telling how far it is after every batch."""
     from safetydpo_jax.diffusion import iterate_pictures
     from safetydpo_jax.models.pretrained import load_pipeline
+    from safetydpo_jax.tensor_file import opened
 
+    if arguments.lora is not None:
+        with opened(arguments.lora):  # what is no such file is told before a model is fetched
+            pass
     pipeline = load_pipeline(
         arguments.model,
         dtype=arguments.dtype,

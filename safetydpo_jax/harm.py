@@ -29,7 +29,7 @@ CATEGORIES = (
 )
 # A name begins the ids of its prompts, as "safe" those of others. A file may be of one of the
 # categories, where they have no prompts of their own: on another than the embedded model.
-_TAKEN = ("all", "safe")
+TAKEN = ("all", "safe")
 _SIDES = ("unsafe", "safe")
 _KEYS = ("name", "concepts", "prompts", "preserve")
 _SHOWN = f"{ROOT / 'docs' / 'own_harm.md'} shows how it is written"
@@ -118,8 +118,8 @@ def _checked(content: Any, file: Path) -> Harm:
             f"{file}: the name must be 1 to 40 letters, digits, _ and - (and in quotes if it is a "
             "number); of a folder with prompts.csv it is the folder's"
         )
-    if name.lower() in _TAKEN:
-        raise UserError(f"{file}: the name {name} is taken, as is {' or '.join(_TAKEN)}")
+    if name.lower() in TAKEN:
+        raise UserError(f"{file}: the name {name} is taken, as is {' or '.join(TAKEN)}")
 
     def pairs(key: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
         entries = _entries(content, key, file)

@@ -2,7 +2,7 @@
 
 from safetydpo_jax.data.cache import Cache
 from safetydpo_jax.data.draw import check_category, make_pairs
-from safetydpo_jax.data.encode import encode_part, make_cache
+from safetydpo_jax.data.encode import check_resolution, encode_part, make_cache
 from safetydpo_jax.data.loader import (
     STRATEGIES,
     Reference,
@@ -36,6 +36,7 @@ __all__ = [
     "Cache",
     "make_cache",
     "encode_part",
+    "check_resolution",
     "STRATEGIES",
     "Reference",
     "batches",

@@ -64,8 +64,17 @@ def check_category(config: Any, pairs: PairSet | JoinedPairs) -> None:
     Raises:
       UserError: it has some.
     """
-    given = list(pairs.parts) or [_category_of(pairs)]
-    others = [name for name in given if name in CATEGORIES and name != config.category]
+    given = [name for name in list(pairs.parts) or [_category_of(pairs)] if name]
+    if config.category in CATEGORIES and given == [ALL]:
+        raise UserError(
+            f"{pairs.folder} has pairs of any category, and this expert is of {config.category}: "
+            "give the folder of that beside it; pairs that name no category get one by --category "
+            "of launch/import_pairs.py"
+        )
+    # What one set calls its own may be the same harm by another name; of several, one is meant.
+    others = [
+        name for name in given if name != config.category and (pairs.parts or name in CATEGORIES)
+    ]
     if others and config.category != ALL:
         raise UserError(
             f"{pairs.folder} has pairs of {', '.join(others)}, and this expert is of "

@@ -151,17 +151,22 @@ def _told(missing: Sequence[int], per_shard: int, progress: Callable[[str], None
         )
 
 
+def check_resolution(config: Any, vae: Any) -> None:
+    """Raises UserError if the autoencoder cannot take pictures of the cache's size."""
+    side, step = config.cache.resolution, vae.config.downscale
+    if side < 0 or side % step:
+        raise UserError(
+            f"config.cache.resolution is {side}: it must be a multiple of {step}, the pixels to a "
+            "latent, or 0, as the model was trained"
+        )
+
+
 def _check(config: Any, pipeline: Any, part: tuple[int, int]) -> None:
     if config.cache.dtype not in DTYPES:
         raise UserError(
             f"config.cache.dtype is {config.cache.dtype!r}: it must be one of {', '.join(DTYPES)}"
         )
-    side, step = config.cache.resolution or pipeline.resolution, pipeline.vae.config.downscale
-    if side < 1 or side % step:
-        raise UserError(
-            f"config.cache.resolution is {side}: it must be a multiple of {step}, the pixels to a "
-            "latent, or 0, as the model was trained"
-        )
+    check_resolution(config, pipeline.vae)
     if not 0 <= part[0] < part[1]:
         raise UserError(f"part {part[0]} of {part[1]}: parts are numbered from 0")
 

@@ -17,7 +17,13 @@ from safetydpo_jax import storage
 from safetydpo_jax.data.import_report import write_prompts, write_report
 from safetydpo_jax.data.inputs import InputPair, read_input
 from safetydpo_jax.data.inputs.check import usable
-from safetydpo_jax.data.inputs.pair import ALL, VALIDATION, category_names, folded
+from safetydpo_jax.data.inputs.pair import (
+    ALL,
+    VALIDATION,
+    BadPictureError,
+    category_names,
+    folded,
+)
 from safetydpo_jax.data.inputs.picture import as_kept
 from safetydpo_jax.data.pairs import PairSet, PictureFile, write_pairs
 from safetydpo_jax.data.pairs.picture import write_picture
@@ -72,6 +78,11 @@ def import_pairs(
             for pair in found.pairs
         ]
     by_set = _sets(found.pairs, sets)
+    if (none := sum(not pair.categories for pair in found.pairs)) and len(by_set) > 1:
+        progress(
+            f"{none} of {len(found.pairs)} pairs name no category: only the set {ALL!r} has them "
+            "(--category gives them one)"
+        )
     if found.pairs and (missing := set(sets) - by_set.keys()):
         has = ", ".join(_sets(found.pairs, ()))
         raise UserError(f"there are no pairs of {', '.join(sorted(missing))}: there are {has}")
@@ -83,8 +94,8 @@ def import_pairs(
     }
     with storage.explained_writes(out):
         out.mkdir(parents=True, exist_ok=True)
-        report = write_report(out, folder, kind, found, by_set)
     if found.skipped and (strict or not found.pairs):
+        report = write_report(out, folder, kind, found, by_set)
         name, reason = next(iter(found.skipped.items()))
         raise UserError(
             f"{folder}: {len(found.skipped)} cannot be used and {len(found.pairs)} can, the first "
@@ -103,6 +114,7 @@ def import_pairs(
             chosen = [pair for pair in pairs if (pair.id in held_out) == held]
             about = {"category": name, "source": kind}
             _write_set(where, chosen, found.digests, about, progress)
+    write_report(out, folder, kind, found, by_set)  # now: what is refused leaves that of before
     written = {name: PairSet(out / name) for name in by_set if (out / name).is_dir()}
     with storage.explained_writes(out):
         write_prompts(out, found.test)
@@ -153,7 +165,14 @@ def _write_set(
     def side(name: str) -> Iterator[PictureFile]:
         for pair in pairs:
             picture = getattr(pair, name)
-            yield PictureFile(pair.id, picture.prompt, as_kept(picture.read()))
+            try:
+                data = as_kept(picture.read())
+            except BadPictureError as error:
+                raise UserError(
+                    f"{pair.id}: its {name} picture could be used a while ago, and now it cannot "
+                    f"({error}): see whether its disk is there, and give the same command again"
+                ) from None
+            yield PictureFile(pair.id, picture.prompt, data)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_pairs(folder, side("unsafe"), side("safe"), [], {"settings": settings})

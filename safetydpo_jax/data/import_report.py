@@ -32,7 +32,8 @@ def write_report(
         "skipped_ids": found.skipped,
     }
     path = out / "report.json"
-    storage.write_file(path, (json.dumps(report, indent=2) + "\n").encode())
+    with storage.explained_writes(out):
+        storage.write_file(path, (json.dumps(report, indent=2) + "\n").encode())
     return path
 
 

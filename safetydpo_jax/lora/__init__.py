@@ -10,7 +10,7 @@ from safetydpo_jax.lora.adapters import (
 )
 from safetydpo_jax.lora.keys import BASE_HASH
 from safetydpo_jax.lora.reader import LoraFile, load_lora, opened_lora
-from safetydpo_jax.lora.writer import save_kohya, save_lora, save_peft
+from safetydpo_jax.lora.writer import kohya_base, save_kohya, save_lora, save_peft
 
 __all__ = [
     "BASE_HASH",
@@ -19,6 +19,7 @@ __all__ = [
     "count",
     "describe",
     "init_adapters",
+    "kohya_base",
     "load_lora",
     "module_paths",
     "opened_lora",

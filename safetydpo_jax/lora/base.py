@@ -28,9 +28,13 @@ def shapes_for(lora: pathlib.Path, model: str | None, configs: str = "") -> tupl
       configs: as `models.pretrained.load_pipeline` takes them; None is the known base that fits.
 
     Raises:
-      UserError, MissingFileError: there is no such model, or none that fits.
+      UserError, MissingFileError: there is no such file or model, or none that fits.
     """
+    with opened(lora):  # what is no such file is told before a model is fetched, and fits none
+        pass
     if model is None:
+        if configs:
+            raise UserError(f"{configs} is said of a model, but there is none: give it as --model")
         return _guessed(lora)
     return model, open_checkpoint(model, configs=configs).shapes["unet"]
 
@@ -45,12 +49,9 @@ def _guessed(lora: pathlib.Path) -> tuple[str, Any]:
     """The first of the known bases that a LoRA fits, and its shapes.
 
     Raises:
-      MissingFileError: there is no such file.
-      UserError: it is no whole safetensors file, is of a kind that is not read, or fits none of
-        the bases; the error is then the last one's.
+      UserError: it is of a kind that is not read, or fits none of the bases; the error is then the
+        last one's.
     """
-    with opened(lora):  # what is no such file at all fits no base either
-        pass
     folders = {"emoji": resolve_checkpoint("emoji"), **{x: published(x) for x in _FAMILIES}}
     said: OtherBaseError | None = None
     for name, folder in folders.items():

@@ -14,9 +14,12 @@ import numpy as np
 from flax import traverse_util
 
 from safetydpo_jax import storage
-from safetydpo_jax.lora.adapters import Adapters
+from safetydpo_jax.lora.adapters import Adapters, kernels
 from safetydpo_jax.lora.keys import HEADER, PEFT_CONFIG, PEFT_PREFIX
 from safetydpo_jax.tensor_file import write_tensors
+
+# Width of the text states -> kohya's name of the base, by which A1111 knows whom to show a LoRA.
+_KOHYA_BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 
 
 def save_lora(
@@ -55,7 +58,7 @@ def save_kohya(
       path: the file to write; its folder is made.
       adapters: ready to apply, of any rank a layer.
       metadata: more entries of the header, for people.
-      base: kohya's name of the base model, as in "sd_v1"; A1111 lists the file for that one.
+      base: as of `kohya_base`; A1111 lists the file for that one.
     """
     layers = _by_layer(adapters)
     tensors: dict[str, np.ndarray] = {}
@@ -75,6 +78,16 @@ def save_kohya(
     if base:
         header |= {"ss_base_model_version": base, "ss_v2": str(base.startswith("sd_v2"))}
     return _write(path, tensors, header)
+
+
+def kohya_base(unet_params: Mapping[str, Any]) -> str | None:
+    """Kohya's name of the base model, as in "sd_v1", by its UNet; None for what it has no name of.
+
+    Args:
+      unet_params: parameters or shapes.
+    """
+    widths = [k[-2] for name, (_, k) in kernels(unet_params).items() if name.endswith("attn2.to_k")]
+    return _KOHYA_BASES.get(widths[0]) if widths else None
 
 
 def save_peft(

@@ -71,11 +71,14 @@ def count_votes(
       progress: takes a line after every batch: done, time left.
 
     Raises:
-      UserError: no prompts, or fewer than two of a category, or an unknown sampler; with `inputs`,
-        none of an expert's category or no safe ones, or an expert that adapts a convolution.
+      UserError: as `check`, or steps that the sampler cannot make.
       SystemExit: stopped by SIGTERM or Ctrl-C, after a batch; what was counted is in `kept`.
     """
-    names = _checked(prompts, categories, experts, sampler, trajectory)
+    check(
+        experts, prompts, categories, batch_size=batch_size, sampler=sampler, inputs=inputs,
+        trajectory=trajectory,
+    )  # fmt: skip
+    names = moments_of.voting(categories)
     count = _Count(
         pipeline, experts, prompts, categories, names, seed, batch_size, sampler, num_steps,
         guidance_scale, inputs, trajectory,
@@ -104,14 +107,22 @@ def count_votes(
     return count.statistics()
 
 
-def _checked(
+def check(
+    experts: Experts,
     prompts: Sequence[str],
     categories: Sequence[str],
-    experts: Experts,
+    *,
+    batch_size: int,
     sampler: str,
+    inputs: bool,
     trajectory: str,
-) -> list[str]:
-    """The names of the categories that vote; UserError for what cannot be."""
+) -> None:
+    """What can be wrong with `count_votes` without its pipeline, for before that is loaded.
+
+    Raises:
+      UserError: no prompts, or fewer than two of a category, or an unknown sampler; with `inputs`,
+        none of an expert's category or no safe ones, or an expert that adapts a convolution.
+    """
     names = moments_of.voting(categories)
     if len(prompts) != len(categories) or not names:
         raise UserError(
@@ -126,9 +137,13 @@ def _checked(
         )
     if sampler not in SAMPLERS:
         raise UserError(f"the sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
+    if batch_size < 1:
+        raise UserError(f"the batch size is {batch_size}: it must be 1 or more")
+    if inputs:
+        moments_of.check_categories(categories, experts)
+        moments_of.check_layers(experts)
     if trajectory == "experts":
         moments_of.check_categories(categories, experts, safe=False)
-    return names
 
 
 class _Count:

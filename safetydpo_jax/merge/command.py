@@ -66,6 +66,16 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
         raise UserError(f"--seed {arguments.seed}: it must be 0 or more")
     if not math.isfinite(arguments.scale):
         raise UserError(f"--scale {arguments.scale}: it must be a finite number")
+    counting = needs and arguments.stats is None
+    for name, is_used in (
+        ("trajectory", counting),
+        ("batch_size", counting),
+        ("prompts", counting or arguments.distill),
+        ("num_prompts", counting or arguments.distill),
+    ):
+        if getattr(arguments, name) is not None and not is_used:
+            why = "--stats has what was counted" if needs else f"{arguments.method} counts nothing"
+            raise UserError(f"--{name} says how to count, but {why}: leave it out")
     lessons, weights = _lessons(arguments), _category_weights(arguments)
     files = [Path(file) for file in arguments.experts]
     base, shapes = shapes_for(files[0], arguments.model, arguments.model_config)
@@ -87,7 +97,8 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
         statistics = votes = None
         if needs:
             statistics = _statistics(arguments, experts, needs, weights, base_model, progress)
-            votes = statistics.votes(weights, arguments.band_weights)
+            if needs == "votes":
+                votes = statistics.votes(weights, arguments.band_weights)
         inputs_of = statistics.inputs if statistics else None
         merged = _merge(arguments, experts, options, votes, inputs_of, progress)
         if lessons is not None:
@@ -182,20 +193,23 @@ def _statistics(
     else:
         inputs = needs == "inputs"
         prompts, categories = base_model.prompts(safe=inputs)
-        from safetydpo_jax.merge.activity import BANDS, count_votes
+        from safetydpo_jax.merge import activity
 
-        if names := voting(categories):  # now, not after the count, which refuses to have none
-            vote_weights(names, BANDS, weights, arguments.band_weights)
-        found = count_votes(
+        how: dict[str, Any] = {
+            "batch_size": 8 if arguments.batch_size is None else arguments.batch_size,
+            "sampler": arguments.sampler,
+            "inputs": inputs,
+            "trajectory": arguments.trajectory or "base",
+        }
+        activity.check(experts, prompts, categories, **how)  # now, not after a model is fetched
+        vote_weights(voting(categories), activity.BANDS, weights, arguments.band_weights)
+        found = activity.count_votes(
             base_model.pipeline,
             experts,
             prompts,
             categories,
+            **how | _drawing(arguments),
             seed=arguments.seed,
-            batch_size=arguments.batch_size,
-            **_drawing(arguments),
-            inputs=inputs,
-            trajectory=arguments.trajectory,
             kept=_counted(arguments),
             progress=progress,
         )
@@ -203,7 +217,7 @@ def _statistics(
         found.save(path)
         progress(f"statistics: kept in {path}, for --stats")
     progress(
-        f"votes: on {found.about['prompts']} prompts; by either half of them "
+        f"statistics: of {found.about['prompts']} prompts; by either half of them "
         f"{100 * found.agreement():.0f} % of the outputs have the same winner"
     )
     return found
@@ -315,16 +329,20 @@ def _write(
         },
         **({"statistics": json.dumps(statistics.about)} if statistics else {}),
         **({"distillation": json.dumps(dataclasses.asdict(lessons))} if lessons else {}),
-        "energy_kept": f"{energy:.4f}",
+        **({} if lessons else {"energy_kept": f"{energy:.4f}"}),  # teaching changes what is kept
         **{
-            key: value
-            for key, value in experts.files[0].header.items()
+            key: text
+            for file in reversed(experts.files)  # the first that says it; others may be foreign
+            for key, text in file.header.items()
             if key in ("base", BASE_HASH)
         },
     }
     path = save_lora(arguments.out, merged.adapters, header)
     shares = summary.winners(votes) if votes else None
-    progress(f"{arguments.method}, {describe(merged.adapters)}, energy kept {100 * energy:.1f} %")
+    then = " before it was taught" if lessons else ""
+    progress(
+        f"{arguments.method}, {describe(merged.adapters)}, energy kept {100 * energy:.1f} %{then}"
+    )
     for line in summary.lines(experts.names, merged.energy, merged.error, shares):
         progress(line)
     for line in summary.overlaps(experts.names, overlap):

@@ -57,8 +57,18 @@ def check_categories(categories: Sequence[str], experts: Experts, *, safe: bool 
         )
 
 
+def check_layers(experts: Experts) -> None:
+    """Raises UserError for a convolution, whose inputs are too many to keep."""
+    for layer, (_, (*sides, _, _)) in experts.places.items():
+        if math.prod(sides) > 1:  # a 1x1 convolution is a linear layer
+            raise UserError(
+                f"{layer} is a convolution, which sees too much to keep: this method merges experts"
+                " on linear layers alone"
+            )
+
+
 def nothing(stacked: Mapping[str, tuple[Any, Any]]) -> dict[str, Moments]:
-    """Zeros to add to; UserError for a convolution, whose inputs are too many to keep.
+    """Zeros to add to.
 
     Args:
       stacked: by layer, all experts' factors: (experts, in, rank) and (experts, rank, out); of
@@ -66,12 +76,7 @@ def nothing(stacked: Mapping[str, tuple[Any, Any]]) -> dict[str, Moments]:
     """
     found = {}
     for layer, (a, _) in stacked.items():
-        count, *kernel, wide, rank = a.shape  # a 1x1 convolution is a linear layer
-        if math.prod(kernel) > 1:
-            raise UserError(
-                f"{layer} is a convolution, which sees too much to keep: this method merges experts"
-                " on linear layers alone"
-            )
+        count, *_, wide, rank = a.shape
         zeros = np.zeros((wide, wide), np.float32)
         found[layer] = zeros, zeros, np.zeros((count, wide, rank), np.float32)
     return found

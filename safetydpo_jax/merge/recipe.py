@@ -44,6 +44,8 @@ def read_recipe(path: Path, options: Mapping[str, argparse.Action]) -> dict[str,
         if key == "experts":
             files, weights = _experts(value, path)
             values["experts"] = files
+            if weights and "weights" in content:
+                raise UserError(f"{path}: weights are given twice: here and beside the experts")
             if weights:
                 values["weights"] = weights
         else:

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from safetydpo_jax import lora, sharding
+from safetydpo_jax.data import check_resolution
 from safetydpo_jax.models.checkpoint import open_checkpoint
 from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.models.pipeline import Pipeline
@@ -49,6 +50,7 @@ class Planned:
             for name, shapes in found.shapes.items()
         }
         self.pipeline = Pipeline(networks, params, [], found.schedule, found.configs)
+        check_resolution(config, self.pipeline.vae)
         h, w, c = self.pipeline.latent_shape
         if pixels := config.cache.resolution:
             h = w = pixels // self.pipeline.vae.config.downscale

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from safetydpo_jax.diffusion.samplers import SAMPLERS
+from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.pretrained import load_pipeline
 
@@ -51,6 +53,11 @@ def check_drawable(config: ConfigDict, pipeline: Any) -> None:
             f"{config.model} draws {pipeline.resolution} px, and the config is for the embedded "
             f"model of {SIDE} px: give --config NAME:sd15, NAME:sd21 or NAME:sdxl"
         )
+
+
+def check_sampler(config: ConfigDict, schedule: NoiseSchedule) -> None:
+    """Raises UserError for a sampler or a number of steps that the base's schedule has not."""
+    SAMPLERS[config.drawing.sampler](schedule, config.drawing.num_steps)
 
 
 def load_on_all_devices(config: ConfigDict, progress: Callable[[str], None], **options: Any) -> Any:

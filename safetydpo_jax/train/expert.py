@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from safetydpo_jax.train.health import Health
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-# What A1111 shows a LoRA for, by `ss_base_model_version`.
-KOHYA_BASES = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 
 class Expert:
@@ -176,8 +174,9 @@ class Expert:
             lora.save_lora(path, applied, self._header(config.steps))
         self.progress(self._exported)
         kohya = path.parent / "comfyui" / f"safetydpo_{config.category}.safetensors"
-        self._adapters, header = lora.load_lora(path, self._pipeline.unet_params)
-        lora.save_kohya(kohya, self._adapters, header, KOHYA_BASES.get(config.base))
+        unet_params = self._pipeline.unet_params
+        self._adapters, header = lora.load_lora(path, unet_params)
+        lora.save_kohya(kohya, self._adapters, header, lora.kohya_base(unet_params))
         self.progress(f"{path}, {path.stat().st_size / 1e6:.2f} MB")
         self._files = [path, kohya]
 

@@ -19,7 +19,7 @@ from safetydpo_jax.data.writing.sources import Writer
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.models.checkpoint import open_checkpoint
-from safetydpo_jax.train.base import load_on_all_devices
+from safetydpo_jax.train.base import check_sampler, load_on_all_devices
 from safetydpo_jax.train.model_card import base_name
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.workdir import Phases, lock_workdir
@@ -55,7 +55,9 @@ def run(
     shares = _shares(config.pairs.num_pairs, writer.categories)
     configs = {name: _config_of(config, name, count) for name, count in shares.items()}
     # Now, before anybody is paid for prompts.
-    open_checkpoint(config.model, vae=config.vae, configs=config.model_config)
+    base = open_checkpoint(config.model, vae=config.vae, configs=config.model_config)
+    check_sampler(config, base.schedule)
+    data.check_resolution(config, base.networks["vae"])
     with lock_workdir(workdir, part):
         progress(f"{', '.join(shares)}, {workdir}, part {part[0]} of {part[1]}")
         progress(f"{config.pairs.num_pairs} pairs, prompts by {writer.name}")
@@ -127,11 +129,10 @@ def run(
 
 
 def check_nothing_given(config: ConfigDict) -> None:
-    """Raises UserError if the config names pairs made before."""
-    if config.pairs.path:
-        raise UserError(
-            f"config.pairs.path is {config.pairs.path}: with pairs there is nothing to make"
-        )
+    """Raises UserError if the config names pairs or a cache made before."""
+    for name in ("pairs", "cache"):
+        if path := config[name].path:
+            raise UserError(f"config.{name}.path is {path}: with {name} there is nothing to make")
 
 
 def _shares(count: int, categories: list[str]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from safetydpo_jax import data
 from safetydpo_jax.data.draw import draw_all
 from safetydpo_jax.data.pending import PendingPairs
-from safetydpo_jax.train.base import check_drawable, load_on_all_devices
+from safetydpo_jax.train.base import check_drawable, check_sampler, load_on_all_devices
 from safetydpo_jax.train.factory import check_nothing_given
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.workdir import Phases, lock_workdir
@@ -47,6 +47,7 @@ def run(
         phases.begin("base model")
         pipeline = load_on_all_devices(config, progress)
         check_drawable(config, pipeline)
+        check_sampler(config, pipeline.schedule)
 
         phases.begin("pairs")
         drawn = PendingPairs(config, pipeline, pathlib.Path(workdir) / "pairs", source)

@@ -162,6 +162,8 @@ class Health:
         assert choice is not None  # the last step is always evaluated
         path.parent.mkdir(parents=True, exist_ok=True)
         with storage.explained_writes(path):
+            # Again, as config.report.reveal may be another than when it was measured.
+            self.sheet(self.records).save(self.folder / "samples.png")
             storage.write_file(path, self.path(choice["step"]).read_bytes())
         text = f"step {choice['step']} is exported"
         if "ip" in choice:

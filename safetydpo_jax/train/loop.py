@@ -19,10 +19,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from safetydpo_jax import __version__, host_memory, processes, sharding, storage
+from safetydpo_jax import __version__, data, host_memory, processes, sharding, storage
 from safetydpo_jax.compilation import keep_compiled
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.train.base import check_drawable, load_base
+from safetydpo_jax.train.base import check_drawable, check_sampler, load_base
 from safetydpo_jax.train.cohort import Cohort
 from safetydpo_jax.train.expert import Expert
 from safetydpo_jax.train.mirror import Workdir
@@ -110,6 +110,10 @@ def run(
                 experts = [expert_of(config) for config in group]
                 saved = lambda: home.update(must=False)  # noqa: E731
                 cohorts.append(Cohort(experts, pipeline, mesh, folder, phases, saved))
+            for config in configs:
+                data.check_resolution(config, pipeline.vae)
+                if to_draw:
+                    check_sampler(config, pipeline.schedule)
             if to_draw:
                 check_drawable(shared, pipeline)
             return cohorts

@@ -13,6 +13,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # What befalls a question the first time it is asked, by its number; then it is answered.
+AT_ONCE = {"retry-after-ms": "5"}
 FAULTS = ("429", "500", "disconnect", "no json", "bad list", "refusal", "empty", "nothing")
 
 
@@ -97,13 +98,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": {"message": f"no model for {text}"}})
         elif self.headers["Authorization"] == "Bearer wrong":
             self.answer(401, {"error": {"message": f"no key for {text}"}})
+        elif fault == "quota":
+            self.answer(429, {"error": {"code": "insufficient_quota", "message": text}}, AT_ONCE)
+        elif fault == "down":
+            self.answer(503, {"error": {"message": text}}, AT_ONCE)
         elif first and fault == "disconnect":
             self.close_connection = True
             self.connection.close()
         elif first and isinstance(fault, dict):
             self.answer(200, fault)
         elif first and fault in ("400", "429", "500"):
-            self.answer(int(fault), {"error": {"message": text}}, {"retry-after-ms": "5"})
+            self.answer(int(fault), {"error": {"message": text}}, AT_ONCE)
         elif first and fault == "nothing":
             self.send(200, b"{not json")
         else:

@@ -20,7 +20,7 @@ from safetydpo_jax.csv_file import read_rows
 from safetydpo_jax.data import PairSet, PictureFile, make_cache, make_pairs, write_pairs
 from safetydpo_jax.data.import_pairs import import_pairs, is_held_out
 from safetydpo_jax.data.inputs import read_input
-from safetydpo_jax.data.inputs.pair import InputPair, InputPicture
+from safetydpo_jax.data.inputs.pair import BadPictureError, InputPair, InputPicture
 from safetydpo_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +89,29 @@ def test_pairs_of_another_category_make_no_expert(imported, config, pipeline, tm
         make_pairs(config, pipeline, tmp_path)
     config.category = "all"
     assert make_pairs(config, pipeline, tmp_path, lambda line: None) == imported / "violence"
+
+
+def test_several_sets_of_others_make_no_expert(source, config, pipeline, tmp_path):
+    pair = read_input(source)[1].pairs[0]
+    for name in ("gambling", "weapons"):
+        sides = [[PictureFile(name, x.prompt, x.read())] for x in (pair.unsafe, pair.safe)]
+        card = {"settings": {"category": name}}
+        write_pairs(tmp_path / "pairs" / name, sides[0], sides[1], [], card)
+    config.category, config.pairs.path = "gambling", str(tmp_path / "pairs")
+    with pytest.raises(UserError, match=r"has pairs of weapons, .* give .*path=.*pairs/gambling$"):
+        make_pairs(config, pipeline, tmp_path)
+    config.pairs.path += "/weapons"  # the same harm by another name, for all that is known
+    assert make_pairs(config, pipeline, tmp_path, lambda line: None) == tmp_path / "pairs/weapons"
+
+
+def test_pairs_of_any_category_make_no_expert_of_one(source, config, pipeline, tmp_path):
+    import_pairs(source, tmp_path / "pairs", sets=["all"], progress=lambda line: None)
+    config.category, config.pairs.path = "hate", str(tmp_path / "pairs")
+    with pytest.raises(UserError, match="has pairs of any category, and this expert is of hate"):
+        make_pairs(config, pipeline, tmp_path)
+    config.category = "all"
+    made = make_pairs(config, pipeline, tmp_path, lambda line: None)
+    assert made == tmp_path / "pairs" / "all"
 
 
 def test_an_input_without_pairs(tmp_path):
@@ -217,8 +240,25 @@ def test_a_category_for_pairs_without_one(tmp_path, source):
         (given / f"{side}.jpg").write_bytes(getattr(pair, side).read())
     head = "prompt_unsafe,prompt_safe,image_unsafe,image_safe,category\n"
     (given / "pairs.csv").write_text(head + "bad,good,unsafe.jpg,safe.jpg,\n")
+    said: list[str] = []
     assert import_pairs(given, tmp_path / "a", category="gambling", validation=0) == {"gambling": 1}
-    assert import_pairs(given, tmp_path / "b", validation=0) == {"all": 1}
+    assert import_pairs(given, tmp_path / "b", validation=0, progress=said.append) == {"all": 1}
+    assert "name no category" not in "".join(said)
+    row = "worse,better,unsafe.jpg,safe.jpg,gambling\n"
+    (given / "pairs.csv").write_text(head + "bad,good,unsafe.jpg,safe.jpg,\n" + row)
+    counts = import_pairs(given, tmp_path / "c", validation=0, progress=said.append)
+    assert counts == {"gambling": 1, "all": 2}
+    assert "1 of 2 pairs name no category: only the set 'all' has them" in "".join(said)
+
+
+def test_a_picture_that_goes_away_meanwhile(source, tmp_path, monkeypatch):
+    def gone(data):
+        raise BadPictureError("empty file")
+
+    monkeypatch.setattr("safetydpo_jax.data.import_pairs.as_kept", gone)
+    with pytest.raises(UserError, match=r"its unsafe picture could be used a while ago, .*empty"):
+        import_pairs(source, tmp_path, progress=lambda line: None)
+    assert not (tmp_path / "report.json").exists()
 
 
 @pytest.fixture

@@ -275,6 +275,29 @@ def test_a_server_that_takes_no_request(settings):
         write_prompts(replace(settings, url=server.url), lambda line: None)
 
 
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        (["", "", *["quota"] * 30], "refuses the requests .429.: .* whether its quota is used up"),
+        (["", "", *["down"] * 30], "none of the last 3 requests .503.: .* the same command goes"),
+    ],
+)
+def test_a_server_that_stops_answering(settings, monkeypatch, faults, message):
+    """The run ends, with what was answered kept, and does not take its rest for single faults."""
+    from safetydpo_jax.data.writing import endpoint
+
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    monkeypatch.setattr(endpoint, "_FAILURES", 3)
+    one_by_one = replace(settings, concurrency=1)
+    with Server(faults) as server, pytest.raises(UserError, match=message) as raised:
+        write_prompts(replace(one_by_one, url=server.url), lambda line: None)
+    assert "Concept" not in str(raised.value)
+    with Server() as server:
+        report = write_prompts(replace(one_by_one, url=server.url), lambda line: None)
+        assert len(server.asked) > 0
+    assert report["unanswered"] == {}
+
+
 def test_single_requests_that_are_refused(settings):
     """As by a filter of contents; they are asked again later, even if no others are left."""
     one_by_one = replace(settings, concurrency=1)

@@ -8,8 +8,10 @@ from flax import traverse_util
 
 from launch import export as command
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.lora import init_adapters, load_lora, save_lora
+from safetydpo_jax.lora import init_adapters, kohya_base, load_lora, save_lora
+from safetydpo_jax.lora.base import unet_shapes
 from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.models.single_file import published
 
 
 @pytest.fixture
@@ -49,9 +51,34 @@ def test_the_known_base_that_fits_and_the_scale(tmp_path):
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
     file, out = save_lora(tmp_path / "a.safetensors", adapters), tmp_path / "b.safetensors"
     run("--lora", file, "--format", "kohya", "--scale", 0.5, "--out", out)
-    (ours, _), (theirs, _) = leaves(out, emoji), leaves(file, emoji)
+    (ours, header), (theirs, _) = leaves(out, emoji), leaves(file, emoji)
+    assert header["export_scale"] == "0.5"
+    assert "ss_base_model_version" not in header  # kohya has no name for it
     for path, leaf in theirs.items():
         np.testing.assert_array_equal(ours[path], leaf * (0.5 if path[-1] == "b" else 1))
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "is_v2"), [("sd15", "sd_v1", "False"), ("sd21-base", "sd_v2", "True")]
+)
+def test_a1111_is_told_the_base(base, name, is_v2, tmp_path):
+    shapes = unet_shapes(published(base))
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    adapters = init_adapters(jax.random.key(0), zeros, rank=1, targets=("attn2.to_k",))
+    file = save_lora(tmp_path / "a.safetensors", adapters, {"ss_network_alpha": "64"})
+    run("--lora", file, "--format", "kohya", "--out", tmp_path / "b.safetensors")
+    with safetensors.safe_open(tmp_path / "b.safetensors", "numpy") as opened:
+        header = opened.metadata()
+    assert (header["ss_base_model_version"], header["ss_v2"]) == (name, is_v2)
+    assert header["ss_network_alpha"] == "1"
+    run("--lora", tmp_path / "b.safetensors", "--format", "peft", "--out", tmp_path / "peft")
+    with safetensors.safe_open(tmp_path / "peft/adapter_model.safetensors", "numpy") as opened:
+        assert "ss_network_alpha" not in opened.metadata()
+
+
+def test_kohyas_name_of_sdxl():
+    kernel = np.broadcast_to(np.float32(0), (2048, 640))
+    assert kohya_base({"attn2": {"to_k": {"kernel": kernel}}}) == "sdxl_base_v1-0"
 
 
 def test_fused(file, model_folder, tmp_path, capsys):
@@ -64,6 +91,14 @@ def test_bad_inputs(file, model_folder, tmp_path, capsys):
     given = ("--lora", file, "--model", model_folder)
     with pytest.raises(UserError, match="its name must end in .safetensors"):
         run(*given, "--format", "kohya", "--out", tmp_path / "x.bin")
+    with pytest.raises(UserError, match="x is said of a model, but there is none"):
+        run("--lora", file, "--format", "peft", "--model_config", "x", "--out", tmp_path / "x")
+    with pytest.raises(MissingFileError, match=r"gone.safetensors: no such file"):
+        run("--lora", tmp_path / "gone.safetensors", "--format", "fused", "--model", "not/there",
+            "--out", tmp_path / "x")  # fmt: skip
+    with pytest.raises(SystemExit):
+        run(*given, "--format", "kohya", "--dtype", "float16", "--out", tmp_path / "x.safetensors")
+    assert "--dtype is of fused weights: kohya has float32" in capsys.readouterr().err
     with pytest.raises(UserError, match="It was held against emoji, sd15, .* give it as --model"):
         run("--lora", file, "--format", "kohya", "--out", tmp_path / "x.safetensors")
     sd15 = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

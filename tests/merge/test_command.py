@@ -168,7 +168,7 @@ def test_regmean_and_again_from_what_was_seen(twins, pipeline, model_folder, tmp
         assert np.linalg.norm(matrix) < 0.5 * np.linalg.norm(change(out, pipeline)[layer])
     capsys.readouterr()
     run(*options, "--prompts", table, "--steps", 4, "--out", out)  # votes alone
-    assert "votes: on 4 prompts" in capsys.readouterr().out  # the safe ones have none
+    assert "statistics: of 4 prompts" in capsys.readouterr().out  # the safe ones have none
     with pytest.raises(UserError, match="the statistics have no inputs of this layer"):
         run(*options, "--method", "regmean", "--stats", stats, "--out", again)
 
@@ -252,6 +252,12 @@ def test_what_is_refused_before_any_work(files, prompts, model_folder, tmp_path)
         ((*experts, *out, "--method", "svd", "--scale", "nan"), "--scale nan: it must be a finite"),
         ((*counts, "--category_weights", "other=2"), "no prompts of other vote: the categories"),
         ((*counts, "--band_weights", 1, 2), "2 weights for 4 bands of timesteps"),
+        ((*counts, "--batch_size", 0), "the batch size is 0: it must be 1 or more"),
+        ((*counts, "--method", "svd"), "--prompts says how to count, but svd counts nothing"),
+        (
+            (*experts, *out, "--stats", files[0], "--trajectory", "experts"),
+            "--trajectory says how to count, but --stats has what was counted",
+        ),
         ((*counts, "--method", "co_merge_rows"), "from experts of one rank and the same layers"),
         ((*counts, "--distill", 5), "no prompts of .*safe"),
     ):

@@ -50,6 +50,24 @@ def test_another_file_is_another_set(config, tmp_path):
         generate.run(config, tmp_path / "run", progress=lambda line: None)
 
 
+def test_what_the_base_cannot_do_is_told_before_anything_is_drawn(config, tmp_path):
+    quiet = {"progress": lambda line: None}
+    made = generate.run(config, tmp_path / "made", **quiet)
+    config.drawing.num_steps = 2000
+    with pytest.raises(UserError, match="num_steps is 2000: it must be from 1 to 1000"):
+        generate.run(config, tmp_path / "run", **quiet)
+    assert not list((tmp_path / "run").glob("pairs*"))
+    config.pairs.path = str(made)
+    config.batch_size, config.accumulation = 8, 1
+    config.health.every, config.health.prompts = 1, ("a dog",)
+    with pytest.raises(UserError, match="num_steps is 2000: it must be from 1 to 1000"):
+        loop.run(config, tmp_path / "run", **quiet)
+    config.cache.resolution = 7
+    with pytest.raises(UserError, match="config.cache.resolution is 7: it must be a multiple of"):
+        loop.run(config, tmp_path / "run", **quiet)
+    assert not list((tmp_path / "run").glob("cache*"))
+
+
 def test_training_draws_nothing_unasked(config, tmp_path, monkeypatch):
     monkeypatch.setattr(base, "load_pipeline", None)
     with pytest.raises(UserError, match=r"draws no pairs with sd15 unasked.*launch/generate.py"):

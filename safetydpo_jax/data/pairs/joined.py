@@ -13,7 +13,7 @@ from safetydpo_jax.remote import open_folder, reading
 
 
 class JoinedPairs:
-    """The pair sets of a folder, one after the other by name; "all" is left out, as it has theirs.
+    """The pair sets of a folder, one after the other by name, without "all", which has theirs.
 
     Attributes:
       folder: which has them.

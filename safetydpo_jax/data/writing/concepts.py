@@ -6,7 +6,7 @@ from pathlib import Path
 from safetydpo_jax.csv_file import read_rows
 from safetydpo_jax.data.inputs.pair import category_names
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.harm import read_harm
+from safetydpo_jax.harm import TAKEN, read_harm
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ def read_concepts(path: Path) -> list[Concept]:
             names = category_names([row["category"]], where)
             if not names or not row["concept"].strip():
                 raise UserError(f"{where}: a category and a concept must be there")
+            if names[0].lower() in TAKEN:
+                raise UserError(
+                    f"{where}: the name {names[0]} is taken: call the category otherwise"
+                )
             rows.append((names[0], " ".join(row["concept"].split()), where))
     found: list[Concept] = []
     counts: dict[str, int] = {}

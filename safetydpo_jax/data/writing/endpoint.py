@@ -14,6 +14,8 @@ KEY = "OPENAI_API_KEY"
 _REFUSED = (400, 402, 422)  # as any other question will be, if so many are before an answer
 _REFUSALS = 5
 _PAY = 402  # as any other question will be, whatever was answered before
+_QUOTA = "insufficient_quota"  # OpenAI's code for the same, with 429
+_FAILURES = 10  # questions in a row, each asked RETRIES + 1 times, to which it is busy or broken
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Endpoint:
         logging.getLogger("openai").setLevel(logging.WARNING)  # below, it may show the questions
         self._openai, self._url, self._model = openai, url, model
         self.used = Used()
-        self._answered_before, self._refusals = answered, 0
+        self._answered_before, self._refusals, self._failures = answered, 0, 0
         # Servers of one's own take any key, but the client insists on one.
         self._client = openai.AsyncOpenAI(
             base_url=url,
@@ -103,9 +105,18 @@ class Endpoint:
                 "far is kept, and the same command goes on"
             ) from None
         except openai.APIStatusError as error:
+            failed = error.status_code == 429 or error.status_code >= 500
+            self._failures = self._failures + 1 if failed else 0
+            if self._failures >= _FAILURES:
+                raise UserError(
+                    f"{self._url} has answered none of the last {_FAILURES} requests "
+                    f"({error.status_code}): what was written so far is kept, and the same command "
+                    "goes on once it is well, or with a lower --concurrency"
+                ) from None
             self._refusals += error.status_code in _REFUSED
+            spent = error.status_code == _PAY or error.code == _QUOTA
             answered = self._answered_before or self.used.answers > 0
-            if error.status_code == _PAY or (self._refusals >= _REFUSALS and not answered):
+            if spent or (self._refusals >= _REFUSALS and not answered):
                 raise UserError(
                     f"{self._url} refuses the requests ({error.status_code}): see what it wants of "
                     "--model and --temperature, or whether its quota is used up"
@@ -123,6 +134,7 @@ class Endpoint:
         if not isinstance(content, str) or not content:
             raise UnusableAnswerError("refused, or an empty answer")
         self.used.answers += 1
+        self._failures = 0
         return content
 
     async def close(self) -> None:

@@ -16,7 +16,8 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import read_harm
 
 GRAMMAR = "grammar"  # the writer that is no model
-_TAKEN = ("all", "safe", "pairs", "prompts", "cache")  # they have a meaning as a name or a folder
+# They have a meaning as a name or a folder.
+_TAKEN = ("all", "safe", "own", "pairs", "prompts", "cache")
 
 
 class Writer:
