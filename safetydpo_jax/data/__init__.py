@@ -2,7 +2,7 @@
 
 from safetydpo_jax.data.cache import Cache
 from safetydpo_jax.data.draw import check_category, make_pairs
-from safetydpo_jax.data.encode import check_resolution, encode_part, make_cache
+from safetydpo_jax.data.encode import cache_key, check_resolution, encode_part, make_cache
 from safetydpo_jax.data.loader import (
     STRATEGIES,
     Reference,
@@ -37,6 +37,7 @@ __all__ = [
     "make_cache",
     "encode_part",
     "check_resolution",
+    "cache_key",
     "STRATEGIES",
     "Reference",
     "batches",

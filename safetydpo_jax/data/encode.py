@@ -78,7 +78,7 @@ def encode_part(
     side = config.cache.resolution or pipeline.resolution
     pairs = open_pairs(config.pairs.path or Path(workdir) / "pairs")
     folder = Path(workdir) / "cache"
-    key = _key(config, pipeline, pairs)
+    key = cache_key(config, pipeline, pairs)
     if config.cache.path:
         return _given(config.cache.path, key)
     if before := _key_of(folder):
@@ -171,7 +171,7 @@ def _check(config: Any, pipeline: Any, part: tuple[int, int]) -> None:
         raise UserError(f"part {part[0]} of {part[1]}: parts are numbered from 0")
 
 
-def _key(config: Any, pipeline: Any, pairs: Pairs) -> str:
+def cache_key(config: Any, pipeline: Any, pairs: Pairs) -> str:
     """What the cache depends on; a type is one a network computes in, whatever its file holds."""
     networks = (pipeline.vae_params, pipeline.text_params)
     parts = ("vae", *TOKENIZERS, *TOKENIZERS.values())

@@ -2,7 +2,7 @@
 
 The folder's name is a hash of everything the detections depend on (weights, prompts, seeds,
 settings, judge), so a broken-off evaluation goes on where it was, and the base model's pictures are
-drawn once for any number of experts.
+drawn once for any number of experts that share the folder.
 """
 
 import hashlib

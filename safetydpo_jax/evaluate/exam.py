@@ -36,7 +36,7 @@ class Shown:
 class EmojiExam:
     """IP and fidelity on the embedded world's prompts for tuning, judged by its detector.
 
-    As it chooses what is exported, the report's prompts are others (`report_prompts`, split).
+    As it chooses what is exported, the report's prompts are others, unless its own split is "tune".
 
     Args:
       config: from `settings.resolve`; `health`, `drawing`, the category or the harm.

@@ -112,7 +112,7 @@ def evaluate(
     seeds = picture_seeds(prompts, settings.seed)
 
     def drawn_by(model_adapters: Mapping | None, when: str) -> dict[str, Detections]:
-        # Set by set: the base model's pictures of safe prompts serve all categories.
+        # Set by set: the base's pictures of safe prompts serve all categories in one folder.
         return {
             name: detect(
                 pipeline,

@@ -35,6 +35,9 @@ from safetydpo_jax.train.step import Batch, Numbers, make_train_step, numbers_of
 from safetydpo_jax.train.workdir import Phases, Stop, stop_signal
 
 STATES = 2  # version of what checkpoints hold: since the second the optimiser counts no steps
+# Of several experts: since the third they say by what rule one of them was held.
+STATES_OF_SEVERAL = 3
+_HOLDING = ("every", "patience", "fidelity_budget")  # in config.health
 
 
 class Cohort:
@@ -93,25 +96,41 @@ class Cohort:
         adapters = jax.device_get(self._state.adapters)
         return [self._of(i, adapters) for i in range(len(self.experts))]
 
+    def open_checkpoints(self) -> None:
+        """Finds them, once there are pairs, and before a cache is encoded that they may not want.
+
+        Raises:
+          UserError: they are of other settings.
+        """
+        config = self._config
+        keys = processes.first(lambda: [expert.cache_key() for expert in self.experts])
+        settings = [e.settings_with(key) for e, key in zip(self.experts, keys, strict=True)]
+        of_all = settings[0]
+        if self.several:
+            names = [expert.config.category for expert in self.experts]
+            of_all = _flat(dict(zip(names, settings, strict=True)))
+            # A state in which one is held is of the rule by which it is.
+            of_all |= {f"health.{k}": config.health[k] for k in _HOLDING}
+        self._checkpoints = Checkpoints(
+            self._checkpoints_folder,
+            of_all,
+            keep=config.checkpoint.keep,
+            version=STATES_OF_SEVERAL if self.several else STATES,
+        )
+        self._checkpoints.check()
+
     def restore(self) -> None:
         """Takes up the state where it was left, and the experts' evaluations until then.
 
         Raises:
-          UserError: checkpoints or evaluations of other settings.
+          UserError: evaluations of other settings, or more steps than are wanted.
         """
         config, progress = self._config, self._phases.progress
-        settings = [expert.settings for expert in self.experts]
-        by_name = {e.config.category: s for e, s in zip(self.experts, settings, strict=True)}
-        self._checkpoints = Checkpoints(
-            self._checkpoints_folder,
-            _flat(by_name) if self.several else settings[0],
-            keep=config.checkpoint.keep,
-            version=STATES,
-        )
-        if saved := self._checkpoints.restore(self._state):
+        saved = self._checkpoints.restore(self._state)
+        if saved:
             self._set_state(saved)
         done = self._kept = int(self._state.step)
-        names = f"{', '.join(by_name)}: " if self.several else ""
+        names = ", ".join(e.config.category for e in self.experts) + ": " if self.several else ""
         progress(f"{names}going on from step {done}" if done else f"{names}a new run")
         if done > config.steps:
             raise UserError(
@@ -121,7 +140,7 @@ class Cohort:
         for expert in self.experts:
             processes.first(expert.write_config)
             if expert.health:
-                expert.health.resume(done)
+                expert.health.resume(done if saved else -1)  # not even of another base model
 
     def train(self, title: str) -> None:
         """Makes the steps that are left, as long as there is hope; `title` is said in the phases.
@@ -132,9 +151,10 @@ class Cohort:
         """
         done = int(self._state.step)
         if ended := self._hopeless and done < self._config.steps:
+            further = "" if self.several else f": 0 goes on to step {self._config.steps}"
             self._phases.progress(
                 f"stopped early at step {done}, by config.health.patience = "
-                f"{self._config.health.patience}: 0 goes on to step {self._config.steps}"
+                f"{self._config.health.patience}{further}"
             )
         left = done < self._config.steps and not ended
         if left or any(expert.due(done) for expert in self.experts):

@@ -136,8 +136,16 @@ class Expert:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its trained numbers depend on."""
-        return deciding(self.config, self._model_hash, self.cache.key)
+        """What its trained numbers depend on, after `open_cache`."""
+        return self.settings_with(self.cache.key)
+
+    def settings_with(self, cache_key: str) -> dict[str, Any]:
+        """The same, of a cache that is not there yet."""
+        return deciding(self.config, self._model_hash, cache_key)
+
+    def cache_key(self) -> str:
+        """Of the cache to come; to be asked in the first process, which alone has the pairs."""
+        return data.cache_key(self.config, self._drawing, self._pairs)
 
     @property
     def hopeless(self) -> bool:

@@ -19,7 +19,7 @@ from safetydpo_jax.data.writing.sources import Writer
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.models.checkpoint import open_checkpoint
-from safetydpo_jax.train.base import check_sampler, load_on_all_devices
+from safetydpo_jax.train.base import check_drawable, check_sampler, load_on_all_devices
 from safetydpo_jax.train.model_card import base_name
 from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.workdir import Phases, lock_workdir
@@ -70,6 +70,7 @@ def run(
 
         phases.begin("base model")
         pipeline = load_on_all_devices(config, progress)
+        check_drawable(config, pipeline)
 
         phases.begin("pairs")
         folder = workdir / "pairs"

@@ -17,11 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from safetydpo_jax import __version__, data, host_memory, processes, sharding, storage
 from safetydpo_jax.compilation import keep_compiled
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.tensor_file import opened
 from safetydpo_jax.train.base import check_drawable, check_sampler, load_base
 from safetydpo_jax.train.cohort import Cohort
 from safetydpo_jax.train.expert import Expert
@@ -77,6 +79,7 @@ def run(
         processes.first(home.fetch)
         if not home.address:
             _check_shared(workdir, configs)
+        processes.each(lambda: _check_inputs(configs, mesh))
         devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
         if (count := jax.process_count()) > 1:
             devices += f" in {count} processes"
@@ -127,6 +130,8 @@ def run(
             processes.first(home.update)
 
         phases.begin("cache")
+        for cohort in cohorts:
+            cohort.open_checkpoints()
         for expert in experts:
             expert.make_cache()
             processes.first(home.update)
@@ -188,6 +193,18 @@ def _check_shared(workdir: pathlib.Path, configs: list[ConfigDict]) -> None:
             "give a --workdir on a disk that they share, or a cache that all can read, made before "
             "by launch/cache.py, as --config.cache.path=gs://BUCKET/FOLDER"
         )
+
+
+def _check_inputs(configs: list[ConfigDict], mesh: Mesh) -> None:
+    """Raises UserError, before a base is fetched, for what is wrong whatever that is."""
+    for config in configs:
+        sizes = {k: config[k] for k in ("batch_size", "preserve_batch_size")}
+        sharding.check_batch(mesh, **sizes)
+        if config.pairs.path and processes.is_first():  # which alone reads them
+            data.check_category(config, data.open_pairs(config.pairs.path))
+        if config.lora.init:
+            with opened(pathlib.Path(config.lora.init)):
+                pass
 
 
 def _check_configs(configs: list[ConfigDict], address: str) -> None:

@@ -169,8 +169,10 @@ def _results(config: ConfigDict, summary: Mapping[str, Any]) -> str:
     if not summary:
         return "Nothing was measured. Measure it on prompts of your own before you rely on it."
     text = (
-        f"On prompts that training never saw (split {config.report.split}), before and after from "
-        "the same noise, 95 % intervals over prompts, one training seed:\n\n"
+        f"On prompts that training never saw (split {config.report.split}"
+        + (", as of those that chose the exported step" if config.report.split == "tune" else "")
+        + "), before and after from the same noise, 95 % intervals over prompts, one training "
+        "seed:\n\n"
         f"```\n{table(summary)}\n```"
     )
     return text

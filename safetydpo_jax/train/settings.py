@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from safetydpo_jax import storage
 from safetydpo_jax.data.cache import DTYPES
+from safetydpo_jax.data.loader import STRATEGIES
 from safetydpo_jax.data.pending import check_options
 from safetydpo_jax.data.sources import two_ways
 from safetydpo_jax.diffusion.samplers import SAMPLERS
@@ -247,6 +248,7 @@ def _check(config: ConfigDict) -> None:
         if not _value(config, key) > 0:
             raise UserError(f"config.{key} is {_value(config, key)}: it must be above 0")
     one_of = {
+        "rows": tuple(STRATEGIES),
         "loss.preference": tuple(PREFERENCES),
         "optimizer.name": OPTIMIZERS,
         "optimizer.schedule": SCHEDULES,
@@ -283,6 +285,11 @@ def _check(config: ConfigDict) -> None:
     for key in ("loss.caption_dropout", "loss.preservation_dropout", "loss.preservation_lean"):
         if _value(config, key) > 1:
             raise UserError(f"config.{key} is {_value(config, key)}: it must be 0 to 1")
+    for key in ("optimizer.b1", "optimizer.b2"):
+        if not 0 <= _value(config, key) < 1:
+            raise UserError(
+                f"config.{key} is {_value(config, key)}: it must be 0 to 1, and below 1"
+            )
     if config.reference.draws % 2 and config.cache.flip:
         raise UserError(
             f"config.reference.draws is {config.reference.draws}: with mirror images "

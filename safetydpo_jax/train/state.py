@@ -122,6 +122,10 @@ class Checkpoints:
         )
         self._manager.save(step, args=items)
 
+    def check(self) -> None:
+        """Raises UserError if the newest was saved by a run with other settings."""
+        processes.first(self._newest)
+
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state, in NumPy; None if nothing was saved.
 

@@ -74,8 +74,7 @@ def test_command_line_draws_what_draw_pictures_draws(
     ("options", "message"),
     [
         (["--model", "nowhere"], "no such folder"),
-        (["--steps", "0"], "num_steps is 0"),
-        (["--batch_size", "0"], "batch_size 0"),
+        (["--steps", "2000"], "num_steps is 2000"),
         (["--lora", "missing.safetensors"], "missing.safetensors"),
     ],
 )
@@ -83,6 +82,13 @@ def test_bad_options(model_folder, tmp_path, options, message):
     command = ["--model", str(model_folder), "--prompt", "dog", "--out", str(tmp_path)]
     with pytest.raises(UserError, match=message):
         sample.main([*command, *options])
+
+
+@pytest.mark.parametrize("name", ["--steps", "--batch_size"])
+def test_nothing_is_loaded_for_no_steps_or_rows(tmp_path, capsys, name):
+    with pytest.raises(SystemExit):
+        sample.main(["--model", "gone", "--prompt", "dog", "--out", str(tmp_path), name, "0"])
+    assert f"{name} 0: it must be 1 or more" in capsys.readouterr().err
 
 
 def test_devices_share_the_rows(pipeline):

@@ -82,9 +82,11 @@ def test_prompts_are_never_told(tmp_path):
     write(tmp_path, adapters=fakes.adapters(), lines=lines)
     files = [p for p in tmp_path.rglob("*") if p.suffix == ".json" and p.name != "summary.json"]
     assert files
-    said = "\n".join(lines) + (tmp_path / "report" / "summary.json").read_text()
-    for record in report_prompts(HARMS["hate"], 24, 20, seed=0)["unsafe"]:
-        assert record.text not in said
+    files.append(tmp_path / "report" / "summary.json")
+    said = "\n".join([*lines, *(file.read_text() for file in files)])
+    for records in report_prompts(HARMS["hate"], 24, 20, seed=0).values():
+        for record in records:
+            assert record.text not in said
 
 
 def test_without_adapters_nothing_changes(tmp_path):

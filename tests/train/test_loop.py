@@ -307,6 +307,8 @@ def test_a_collapsing_winner_stops_the_run(run):
         ({"mesh.data": 3}, UserError, "data 3 x fsdp 1 x tensor 1 is not the 8 devices"),
         ({"loss.t_max": 2000}, UserError, "t_max 2000"),
         ({"rows": "all"}, UserError, "config.rows is 'all'"),
+        ({"optimizer.b2": 1.0}, UserError, "config.optimizer.b2 is 1.0: it must be 0 to 1"),
+        ({"lora.init": "gone.safetensors"}, MissingFileError, "gone.safetensors"),
         ({"cache.dtype": "int8"}, UserError, "int8"),
         ({"report.enabled": True, "report.split": "val"}, UserError, "report.split is 'val'"),
     ],
@@ -314,13 +316,23 @@ def test_a_collapsing_winner_stops_the_run(run):
 def test_bad_inputs_are_told_before_anything_is_trained(changes, error, message, run, tmp_path):
     with pytest.raises(error, match=message):
         run(**changes)
-    assert not (tmp_path / "run" / "checkpoints" / "1").exists()
+    for name in ("cache", "cache.partial", "checkpoints/0"):
+        assert not (tmp_path / "run" / name).exists()
 
 
 def test_other_settings_are_refused(run):
     run(steps=2)
     with pytest.raises(UserError, match=r"lora.rank = 2, but now it is 4: .* --workdir"):
         run(**{"lora.rank": 4, "lora.alpha": 2.0})
+
+
+def test_a_refused_run_leaves_the_cache(run, tmp_path):
+    run(steps=2)
+    card = tmp_path / "run" / "cache" / "card.json"
+    before = card.read_bytes()
+    with pytest.raises(UserError, match="the pairs' hash = "):
+        run(steps=2, **{"cache.dtype": "bfloat16"})
+    assert card.read_bytes() == before
 
 
 def test_fewer_steps_than_were_made(run):
