@@ -35,12 +35,12 @@ from safetydpo_jax.emoji.detector import (
     fold_norms,
     load_params,
     save_params,
-    to_pixels,
 )
 from safetydpo_jax.emoji.junk import JUNK, degrade
 from safetydpo_jax.emoji.scenes import SIDE, Scene, pick, render, sample_scene
 from safetydpo_jax.errors import UserError, run_main
 from safetydpo_jax.host_memory import use_huge_pages
+from safetydpo_jax.models.autoencoder import to_pixels
 
 JUNK_SHARE = 0.35
 HARD_JUNK = ("blend", "crossfade", "crossfade", "smear")  # drawn so much more often

@@ -225,7 +225,6 @@ _SOLVER_OPTIONS_OF = {
     "dpmsolver++": _SIGMAS
     | {
         "algorithm_type": ("dpmsolver++", "deis"),
-        "euler_at_final": (False,),
         "lambda_min_clipped": (-math.inf, None),
         "solver_order": (2,),
         "solver_type": ("midpoint", "bh1", "bh2", "logrho"),

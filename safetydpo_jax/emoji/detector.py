@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from safetydpo_jax.emoji.concepts import CONCEPTS, NONE
 from safetydpo_jax.emoji.scenes import SIDE
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.models.autoencoder import to_pixels
 
 WEIGHTS = Path(__file__).parent / "detector.safetensors"
 THRESHOLD = 0.5  # a concept is named from this probability on
@@ -84,11 +85,6 @@ def fold_norms(variables: Any) -> Any:
         kernel = variables["params"][conv]["kernel"] * gain
         params[conv] = {"kernel": kernel, "bias": norm["bias"] - averages["mean"] * gain}
     return params
-
-
-def to_pixels(pictures: UInt8[Array, "b 64 64 3"]) -> Float[Array, "b 64 64 3"]:
-    """uint8 pictures as float32 pixels in [-1, 1]."""
-    return jnp.asarray(pictures, jnp.float32) / 127.5 - 1
 
 
 def concept_digest() -> str:

@@ -100,14 +100,15 @@ def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "
     Raises:
       UserError, MissingFileError: a file is missing or damaged, or a config is not supported.
     """
+    other_vae = resolve_vae(vae) if vae else None  # the smaller one is fetched first
     place = resolve_checkpoint(path)
     if configs and place.is_dir():
         raise UserError(f"model_config is {configs}, but {place} has its own configs")
     folder = single_file.config_folder(place, configs) if place.is_file() else place
     index = check_index(folder / hub.INDEX)
     folders = {name: folder / name for name in CLASSES[index["_class_name"]]}
-    if vae:
-        folders["vae"] = resolve_vae(vae)
+    if other_vae:
+        folders["vae"] = other_vae
     read = {name: read_json(sub / "config.json") for name, sub in folders.items()}
     read["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     networks, schedule = build_networks(read, str(folder))

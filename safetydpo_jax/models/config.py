@@ -49,6 +49,19 @@ def check_config(
     return config
 
 
+def one_number(config: Mapping[str, Any], key: str, default: int, where: str) -> int:
+    """A whole number that some configs give as a list, for each block or side the same.
+
+    Raises:
+      UserError: they are not the same, or no whole numbers.
+    """
+    value = default if config.get(key) is None else config[key]
+    first, *others = (set(value) or {None}) if isinstance(value, list | tuple) else {value}
+    if others or not isinstance(first, int):
+        raise UserError(f"{where}: '{key}' is {value!r}; one whole number is supported")
+    return first
+
+
 def per_block(
     value: Any, count: int, key: str, where: str, names: Mapping[str, Any] | None = None
 ) -> tuple[Any, ...]:

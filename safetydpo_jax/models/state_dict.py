@@ -11,7 +11,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,12 @@ ONLY_PICKLES = (
 )
 # Buffers that some files carry and that hold nothing learnt.
 _IGNORED = ("position_ids",)
+# What autoencoders were trained with, and some merged checkpoints still have.
+_OF_TRAINING = ("first_stage_model.loss.", "first_stage_model.model_ema.")
+# What a text encoder's file may hold beyond what its config asks for: last layers that are not
+# used, and what only the whole of CLIP has.
+_TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")
+_OF_CLIP = ("text_projection.weight", "logit_scale")
 
 
 Part = Callable[[np.ndarray], np.ndarray]
@@ -179,8 +185,11 @@ def read_params(
     expected: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(shapes)))
     wanted = {torch_key(path): path for path in expected}
     unknown, told = [], time.monotonic()
+    layers = {x[0] for key in wanted if (x := _TEXT_LAYER.match(key))}  # of a text encoder
 
     def wants(key: str) -> bool:
+        if key.startswith(_OF_TRAINING):
+            return False
         return table is None or key in table.entries or key.startswith(table.prefix or key + ".")
 
     for file, key, tensor, share in _tensors(files, wants):
@@ -195,7 +204,7 @@ def read_params(
             raise UserError(f"{file}: '{key}' holds NaN or infinity; the checkpoint is damaged")
         for ours, part in parts:
             if ours not in wanted:
-                if not key.endswith(_IGNORED):
+                if not key.endswith(_IGNORED) and not (layers and _is_unused(key, layers)):
                     unknown.append(key)
                 continue
             path, value = wanted.pop(ours), part(tensor)
@@ -215,6 +224,12 @@ def read_params(
                 f"{where}: the checkpoint {what} {', '.join(keys[:3])}{more}; do the weights"
                 " belong to this config.json?"
             )
+
+
+def _is_unused(key: str, layers: Set[str]) -> bool:
+    """Whether a text encoder that has these layers, as its config says, may leave `key` out."""
+    layer = _TEXT_LAYER.match(key)
+    return key in _OF_CLIP if layer is None else layer[0] not in layers
 
 
 def load_params(

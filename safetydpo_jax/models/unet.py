@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Real
 
+from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.attention import TransformerBlock
-from safetydpo_jax.models.config import check_config, check_divisible, per_block
+from safetydpo_jax.models.config import check_config, check_divisible, one_number, per_block
 from safetydpo_jax.models.layers import (
     Conv,
     Dense,
@@ -102,6 +103,10 @@ class UNetConfig:
                 "reverse_transformer_layers_per_block",
             ),
         )
+        if config.get("mid_block_type", "") is None:  # which is not the default, but none at all
+            raise UserError(
+                f"{where}: 'mid_block_type' is null; UNets without it are not supported"
+            )
         channels = tuple(config["block_out_channels"])
         n = len(channels)
         down = config.get("down_block_types") or ["CrossAttnDownBlock2D"] * (n - 1) + [
@@ -110,17 +115,17 @@ class UNetConfig:
         up = config.get("up_block_types") or ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (n - 1)
         heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
         heads = per_block(heads, n, "attention_head_dim", where)
-        groups = config.get("norm_num_groups", 32)
+        groups = one_number(config, "norm_num_groups", 32, where)
         check_divisible(channels, heads, "attention_head_dim", where)
         check_divisible(channels, (groups,) * n, "norm_num_groups", where)
         return cls(
-            sample_size=config.get("sample_size") or 64,
+            sample_size=one_number(config, "sample_size", 64, where),
             in_channels=config["in_channels"],
             out_channels=config["out_channels"],
             block_out_channels=channels,
             down_attention=per_block(down, n, "down_block_types", where, _DOWN),
             up_attention=per_block(up, n, "up_block_types", where, _UP),
-            layers_per_block=config.get("layers_per_block", 2),
+            layers_per_block=one_number(config, "layers_per_block", 2, where),
             attention_heads=heads,
             transformer_layers=per_block(
                 config.get("transformer_layers_per_block", 1),

@@ -174,13 +174,19 @@ def fit(
             state, metrics = compiled(state, batches(done - 1))
             stopped_by = stop.asked  # read once: a signal may come at any moment
             last = done == config.steps or stopped_by is not None
-            if done % config.log_every == 0 or last:
+            to_save, to_log = (
+                last or done % every == 0 for every in (config.save_every, config.log_every)
+            )
+            if to_save or to_log:
                 figures = {k: float(v) for k, v in metrics.items()}
-                if not np.isfinite(figures["loss"]):
+                # Before it is saved. The loss is of before the update, the gradient is the update.
+                if not np.isfinite([figures["loss"], figures["grad_norm"]]).all():
                     raise UserError(
-                        f"{name}: the loss is {figures['loss']} at step {done}; lower"
-                        f" learning_rate. {folder} has the last checkpoint."
+                        f"{name}: the loss is {figures['loss']} and its gradient's norm "
+                        f"{figures['grad_norm']} at step {done}; lower learning_rate. {folder} has "
+                        "the last checkpoint."
                     )
+            if to_log:
                 elapsed = time.perf_counter() - started
                 rate = (done - first) / elapsed
                 write(done, {"seconds": elapsed, **figures})
@@ -190,7 +196,7 @@ def fit(
                     f" {(config.steps - done) / rate / 60:.1f} min left",
                     flush=True,
                 )
-            if done % config.save_every == 0 or last:
+            if to_save:
                 manager.save(done, args=ocp.args.StandardSave(state), force=last)
                 manager.wait_until_finished()
                 if evaluate is not None and (stopped_by is None or done == config.steps):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from safetydpo_jax import storage
 from safetydpo_jax.csv_file import read_rows
@@ -78,9 +78,9 @@ def _read_folder(
             )
         try:
             with Image.open(file) as image:
-                pixels = np.asarray(image.convert("RGB"))
+                pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         except FileNotFoundError as error:
             raise MissingFileError(f"{file}: named in metadata.csv, but missing") from error
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise UserError(f"{file}: not a readable picture ({error})") from error
         yield square(pixels, resolution), row["text"]

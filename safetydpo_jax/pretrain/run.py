@@ -16,6 +16,7 @@ from safetydpo_jax.models.pipeline import Pipeline, tokenize
 from safetydpo_jax.models.pretrained import load_pipeline, save_pipeline
 from safetydpo_jax.pretrain.autoencoder import encode_pictures, train_autoencoder
 from safetydpo_jax.pretrain.denoiser import train_denoiser
+from safetydpo_jax.pretrain.fit import make_optimizer
 from safetydpo_jax.pretrain.pictures import prepare_pictures
 from safetydpo_jax.pretrain.tokenizer import train_tokenizer
 from safetydpo_jax.storage import check_same, write_file
@@ -53,10 +54,21 @@ def _run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     parts = set(config.init.parts) if config.init.path else set()
     if unknown := parts - {"vae", "text_encoder", "unet"}:
         raise UserError(f"config.init.parts has {', '.join(sorted(unknown))}: no part of a model")
+    for training in (config.autoencoder_training, config.denoiser_training):
+        make_optimizer(training)  # refuses now what it would refuse hours later
     base = load_pipeline(config.init.path) if parts else None
     if base is not None and base.is_sdxl:
         raise UserError(
             f"{config.init.path}: pretraining goes on from Stable Diffusion 1.x and 2.x"
+        )
+    if base is not None and "vae" in parts:
+        step = base.vae.config.downscale
+    else:
+        step = AutoencoderConfig.from_dict(_plain(config.vae)).downscale
+    if config.data.resolution % step:
+        raise UserError(
+            f"config.data.resolution is {config.data.resolution}: it must be a multiple of {step}, "
+            "the pixels to a latent"
         )
     made_from: dict[str, Any] = {"data": _plain(config.data)}
     _claim(workdir / "pictures", made_from)

@@ -282,7 +282,6 @@ def test_bad_inputs(arguments, message):
         ("solver_type", "heun"),
         ("use_karras_sigmas", True),
         ("final_sigmas_type", "sigma_min"),
-        ("euler_at_final", True),
     ],
 )
 def test_a_solver_we_do_not_have_is_refused(key, value):

@@ -83,6 +83,11 @@ def add_a_word(folder: Path):
     file.write_text(json.dumps(content))
 
 
+def no_middle_block(folder: Path):
+    file = folder / "unet/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mid_block_type": None}))
+
+
 UNET_CONFIG, VAE_CONFIG = "unet/config.json", "vae/config.json"
 TEXT_CONFIG, SCHEDULER = "text_encoder/config.json", "scheduler/scheduler_config.json"
 
@@ -148,6 +153,11 @@ CASES = {
     "unsupported value": (settings(TEXT_CONFIG, hidden_act="relu"), "'hidden_act' is 'relu'"),
     "gated attention": (settings(UNET_CONFIG, attention_type="gated"), "'attention_type'"),
     "shifted latents": (settings(VAE_CONFIG, shift_factor=0.1), "'shift_factor' = 0.1"),
+    "no middle block": (no_middle_block, "'mid_block_type' is null"),
+    "layers of their own for each block": (
+        settings(UNET_CONFIG, layers_per_block=[1, 2]),
+        r"'layers_per_block' is \[1, 2\]; one whole number is supported",
+    ),
     "groups that do not divide": (settings(UNET_CONFIG, norm_num_groups=7), "'norm_num_groups'"),
     "heads that do not divide": (settings(TEXT_CONFIG, num_attention_heads=5), "attention_heads"),
     "folders of two checkpoints": (

@@ -183,6 +183,15 @@ def test_bad_files(case, tmp_path):
         load_pipeline(tmp_path / name, **options or {})
 
 
+def test_what_an_autoencoder_was_trained_with_is_left_out(checkpoint, tmp_path):
+    folder, file = checkpoint("sd15")
+    of_training = {"loss.logvar": torch.full((), torch.nan), "model_ema.decay": torch.ones(())}
+    tensors = load_file(file) | {f"first_stage_model.{k}": x for k, x in of_training.items()}
+    save_file(tensors, tmp_path / "whole.safetensors")
+    ours = load_pipeline(tmp_path / "whole.safetensors", configs=str(folder))
+    jax.tree.map(np.testing.assert_array_equal, ours.params, load_pipeline(folder).params)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -83,6 +83,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train(tmp_path, settings(), loss=broken)
 
 
+def test_what_is_not_finite_is_not_kept(tmp_path):
+    def bad_later(step):
+        return batches(step) * (np.nan if step >= 6 else 1)
+
+    with pytest.raises(UserError, match="the loss is nan .* at step 8; lower"):
+        train(tmp_path, settings(log_every=100), bad_later)
+    seen = []
+    train(tmp_path, settings(), lambda step: (seen.append(step), batches(step))[1])
+    assert seen[0] == 4  # not of step 8
+
+
 def test_quiet_residuals_zero_only_the_named_kernels():
     layer = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
     quiet = quiet_residuals({"block": {"conv1": layer, "conv2": layer}}, ("conv2",))["block"]

@@ -114,6 +114,33 @@ def test_pictures_are_cropped_to_squares(folder, tmp_path, capsys):
     np.testing.assert_array_equal(few, pictures[:290])
 
 
+def test_photos_that_lie_on_their_side_are_turned(tmp_path):
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8] = 255  # above, but the file says that it is to be turned by a quarter
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\n")
+    pictures, _ = prepare_pictures(tiny_config(tmp_path).data, tmp_path / "work")
+    assert pictures[0, :, 8:].min() == 255
+    assert pictures[0, :, :8].max() == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.resolution", 15, "data.resolution is 15: it must be a multiple of"),
+        ("denoiser_training.steps", 1, "steps must be as many as both"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_trained(folder, tmp_path, key, value, message):
+    config = tiny_config(folder)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path / "work")
+    assert not (tmp_path / "work" / "pictures").exists()
+
+
 def test_the_embedded_world_has_one_resolution(tmp_path):
     with pytest.raises(UserError, match="data.resolution is 16: .* have 64 px"):
         prepare_pictures(tiny_config("emoji").data, tmp_path)
