@@ -178,11 +178,10 @@ def draw(requests: list[Request], arguments: argparse.Namespace) -> None:
     """Loads the model and draws the requests, telling how far it is after every batch."""
     from safetydpo_jax.diffusion import iterate_pictures
     from safetydpo_jax.models.pretrained import load_pipeline
-    from safetydpo_jax.tensor_file import opened
+    from safetydpo_jax.tensor_file import check_file
 
     if arguments.lora is not None:
-        with opened(arguments.lora):  # what is no such file is told before a model is fetched
-            pass
+        check_file(arguments.lora)  # before a model is fetched
     pipeline = load_pipeline(
         arguments.model,
         dtype=arguments.dtype,

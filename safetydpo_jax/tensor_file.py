@@ -84,6 +84,12 @@ def opened(path: pathlib.Path) -> Iterator[TensorFile]:
         yield TensorFile(path, file)
 
 
+def check_file(path: pathlib.Path) -> None:
+    """Raises as `opened`; reads no tensor. For before work that wants the file later."""
+    with opened(path):
+        pass
+
+
 @contextlib.contextmanager
 def _explained_reading(path: pathlib.Path) -> Iterator[None]:
     try:

@@ -14,7 +14,7 @@ from safetydpo_jax.models.checkpoint import (
 )
 from safetydpo_jax.models.single_file import published
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
-from safetydpo_jax.tensor_file import opened
+from safetydpo_jax.tensor_file import check_file
 
 _FAMILIES = ("sd15", "sd21-base", "sdxl")  # of shapes of their own
 
@@ -30,8 +30,7 @@ def shapes_for(lora: pathlib.Path, model: str | None, configs: str = "") -> tupl
     Raises:
       UserError, MissingFileError: there is no such file or model, or none that fits.
     """
-    with opened(lora):  # what is no such file is told before a model is fetched, and fits none
-        pass
+    check_file(lora)  # before a model is fetched; and what is no such file fits none
     if model is None:
         if configs:
             raise UserError(f"{configs} is said of a model, but there is none: give it as --model")

@@ -14,7 +14,7 @@ from safetydpo_jax.lora.reader import load_lora
 from safetydpo_jax.models.checkpoint import open_checkpoint
 from safetydpo_jax.models.pretrained import WEIGHTS_FILE
 from safetydpo_jax.models.state_dict import read_params, write_params
-from safetydpo_jax.tensor_file import opened
+from safetydpo_jax.tensor_file import check_file
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -52,8 +52,7 @@ def fuse(
         # A reader may well take those, whatever is put beside them.
         raise UserError(f"{out} holds weights, {found[0]}: give another folder, or remove them")
     file = out / WEIGHTS_FILE
-    with opened(lora):  # what is no such file is told before a model is fetched
-        pass
+    check_file(lora)  # before a model is fetched
     base = open_checkpoint(model, configs=configs)
     shapes = base.shapes["unet"]
     adapters, _ = load_lora(lora, shapes)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from safetydpo_jax import __version__, data, host_memory, processes, sharding, storage
 from safetydpo_jax.compilation import keep_compiled
 from safetydpo_jax.errors import UserError
-from safetydpo_jax.tensor_file import opened
+from safetydpo_jax.tensor_file import check_file
 from safetydpo_jax.train.base import check_drawable, check_sampler, load_base
 from safetydpo_jax.train.cohort import Cohort
 from safetydpo_jax.train.expert import Expert
@@ -203,8 +203,7 @@ def _check_inputs(configs: list[ConfigDict], mesh: Mesh) -> None:
         if config.pairs.path and processes.is_first():  # which alone reads them
             data.check_category(config, data.open_pairs(config.pairs.path))
         if config.lora.init:
-            with opened(pathlib.Path(config.lora.init)):
-                pass
+            check_file(pathlib.Path(config.lora.init))
 
 
 def _check_configs(configs: list[ConfigDict], address: str) -> None:
