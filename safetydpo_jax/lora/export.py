@@ -10,7 +10,7 @@ from safetydpo_jax.lora.fuse import fuse
 from safetydpo_jax.lora.reader import load_lora
 from safetydpo_jax.lora.writer import kohya_base, save_kohya, save_lora, save_peft
 
-FORMATS = ("diffusers", "kohya", "peft")  # and fused
+_WRITERS = {"diffusers": save_lora, "kohya": save_kohya, "peft": save_peft}
 # What kohya's trainer says of ranks, which is not so once alpha / rank is within the factors.
 _OF_RANKS = ("ss_network_dim", "ss_network_alpha")
 
@@ -49,8 +49,8 @@ def export(
         if model is None:
             raise UserError("the fused form is made of a model's weights: give the model")
         return fuse(model, lora, out, scale=scale, dtype=dtype, configs=configs, progress=progress)
-    if form not in FORMATS:
-        raise UserError(f"the format is {form!r}: it must be one of {', '.join(FORMATS)}, fused")
+    if form not in _WRITERS:
+        raise UserError(f"the format is {form!r}: it must be one of {', '.join(_WRITERS)}, fused")
     if form != "peft" and out.suffix != ".safetensors":
         raise UserError(f"--out is {out}: its name must end in .safetensors")
     name, shapes = shapes_for(lora, model, configs)
@@ -58,10 +58,7 @@ def export(
     header = {name: text for name, text in header.items() if name not in _OF_RANKS}
     if scale != 1:
         header["export_scale"] = str(scale)  # that of its making stays as it was
-    adapters = scaled(adapters, scale, 1)
-    if form == "kohya":
-        file = save_kohya(out, adapters, header, kohya_base(shapes))
-    else:
-        file = (save_peft if form == "peft" else save_lora)(out, adapters, header)
+    base = {"base": kohya_base(shapes)} if form == "kohya" else {}
+    file = _WRITERS[form](out, scaled(adapters, scale, 1), header, **base)
     progress(f"{file}: {form}, {describe(adapters)} of {name}")
     return file

@@ -19,15 +19,11 @@ Shares = Mapping[str, Any]
 
 
 def shares(categories: Sequence[str], experts: Experts) -> dict[str, np.ndarray]:
-    """What each prompt counts, float32.
+    """What each prompt counts, float32; there are some of all, see `check_categories`.
 
     Returns:
       harmful, harmless, empty: (n, 1); own: (n, experts), 0 under prompts of other categories.
-
-    Raises:
-      UserError: no prompts of an expert's category, or no safe ones.
     """
-    check_categories(categories, experts)
     found, names = np.array(categories), list(dict.fromkeys(experts.names))
     of = {name: (found == name) / (found == name).sum() for name in [*names, SAFE]}
     columns = {
