@@ -19,11 +19,12 @@ from safetydpo_jax.models.target import target
 from safetydpo_jax.models.tpu_attention import shared_mesh, splash, takes
 
 LONG = 1024  # tokens from which on a platform's kernel is asked; below it logits are small
-LOGITS = 2**24  # bytes of logits that the plain form has at a time on a CPU (in some copies)
+# Bytes at a time, of one CPU's rows.
+LOGITS = 2**24  # in the plain form, which has some copies of them
+WIDEST = 2**25  # the feed-forward's widest array, where memory is to be spared
 # Times as many elsewhere, where a larger product is a faster one; and a TPU copies what it takes in
 # turn.
 ROOMIER = {"gpu": 4, "tpu": 16}
-WIDEST = 2**25  # bytes of the feed-forward's widest array, where memory is to be spared
 
 Queries = Float[Array, "b t h d"]
 Keys = Float[Array, "b s h d"]  # and values
@@ -92,14 +93,13 @@ def _plain_attention_gradients(*kept: Heads) -> tuple[Array, ...]:
 
 
 def _in_parts(f: Callable[..., tuple[Array, ...]], *arrays: Heads) -> tuple[Array, ...]:
-    """f, whose first arguments are q and k, over as few heads at a time as `_most` wants."""
+    """f, whose first arguments are q and k, over as few heads at a time as `LOGITS` wants."""
     q, k, *_ = arrays
     rows, heads = q.shape[0], q.shape[2]
     size = 4 * rows * heads * q.shape[1] * k.shape[1]
-    by_head = num_parts(heads, size, _most())
-    by_row = num_parts(
-        rows, size // by_head, _most()
-    )  # rows may be spread over devices, so they come last
+    most = _on_all_devices(LOGITS)
+    by_head = num_parts(heads, size, most)
+    by_row = num_parts(rows, size // by_head, most)  # may be spread over devices, so they come last
 
     def split(x: Heads) -> Float[Array, "n r g _ _"]:
         x = x.reshape(by_row, rows // by_row, x.shape[1], by_head, heads // by_head, x.shape[3])
@@ -119,9 +119,9 @@ def _in_parts(f: Callable[..., tuple[Array, ...]], *arrays: Heads) -> tuple[Arra
 def _by_tokens(
     f: Callable[..., tuple[Array, ...]], *arrays: Float[Array, "r h t _"], others: int
 ) -> tuple[Array, ...]:
-    """f over so many tokens of its arguments at a time as `_most` wants, against `others`."""
+    """f over so many tokens of its arguments at a time as `LOGITS` wants, against `others`."""
     rows, heads, tokens, _ = arrays[0].shape
-    parts = num_parts(tokens, 4 * rows * heads * tokens * others, _most())
+    parts = num_parts(tokens, 4 * rows * heads * tokens * others, _on_all_devices(LOGITS))
     if parts == 1:
         return f(*arrays)
 
@@ -135,11 +135,11 @@ def _by_tokens(
     return tuple(join(x) for x in found)
 
 
-def _most() -> int:
-    """Bytes of logits at a time, on all devices that share the rows."""
+def _on_all_devices(most: int) -> int:
+    """So many bytes, as a CPU has at a time, on all devices that share the rows."""
     mesh = shared_mesh()
     devices = 1 if mesh is None else sharding.num_batch_shards(mesh)
-    return devices * LOGITS * ROOMIER.get(target(), 1)
+    return devices * most * ROOMIER.get(target(), 1)
 
 
 def _attend(
@@ -243,7 +243,7 @@ class TransformerBlock(nn.Module):
             return x + FeedForward(self.dtype, name="ff")(h)
         # Eight times as wide as all else here: in parts it keeps the peak down.
         feed_forward = nn.remat(FeedForward)(self.dtype, name="ff")
-        parts = num_parts(h.shape[1], 4 * 8 * h.size, WIDEST)
+        parts = num_parts(h.shape[1], 4 * 8 * h.size, _on_all_devices(WIDEST))
         return x + jnp.concatenate([feed_forward(part) for part in jnp.split(h, parts, 1)], 1)
 
 

@@ -48,6 +48,20 @@ def test_the_plain_form(parts, context, monkeypatch):
     assert (f"length={parts}\n" in program) == (parts > 1)
 
 
+def test_more_devices_with_more_rows_take_the_feed_forward_in_as_many_parts(monkeypatch):
+    """Or the step of a pod would be hundreds of times as long a program."""
+    monkeypatch.setattr(attention, "WIDEST", 4 * 8 * 2 * 16 * 8 // 4)
+    block = attention.TransformerBlock(heads=2, sparing=True)
+    products = {}
+    for devices in (1, 8):
+        x = jnp.ones((2 * devices, 16, 8))
+        with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:devices])):
+            params = block.init(jax.random.key(0), x, x)
+            text = str(jax.make_jaxpr(block.apply)(params, x, x))
+        products[devices] = text.count("= dot_general[")
+    assert products[1] == products[8] >= 4 * 2
+
+
 @pytest.mark.parametrize("context", [None, 8, 7])
 def test_the_plain_form_by_tokens(context, monkeypatch):
     """A head's logits being too many: eight queries at a time, and as many keys as fit."""
