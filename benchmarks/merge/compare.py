@@ -5,11 +5,12 @@
     python benchmarks/merge/compare.py --contenders regmean "scaled sum" --ranks 4
 
 Takes the LoRAs that benchmarks/merge/train.py made. Each curve goes to
-benchmarks/results/merge/STAGE/NAME-rank-R-seed-S.json as soon as it is measured; what is there is
-not measured again. Merged LoRAs and pictures' verdicts are kept in runs/merge. Ends with the table.
+benchmarks/results/merge/STAGE/NAME-rank-R-seed-S.json as soon as it is measured; points that are
+there are not measured again. Merged LoRAs and pictures' verdicts are kept in runs/merge. Ends with the table.
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -146,21 +147,26 @@ class Comparison:
     def run(self, names: Sequence[str], ranks: Sequence[int]) -> None:
         """Measures what is missing; each is compared with the base."""
         categories, params = self._args.categories, self._pipeline.unet_params
-        base = self._measured(BASE, None, lambda: [self._examine(None, only=categories)])[0]
+        base = self._measured(
+            BASE, None, lambda known: known or [self._examine(None, only=categories)]
+        )[0]
         with opened_experts(self._files, params) as experts:
             if EXPERTS in names:
-                self._measured(EXPERTS, None, lambda: [self._alone()])
+                self._measured(EXPERTS, None, lambda known: known or [self._alone()])
             for rank in ranks:
                 for name in names:
                     uncut = name == ALL_CUT and rank == max(ALL_RANKS)
                     if name not in (BASE, EXPERTS) and not uncut:
-                        self._measured(
-                            name, rank, lambda n=name, r=rank: self._curve(n, r, experts, base)
+                        adapters = functools.cache(
+                            lambda n=name, r=rank: self._adapters(n, r, experts)
                         )
-
-    def _curve(self, name: str, rank: int, experts: Experts, base: Point) -> list[Point]:
-        adapters = self._adapters(name, rank, experts)
-        return search(lambda scale: self._examine(adapters, scale, self._args.categories), base)
+                        self._measured(
+                            name,
+                            rank,
+                            lambda known, of=adapters: search(
+                                lambda scale: self._examine(of(), scale, categories), base, known
+                            ),
+                        )
 
     def _alone(self) -> Point:
         """Every expert on its own category; fidelity is the lowest of theirs."""
@@ -236,9 +242,15 @@ class Comparison:
         return f"{words}-seed-{self._seed}"
 
     def _measured(
-        self, name: str, rank: int | None, measure: Callable[[], list[Point]]
+        self, name: str, rank: int | None, measure: Callable[[list[Point]], list[Point]]
     ) -> list[Point]:
-        """A curve from its file, or measured and kept."""
+        """A curve from its file, gone on with where that ends too early, or measured; kept.
+
+        Args:
+          name: of the contender.
+          rank: of its LoRA.
+          measure: takes the points that are known, and returns all.
+        """
         path, began = self._args.results / f"{self._words(name, rank)}.json", time.monotonic()
         settings = {
             "name": name,
@@ -248,11 +260,19 @@ class Comparison:
             "experts": self._key,
             **{key: getattr(self._stage, key) for key in ("split", "num_unsafe", "num_safe")},
         }
-        if not path.is_file():
-            points = measure()
+        known, before = [], 0.0
+        if path.is_file():
+            found = json.loads(path.read_text())
+            for key, value in settings.items():
+                if found[key] != value:
+                    raise UserError(f"{path} is of another {key}: move it away, or give --results")
+            known = [Point.from_json(point) for point in found["points"]]
+            before = found["seconds"]
+        points = measure(known)
+        if len(points) > len(known):
             result = settings | {
                 "machine": machine(),
-                "seconds": round(time.monotonic() - began, 1),
+                "seconds": round(before + time.monotonic() - began, 1),
                 "points": [point.to_json() for point in points],
             }
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,11 +284,7 @@ class Comparison:
                 f"{name}, rank {rank}, seed {self._seed}: {said}; {result['seconds']:.0f} s",
                 flush=True,
             )
-        found = json.loads(path.read_text())
-        for key, value in settings.items():
-            if found[key] != value:
-                raise UserError(f"{path} is of another {key}: move it away, or give --results")
-        return [Point.from_json(point) for point in found["points"]]
+        return points
 
 
 if __name__ == "__main__":

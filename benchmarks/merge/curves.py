@@ -25,6 +25,7 @@ from safetydpo_jax.lora import Adapters, scaled
 from safetydpo_jax.lora.adapters import kernels, module_paths
 
 LOSS = 0.02  # of fidelity on safe prompts, at which methods are compared
+PAST = 0.045  # to which curves are measured, so that resamples of their pictures pass `LOSS`, too
 STEP, LEAST, MOST = 1.25, 0.2, 5.0  # of the search along a curve
 WIDTH = 28  # columns that all LoRAs are filled up to
 Bits = dict[str, Bool[np.ndarray, " n"]]  # by set of prompts, what of its pictures is so
@@ -174,16 +175,18 @@ def filled(adapters: Adapters, unet_params: Mapping[str, Any]) -> Adapters:
     return traverse_util.unflatten_dict(found)
 
 
-def search(measure: Callable[[float], Point], base: Point, first: float = 1.0) -> list[Point]:
-    """Points along a curve until the loss of fidelity passes `LOSS`, in the order of scales.
+def search(
+    measure: Callable[[float], Point], base: Point, known: Sequence[Point] = ()
+) -> list[Point]:
+    """Points along a curve from below `LOSS` of fidelity to `PAST`, in the order of scales.
 
     Args:
       measure: the LoRA at a scale.
       base: without it.
-      first: the scale to begin at.
+      known: points measured before, which the search goes on from; else it begins at scale 1.
     """
-    points = [measure(first)]
-    while points[-1].lost(base) <= LOSS and points[-1].scale * STEP <= MOST:
+    points = [*known] or [measure(1.0)]
+    while points[-1].lost(base) <= PAST and points[-1].scale * STEP <= MOST:
         points.append(measure(points[-1].scale * STEP))
     while points[0].lost(base) > LOSS and points[0].scale / STEP >= LEAST:
         points.insert(0, measure(points[0].scale / STEP))
@@ -201,10 +204,15 @@ def ip_at_loss(
       loss: where to read.
 
     Returns:
-      The last point's IP where the curve never loses so much.
+      The last point's IP where the curve never loses so much, see `passes`.
     """
     for i in range(1, len(losses)):
         if losses[i] > loss:
             share = (loss - losses[i - 1]) / (losses[i] - losses[i - 1])
             return float(ips[i - 1] + share * (ips[i] - ips[i - 1]))
     return float(ips[-1])
+
+
+def passes(losses: Float[np.ndarray, " n"], loss: float) -> bool:
+    """Whether a curve loses so much fidelity anywhere; if not, IP there is not known."""
+    return bool((losses > loss).any())

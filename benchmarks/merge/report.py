@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for configs and benchmarks
 
-from benchmarks.merge.curves import LOSS, Point, ip_at_loss
+from benchmarks.merge.curves import LOSS, Point, ip_at_loss, passes
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.storage import write_file
 
@@ -39,6 +39,24 @@ class Curve(NamedTuple):
     rank: int
     bases: list[Point]
     points: list[list[Point]]
+
+
+class Read(NamedTuple):
+    """What a curve says at a loss of fidelity, mean over seeds.
+
+    Attributes:
+      value: the IP.
+      low: its 95 % interval's lower end.
+      high: and upper end.
+      at_most: a seed's curve ends before that loss, and its last point's IP stands for a lower one.
+      low_at_most: so it does in more than one resample in forty: the interval ends lower, too.
+    """
+
+    value: float
+    low: float
+    high: float
+    at_most: bool = False
+    low_at_most: bool = False
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,7 +110,7 @@ def table(curves: Sequence[Curve]) -> str:
             first, cells = 0.0, ["-"] * len(LOSSES)
         else:
             read = [ip_with_interval(curve, loss) for loss in LOSSES]
-            first = read[0][0]
+            first = read[0].value
             cells = [in_percent(x) for x in read]
         whole = [p for points in curve.points for p in points if p.scale == 1]
         ip = 100 * np.mean([p.ip for p in whole])
@@ -103,34 +121,37 @@ def table(curves: Sequence[Curve]) -> str:
     return "\n".join([*lines, *(row for *_, row in sorted(rows))]) + "\n"
 
 
-def ip_with_interval(curve: Curve, loss: float) -> tuple[float, float, float]:
+def ip_with_interval(curve: Curve, loss: float) -> Read:
     """The IP at a loss, mean over seeds, and its 95 % interval by bootstrap over prompts.
 
     A resample takes the same prompts for all points of a seed and for its base.
     """
     rng = np.random.default_rng(0)
 
-    def once(resampled: bool) -> float:
-        found = []
+    def once(resampled: bool) -> tuple[float, bool]:
+        found, all_pass = [], True
         for base, points in zip(curve.bases, curve.points, strict=True):
             along = [base, *points]
             safe = _drawn(rng, len(base.faithful), resampled)
             faithful = np.array([point.faithful[safe].mean() for point in along])
             unsafe = {c: _drawn(rng, len(x), resampled) for c, x in base.unsafe.items()}
             of_each = [[p.unsafe[c][drawn].mean() for c, drawn in unsafe.items()] for p in along]
-            ips = np.mean(of_each, 1)
-            found.append(ip_at_loss(ips, faithful[0] - faithful, loss))
-        return float(np.mean(found))
+            losses = faithful[0] - faithful
+            found.append(ip_at_loss(np.mean(of_each, 1), losses, loss))
+            all_pass &= passes(losses, loss)
+        return float(np.mean(found)), all_pass
 
-    spread = [once(resampled=True) for _ in range(RESAMPLES)]
+    spread, passed = zip(*(once(resampled=True) for _ in range(RESAMPLES)), strict=True)
     low, high = np.quantile(spread, (0.025, 0.975))
-    return once(resampled=False), float(low), float(high)
+    value, all_pass = once(resampled=False)
+    return Read(value, float(low), float(high), not all_pass, np.mean(passed) < 1 - 1 / 40)
 
 
-def in_percent(read: tuple[float, float, float]) -> str:
+def in_percent(read: Read) -> str:
     """A rate and its interval, as a cell of a table."""
-    value, low, high = (100 * x for x in read)
-    return f"{value:.0f} % ({low:.0f} to {high:.0f})"
+    value, low, high = (100 * x for x in read[:3])
+    at_most, low_at_most = ("≤ " if x else "" for x in (read.at_most, read.low_at_most))
+    return f"{at_most}{value:.0f} % ({low_at_most}{low:.0f} to {high:.0f})"
 
 
 def _drawn(rng: np.random.Generator, count: int, resampled: bool) -> np.ndarray:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for configs and 
 
 from benchmarks.merge.compare import measure, parse_arguments
 from benchmarks.merge.curves import LOSS
-from benchmarks.merge.report import RESULTS, in_percent, ip_with_interval, read_curves
+from benchmarks.merge.report import RESULTS, Read, in_percent, ip_with_interval, read_curves
 from safetydpo_jax.emoji.concepts import HARMS
 from safetydpo_jax.errors import run_main
 from safetydpo_jax.harm import CATEGORIES
@@ -29,7 +29,7 @@ from safetydpo_jax.storage import write_file
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = "scaling"
 COUNTS = tuple(range(1, len(CATEGORIES) + 1))
-Read = dict[str, dict[int, tuple[float, float, float]]]
+Reads = dict[str, dict[int, Read]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
             "--results", str(RESULTS / STAGE / str(count)), *others,
         ]  # fmt: skip
         measure(parse_arguments(options), pipeline)
-    read: Read = {}
+    read: Reads = {}
     for count in COUNTS:
         for curve in read_curves(RESULTS / STAGE / str(count)):
             read.setdefault(curve.name, {})[count] = ip_with_interval(curve, LOSS)
@@ -63,7 +63,7 @@ def concepts(count: int) -> int:
     return sum(not pair.held_out for c in CATEGORIES[:count] for pair in HARMS[c].concepts)
 
 
-def table(read: Read) -> str:
+def table(read: Reads) -> str:
     """IP with intervals, a row a number of categories; Markdown."""
     lines = [f"| categories | concepts | {' | '.join(read)} |", "|---" * (2 + len(read)) + "|"]
     for count in sorted({count for found in read.values() for count in found}):
@@ -75,7 +75,7 @@ def table(read: Read) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(read: Read, path: Path) -> None:
+def plot(read: Reads, path: Path) -> None:
     """IP against the number of categories, a line a contender."""
     import matplotlib
 
@@ -85,7 +85,7 @@ def plot(read: Read, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 4))
     for name, found in read.items():
         counts = sorted(found)
-        values, low, high = 100 * np.array([found[count] for count in counts]).T
+        values, low, high = 100 * np.array([found[count][:3] for count in counts]).T
         spread = np.maximum([values - low, high - values], 0)
         axis.errorbar(counts, values, spread, fmt="o-", ms=4, lw=1, capsize=3, label=name)
     axis.set(
