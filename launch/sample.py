@@ -73,13 +73,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=0,
         help="of the first picture; row i without a seed has seed + i",
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures at a time (32)")
+    parser.add_argument(
+        "--batch_size", type=int, help="pictures at a time (32 of 64 px, 8 of 512, 2 of 1024)"
+    )
     parser.add_argument(
         "--grid", action="store_true", help=f"also write {GRID_NAME}, the first {GRID_PICTURES}"
     )
     arguments = parser.parse_args(argv)
     for name in ("steps", "batch_size"):
-        if (value := getattr(arguments, name)) < 1:
+        if (value := getattr(arguments, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: it must be 1 or more")
     if not 0 <= arguments.guidance_rescale <= 1:
         parser.error(f"--guidance_rescale {arguments.guidance_rescale}: it must be 0 to 1")
@@ -157,31 +159,52 @@ def write_picture(path: Path, pixels) -> None:
     os.replace(part, path)
 
 
+def read_picture(path: Path):
+    """An RGB picture; UserError if it is damaged."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        raise UserError(
+            f"{path} is no whole picture: remove it, and the same command draws it again"
+        ) from error
+
+
 def write_grid(paths: list[Path], target: Path) -> None:
     """Writes a contact sheet of the pictures, row by row, at the size of the first."""
     import numpy as np
     from PIL import Image
 
-    with Image.open(paths[0]) as first:
-        size = first.size
+    size = read_picture(paths[0]).size
     columns = min(GRID_COLUMNS, len(paths))
     rows = -(-len(paths) // columns)
     sheet = Image.new("RGB", (columns * size[0], rows * size[1]), "white")
     for index, path in enumerate(paths):
         row, column = divmod(index, columns)
-        with Image.open(path) as picture:
-            sheet.paste(picture.convert("RGB").resize(size), (column * size[0], row * size[1]))
+        sheet.paste(read_picture(path).resize(size), (column * size[0], row * size[1]))
     write_picture(target, np.asarray(sheet))
 
 
 def draw(requests: list[Request], arguments: argparse.Namespace) -> None:
     """Loads the model and draws the requests, telling how far it is after every batch."""
-    from safetydpo_jax.diffusion import iterate_pictures
+    from safetydpo_jax.diffusion import SAMPLERS, iterate_pictures
+    from safetydpo_jax.lora.adapters import scaled
+    from safetydpo_jax.lora.reader import load_lora
+    from safetydpo_jax.models.checkpoint import open_checkpoint
+    from safetydpo_jax.models.pipeline import pictures_at_once
     from safetydpo_jax.models.pretrained import load_pipeline
     from safetydpo_jax.tensor_file import check_file
 
     if arguments.lora is not None:
         check_file(arguments.lora)  # before a model is fetched
+    base = open_checkpoint(arguments.model, vae=arguments.vae, configs=arguments.model_config)
+    SAMPLERS[arguments.sampler](base.schedule, arguments.steps)  # before its weights are read
+    adapters = None
+    if arguments.lora is not None:
+        adapters, _ = load_lora(arguments.lora, base.shapes["unet"])
+        adapters = scaled(adapters, alpha=arguments.scale, rank=1)
     pipeline = load_pipeline(
         arguments.model,
         dtype=arguments.dtype,
@@ -189,19 +212,14 @@ def draw(requests: list[Request], arguments: argparse.Namespace) -> None:
         configs=arguments.model_config,
         progress=lambda line: print(line, flush=True),
     )
-    adapters = None
-    if arguments.lora is not None:
-        from safetydpo_jax.lora.adapters import scaled
-        from safetydpo_jax.lora.reader import load_lora
-
-        adapters, _ = load_lora(arguments.lora, pipeline.unet_params)
-        adapters = scaled(adapters, alpha=arguments.scale, rank=1)
+    most = arguments.batch_size or pictures_at_once(pipeline.resolution**2)
+    turns = -(-len(requests) // most)
     batches = iterate_pictures(
         pipeline,
         [request.prompt for request in requests],
         [request.seed for request in requests],
         adapters=adapters,
-        batch_size=arguments.batch_size,
+        batch_size=-(-len(requests) // turns),  # equal, as the last is filled up with copies
         sampler=arguments.sampler,
         num_steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
@@ -246,6 +264,10 @@ def main(argv: list[str] | None = None) -> None:
         kept = len(requests) - len(wanted)
         print(f"{kept} of {len(requests)} pictures are already in {out}: they are kept", flush=True)
     if wanted:
+        from safetydpo_jax.storage import check_writable
+
+        for request in {request.path.parent: request for request in wanted}.values():
+            check_writable(request.path)  # now, not after a batch is drawn
         draw(wanted, arguments)
     if arguments.grid:
         write_grid([request.path for request in requests[:GRID_PICTURES]], out / GRID_NAME)

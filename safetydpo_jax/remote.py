@@ -6,6 +6,7 @@ wants the card alone, as a run with a cache does of its pairs, fetches no more.
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import os
 import threading
@@ -63,7 +64,8 @@ def fetched(folder: Any, remedy: str) -> Path:
         return folder
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     copy = cache_home() / name
-    with storage.held(copy.with_suffix(".lock")):
+    waiting = functools.partial(say, f"{folder}: another process fetches it")
+    with storage.held(copy.with_suffix(".lock"), waiting):
         with explained(folder):
             card = (folder / storage.CARD).read_bytes()
         here = copy / storage.CARD

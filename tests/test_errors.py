@@ -26,7 +26,8 @@ def raises(error):
         (UserError("rank is 0"), "rank is 0"),
         (FileNotFoundError("no a.csv"), "no a.csv"),
         (OSError(errno.ENOSPC, "No space left", "a.csv"), "could not write a.csv (No space left):"),
-        (OSError(errno.EACCES, "no"), None),
+        (OSError(errno.EACCES, "no", "a.csv"), "a.csv: no: choose another place, or let this user"),
+        (OSError(errno.EACCES, "no"), None),  # of something that is no file
         (RuntimeError("x"), None),
     ],
 )

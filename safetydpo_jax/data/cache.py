@@ -31,7 +31,10 @@ NULL = "null_embeds.safetensors"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _SAFETENSORS_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 IN_MEMORY_BYTES = 2**31  # a smaller cache is read once and held
-REMEDY = "remove that folder to have it computed again"
+REMEDY = (
+    "if it is the run's own, remove that folder to have it computed again; if config.cache.path "
+    "names it, leave that empty"
+)
 
 Moments = dict[str, Shaped[np.ndarray, "b h w c"]]  # NumPy's bfloat16 is none of its own floats
 

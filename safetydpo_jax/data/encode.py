@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetydpo_jax.data.cache import DTYPES, FORMAT, NULL, REMEDY, Cache, shard_
 from safetydpo_jax.data.pairs import JoinedPairs, PairSet, Picture, open_pairs
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.conditioning import Conditioning
-from safetydpo_jax.models.pipeline import TOKENIZERS
+from safetydpo_jax.models.pipeline import TOKENIZERS, pictures_at_once
 from safetydpo_jax.pace import Pace
 
 ENCODE_BATCH = 128  # pictures in memory; the pipeline has batches of its own
@@ -101,11 +101,12 @@ def encode_part(
                 + (f", part {part[0]} of {part[1]}: {len(mine)} of them" if part[1] > 1 else "")
                 + (f", {len(mine) - len(missing)} there already" if missing != [*mine] else "")
             )
-            for i in _told(missing, per_shard, progress):
+            parts = {i: range(i * per_shard, min((i + 1) * per_shard, count)) for i in missing}
+            told = _told(sum(map(len, parts.values())), progress)
+            for i, records in parts.items():
                 if _key_of(folder) == key:  # a twin of this part has ended it
                     return Cache(folder)
-                records = range(i * per_shard, min((i + 1) * per_shard, count))
-                encoded = _encoded(pairs, records, pipeline, side, config.cache.flip)
+                encoded = _encoded(pairs, records, pipeline, side, config.cache.flip, told)
                 _write_shard(partial / shards[i], encoded, DTYPES[config.cache.dtype])
             if all((partial / shard).exists() for shard in shards):
                 null = pipeline.encode_negative([""], size=(side, side))
@@ -140,15 +141,20 @@ def _given(path: str, key: str) -> Cache:
     return cache
 
 
-def _told(missing: Sequence[int], per_shard: int, progress: Callable[[str], None]) -> Iterator[int]:
-    """The shards, with a line after each."""
-    pace = Pace(len(missing))
-    for done, i in enumerate(missing, 1):
-        yield i
-        progress(
-            f"cache: {done}/{len(missing)} shards, {per_shard * pace.rate(done):.1f} pictures/s, "
-            f"{pace.left(done):.0f} s left"
-        )
+def _told(count: int, progress: Callable[[str], None]) -> Callable[[int], None]:
+    """What is called with the number of pictures that were encoded since, and tells of it."""
+    pace, done = Pace(count), 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        if pace.due(done):
+            progress(
+                f"cache: {done}/{count} pictures, {pace.rate(done):.2f}/s, {pace.left(done):.0f} s "
+                "left"
+            )
+
+    return tell
 
 
 def check_resolution(config: Any, vae: Any) -> None:
@@ -232,19 +238,31 @@ def _key_of(folder: Path) -> str:
 
 
 def _encoded(
-    pairs: Pairs, records: range, pipeline: Any, side: int, flip: bool
+    pairs: Pairs,
+    records: range,
+    pipeline: Any,
+    side: int,
+    flip: bool,
+    tell: Callable[[int], None],
 ) -> Iterator[tuple[Float[np.ndarray, "o 2 h w c"], Conditioning]]:
-    """Moments and conditioning of some records, in their order."""
+    """Moments and conditioning of some records, in their order; `tell` is told how many."""
     pictures = _pictures(pairs, records)
+    # As many at a time as the devices take: those of a shard can be hours.
+    size = min(pictures_at_once(side**2) * pipeline.num_devices, len(records))
     while batch := list(itertools.islice(pictures, ENCODE_BATCH)):
         pixels = np.stack([square(picture.pixels, side) for picture in batch])
         views = [pixels, pixels[:, :, ::-1]] if flip else [pixels]
-        moments = np.stack(
-            [np.stack(pipeline.encode_images(view), axis=1) for view in views], axis=1
-        )
         texts = pipeline.encode_prompts([picture.prompt for picture in batch], size=(side, side))
-        for i, of_picture in enumerate(moments):
-            yield of_picture, jax.tree.map(lambda x, i=i: x[i], texts)
+        for start in range(0, len(batch), size):
+            # Filled up with the last picture: one shape, one compilation.
+            index = np.minimum(np.arange(start, start + size), len(batch) - 1)
+            moments = np.stack(
+                [np.stack(pipeline.encode_images(view[index]), axis=1) for view in views], axis=1
+            )
+            stop = min(start + size, len(batch))
+            for i in range(start, stop):
+                yield moments[i - start], jax.tree.map(lambda x, i=i: x[i], texts)
+            tell(stop - start)
 
 
 def _pictures(pairs: Pairs, records: range) -> Iterator[Picture]:

@@ -19,8 +19,13 @@ from safetydpo_jax.tensor_file import check_file
 _FAMILIES = ("sd15", "sd21-base", "sdxl")  # of shapes of their own
 
 
-def shapes_for(lora: pathlib.Path, model: str | None, configs: str = "") -> tuple[str, Any]:
+def shapes_for(
+    lora: pathlib.Path, model: str | None, configs: str = ""
+) -> tuple[tuple[str, ...], Any]:
     """The base's name and the shapes of its UNet, whose weights are not read.
+
+    Of known bases all that fit are named, and the shapes are the first one's: a LoRA without a
+    layer in which they differ is of either.
 
     Args:
       lora: a file for it.
@@ -35,7 +40,7 @@ def shapes_for(lora: pathlib.Path, model: str | None, configs: str = "") -> tupl
         if configs:
             raise UserError(f"{configs} is said of a model, but there is none: give it as --model")
         return _guessed(lora)
-    return model, open_checkpoint(model, configs=configs).shapes["unet"]
+    return (model,), open_checkpoint(model, configs=configs).shapes["unet"]
 
 
 def unet_shapes(folder: pathlib.Path) -> Any:
@@ -44,8 +49,8 @@ def unet_shapes(folder: pathlib.Path) -> Any:
     return param_shapes({"unet": UNet2DConditionModel(config)})["unet"]
 
 
-def _guessed(lora: pathlib.Path) -> tuple[str, Any]:
-    """The first of the known bases that a LoRA fits, and its shapes.
+def _guessed(lora: pathlib.Path) -> tuple[tuple[str, ...], Any]:
+    """The known bases that a LoRA fits, and the first one's shapes.
 
     Raises:
       UserError: it is of a kind that is not read, or fits none of the bases; the error is then the
@@ -53,6 +58,7 @@ def _guessed(lora: pathlib.Path) -> tuple[str, Any]:
     """
     folders = {"emoji": resolve_checkpoint("emoji"), **{x: published(x) for x in _FAMILIES}}
     said: OtherBaseError | None = None
+    fitting = {}
     for name, folder in folders.items():
         shapes = unet_shapes(folder)
         try:
@@ -62,7 +68,9 @@ def _guessed(lora: pathlib.Path) -> tuple[str, Any]:
         except OtherBaseError as error:
             said = error
             continue
-        return name, shapes
+        fitting[name] = shapes
+    if fitting:
+        return tuple(fitting), next(iter(fitting.values()))
     raise UserError(
         f"{said}. It was held against {', '.join(folders)}; of another base, give it as --model"
     )

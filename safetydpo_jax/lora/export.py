@@ -11,8 +11,10 @@ from safetydpo_jax.lora.reader import load_lora
 from safetydpo_jax.lora.writer import kohya_base, save_kohya, save_lora, save_peft
 
 _WRITERS = {"diffusers": save_lora, "kohya": save_kohya, "peft": save_peft}
-# What kohya's trainer says of ranks, which is not so once alpha / rank is within the factors.
+# What others said of their file's ranks, which is not so once alpha / rank is within the factors,
+# and its hashes, by which A1111 knows a file.
 _OF_RANKS = ("ss_network_dim", "ss_network_alpha")
+_OF_BYTES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
 def export(
@@ -53,12 +55,16 @@ def export(
         raise UserError(f"the format is {form!r}: it must be one of {', '.join(_WRITERS)}, fused")
     if form != "peft" and out.suffix != ".safetensors":
         raise UserError(f"--out is {out}: its name must end in .safetensors")
-    name, shapes = shapes_for(lora, model, configs)
+    names, shapes = shapes_for(lora, model, configs)
     adapters, header = load_lora(lora, shapes)
-    header = {name: text for name, text in header.items() if name not in _OF_RANKS}
+    header = {key: text for key, text in header.items() if key not in _OF_RANKS + _OF_BYTES}
     if scale != 1:
         header["export_scale"] = str(scale)  # that of its making stays as it was
-    base = {"base": kohya_base(shapes)} if form == "kohya" else {}
+    known = len(names) == 1
+    base = {"base": kohya_base(shapes) if known else None} if form == "kohya" else {}
     file = _WRITERS[form](out, scaled(adapters, scale, 1), header, **base)
-    progress(f"{file}: {form}, {describe(adapters)} of {name}")
+    progress(
+        f"{file}: {form}, {describe(adapters)} of {' or '.join(names)}"
+        + ("" if known or form != "kohya" else "; to name its base in the file, give --model")
+    )
     return file

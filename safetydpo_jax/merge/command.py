@@ -78,8 +78,8 @@ def run(arguments: Any, progress: Callable[[str], None] = print) -> Path:
             raise UserError(f"--{name} says how to count, but {why}: leave it out")
     lessons, weights = _lessons(arguments), _category_weights(arguments)
     files = [Path(file) for file in arguments.experts]
-    base, shapes = shapes_for(files[0], arguments.model, arguments.model_config)
-    progress(f"{len(files)} experts of {base}")
+    bases, shapes = shapes_for(files[0], arguments.model, arguments.model_config)
+    progress(f"{len(files)} experts of {' or '.join(bases)}")
     with opened_experts(files, shapes, arguments.weights) as experts:
         for name, file, weight in zip(experts.names, experts.files, experts.weights, strict=True):
             progress(f"  {name}: rank {min(file.ranks.values())}, weight {weight:g}, {file.path}")

@@ -100,10 +100,12 @@ def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "
     Raises:
       UserError, MissingFileError: a file is missing or damaged, or a config is not supported.
     """
+    if configs:  # before anything is fetched
+        single_file.named_configs(configs)
+        if str(path) == "emoji" or pathlib.Path(path).suffix not in (".safetensors", *PICKLES):
+            raise UserError(f"model_config is {configs}, but {path} has its own configs")
     other_vae = resolve_vae(vae) if vae else None  # the smaller one is fetched first
     place = resolve_checkpoint(path)
-    if configs and place.is_dir():
-        raise UserError(f"model_config is {configs}, but {place} has its own configs")
     folder = single_file.config_folder(place, configs) if place.is_file() else place
     index = check_index(folder / hub.INDEX)
     folders = {name: folder / name for name in CLASSES[index["_class_name"]]}

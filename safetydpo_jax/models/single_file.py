@@ -47,10 +47,14 @@ def config_folder(file: pathlib.Path, configs: str = "") -> pathlib.Path:
       UserError: the file is not readable or of no known family, or does not say which it is of.
       MissingFileError: there is no such folder.
     """
-    name = configs or guess_family(file)
-    if name in FAMILIES:
-        return published(name)
-    folder = pathlib.Path(name)
+    return named_configs(configs) if configs else published(guess_family(file))
+
+
+def named_configs(configs: str) -> pathlib.Path:
+    """The folder of one of `FAMILIES`, or such a folder itself; errors as of `config_folder`."""
+    if configs in FAMILIES:
+        return published(configs)
+    folder = pathlib.Path(configs)
     if not (folder / "model_index.json").is_file():
         raise MissingFileError(
             f"{folder}: no model_index.json there; model_config must be one of "

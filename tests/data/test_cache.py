@@ -130,7 +130,7 @@ def test_a_killed_computation_goes_on(made, write, monkeypatch):
     monkeypatch.setattr(encode, "_write_shard", write_shard)
     again, said = made()
     assert said[0] == "cache: encoding 13 pictures in 7 shards, 3 there already"
-    assert said[-1].startswith("cache: 4/4 shards, ")
+    assert said[-1].startswith("cache: 7/7 pictures, ")
     jax.tree.map(np.testing.assert_array_equal, again.read(np.arange(13)), records)
     assert not again.folder.with_name("cache.partial").exists()
 
@@ -147,7 +147,8 @@ def test_parts_make_one_cache(made, write, config, pipeline, tmp_path, monkeypat
         made_by.append(encode_part(config, pipeline, tmp_path / "run", said.append, part))
     assert made_by[:2] == [None, None]
     assert said[0] == "cache: encoding 13 pictures in 7 shards, part 2 of 3: 2 of them"
-    assert "lacks shards of other parts" in said[3]
+    assert said[1].startswith("cache: 4/4 pictures, ")
+    assert "lacks shards of other parts" in said[2]
     assert made_by[2].key == key
     jax.tree.map(np.testing.assert_array_equal, made_by[2].read(np.arange(13)), records)
     with pytest.raises(UserError, match="part 3 of 3: parts are numbered from 0"):

@@ -61,7 +61,10 @@ def test_uneven_sides(write, tmp_path):
 def test_missing_card(write):
     folder = write()
     (folder / "card.json").unlink()
-    with pytest.raises(MissingFileError, match=r"has no card\.json: remove that folder"):
+    with pytest.raises(
+        MissingFileError,
+        match=r"has no card\.json: if a run drew it, remove that folder .* import_pairs",
+    ):
         PairSet(folder)
 
 

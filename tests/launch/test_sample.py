@@ -83,6 +83,21 @@ def test_one_prompt_is_drawn_anew(tmp_path, drawn):
     assert [path.name for path in tmp_path.iterdir()] == ["picture_3.png"]
 
 
+def test_what_cannot_be_written_is_told_before_anything_is_drawn(tmp_path, drawn):
+    (tmp_path / "picture_3.png").mkdir()
+    with pytest.raises(UserError, match=r"could not write .*picture_3\.png \(it is a folder\)"):
+        sample.main(["--model", "x", "--prompt", "p", "--out", str(tmp_path), "--seed", "3"])
+    assert not drawn
+
+
+def test_a_damaged_picture_in_the_grid_is_named(tmp_path, drawn):
+    table, out = write_table(tmp_path, "prompt,image\np,a.png\nq,b.png\n"), tmp_path / "out"
+    run(table, out)
+    (out / "b.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"b\.png is no whole picture: remove it"):
+        run(table, out, "--grid")
+
+
 HEADER = "prompt,image,seed\n"
 
 

@@ -65,15 +65,32 @@ def test_a1111_is_told_the_base(base, name, is_v2, tmp_path):
     shapes = unet_shapes(published(base))
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
     adapters = init_adapters(jax.random.key(0), zeros, rank=1, targets=("attn2.to_k",))
-    file = save_lora(tmp_path / "a.safetensors", adapters, {"ss_network_alpha": "64"})
+    said = {"ss_network_alpha": "64", "sshs_model_hash": "0123", "modelspec.title": "mine"}
+    file = save_lora(tmp_path / "a.safetensors", adapters, said)
     run("--lora", file, "--format", "kohya", "--out", tmp_path / "b.safetensors")
     with safetensors.safe_open(tmp_path / "b.safetensors", "numpy") as opened:
         header = opened.metadata()
     assert (header["ss_base_model_version"], header["ss_v2"]) == (name, is_v2)
     assert header["ss_network_alpha"] == "1"
+    assert "sshs_model_hash" not in header  # the file is another
+    assert header["modelspec.title"] == "mine"
     run("--lora", tmp_path / "b.safetensors", "--format", "peft", "--out", tmp_path / "peft")
     with safetensors.safe_open(tmp_path / "peft/adapter_model.safetensors", "numpy") as opened:
         assert "ss_network_alpha" not in opened.metadata()
+
+
+def test_a_lora_that_fits_two_bases_names_none_unless_told(tmp_path, capsys):
+    """Stable Diffusion 1 and 2 differ in what the text's keys and values are made of alone."""
+    shapes = unet_shapes(published("sd21-base"))
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    adapters = init_adapters(jax.random.key(0), zeros, rank=1, targets=("attn1.to_q",))
+    file, out = save_lora(tmp_path / "a.safetensors", adapters), tmp_path / "b.safetensors"
+    run("--lora", file, "--format", "kohya", "--out", out)
+    assert "of sd15 or sd21-base; to name its base in the file, give --model" in (
+        capsys.readouterr().out
+    )
+    with safetensors.safe_open(out, "numpy") as opened:
+        assert "ss_base_model_version" not in opened.metadata()
 
 
 def test_kohyas_name_of_sdxl():

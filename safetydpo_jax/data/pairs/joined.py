@@ -65,12 +65,16 @@ class JoinedPairs:
 def open_pairs(folder: str | PurePath, *, verify: bool = False) -> PairSet | JoinedPairs:
     """The pair set in a folder, or those in its folders joined, or its `all` if it has no other.
 
+    Of a run's folder, that which the run drew.
+
     Raises:
       MissingFileError, UserError: there is none, or one is damaged.
     """
     found = open_folder(folder)
     with reading(found):
         is_set = (found / storage.CARD).is_file()
+        if not is_set and (found / "pairs").is_dir():
+            return open_pairs(found / "pairs", verify=verify)
         inside = set() if is_set else {file.parent.name for file in found.glob(f"*/{storage.CARD}")}
     if inside == {ALL}:
         return PairSet(found / ALL, verify=verify)

@@ -31,7 +31,10 @@ from safetydpo_jax.remote import fetched, open_folder, reading
 FORMAT = 1
 SPLITS = ("unsafe", "safe", "preserve")
 UNKNOWN_SEED = -1  # of pictures that others drew
-REMEDY = "remove that folder to have the pairs drawn again, or set config.pairs.path to a whole one"
+REMEDY = (
+    "if a run drew it, remove that folder to have the pairs drawn again; if it is of others, make a "
+    "pair set of it with safetydpo import_pairs (docs/pairs.md)"
+)
 
 
 @dataclass(frozen=True)
