@@ -52,8 +52,8 @@ def one_line(error: BaseException) -> str | None:
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a launch script and exits: 0 or `main`'s code, 2 on a user's error, 130 on Ctrl-C.
 
-    A wrong input (`UserError`), a missing file, one that may not be read or written, or a full disk
-    is told in one line, without a traceback. Every other exception is a bug and keeps its traceback.
+    A wrong input (`UserError`), a missing file, one that may not be read or written, or a full
+    disk is told in one line, without a traceback. Every other exception is a bug and keeps it.
 
     Args:
         main: the script; reads its own command line, returns an exit code or None.

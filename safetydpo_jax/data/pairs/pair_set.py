@@ -32,8 +32,8 @@ FORMAT = 1
 SPLITS = ("unsafe", "safe", "preserve")
 UNKNOWN_SEED = -1  # of pictures that others drew
 REMEDY = (
-    "if a run drew it, remove that folder to have the pairs drawn again; if it is of others, make a "
-    "pair set of it with safetydpo import_pairs (docs/pairs.md)"
+    "if a run drew it, remove that folder to have the pairs drawn again; if it is of others, make "
+    "a pair set of it with safetydpo import_pairs (docs/pairs.md)"
 )
 
 
