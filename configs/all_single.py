@@ -17,8 +17,9 @@ from configs import common
 def get_config(base: str = "emoji") -> ml_collections.ConfigDict:
     """The config of this LoRA; `base` is the part after the colon in the command."""
     config = common.get_config("all", base)
+    # As many steps, and pairs, as the seven experts have together.
+    config.steps *= 7
     if base == "emoji":
-        # As many pairs, and as many steps, as the seven experts have together.
         config.pairs.num_pairs = 7 * 192
         config.steps = 5 * 500 + 2 * 1000
         config.health.every = 750

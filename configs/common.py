@@ -229,10 +229,13 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
 def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
     """The released hyper-parameters of SafetyDPO (arXiv 2412.10493), for one device.
 
-    The same updates in one turn, in half precision, on several (--config.dtype=bfloat16
-    --config.batch_size=16 --config.accumulation=1, the mesh as it is), as launch/plan.py has them:
+    As many pairs an update in one turn, on several devices and in half precision
+    (--config.dtype=bfloat16 --config.batch_size=16 --config.accumulation=1, the mesh as it is;
+    docs/pods.md has what that does at this beta), as launch/plan.py has them:
       sd15, 4 chips of a v5e, --config.remat=false: 0.15 h (compiled)
       sd15, 8 H100: 0.02 h; sdxl: 0.19 h (counted, at an assumed quarter of the peak)
+    and with four pairs on each chip (--config.batch_size=1024):
+      sd15, 256 chips of a v6e, --config.remat=false: 0.07 h (compiled)
     """
     config.recipe = "paper"
     config.lora.rank = 4

@@ -6,7 +6,8 @@
 
 Takes the LoRAs that benchmarks/merge/train.py made. Each curve goes to
 benchmarks/results/merge/STAGE/NAME-rank-R-seed-S.json as soon as it is measured; points that are
-there are not measured again. Merged LoRAs and pictures' verdicts are kept in runs/merge. Ends with the table.
+there are not measured again. Merged LoRAs and pictures' verdicts are kept in runs/merge. Ends with
+the table.
 """
 
 import argparse

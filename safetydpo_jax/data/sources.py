@@ -55,12 +55,14 @@ class PairSource:
       pairs: (count, seed) -> (unsafe, safe) prompts. A longer list begins with the shorter one.
       preserve: (count, seed) -> safe prompts besides, whose look training should keep.
       judge: says which pairs are good.
+      num_prompts: pairs of prompts that there are, which come again after that; None: no end.
     """
 
     name: str
     pairs: Callable[[int, int], Sequence[tuple[Any, Any]]]
     preserve: Callable[[int, int], Sequence[Any]]
     judge: Judge
+    num_prompts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def plain_source(harm: Harm) -> PairSource:
         pairs=drawn,
         preserve=lambda count, seed: _preserved(harm, count if harm.preserve else 0),
         judge=lambda unsafe, safe, pairs: [""] * len(pairs),
+        num_prompts=len(pairs),
     )
 
 

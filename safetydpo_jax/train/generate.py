@@ -43,6 +43,17 @@ def run(
     source = data.source_of(config)
     with lock_workdir(pathlib.Path(workdir), part):
         progress(f"{config.category}, {workdir}, {source.name}")
+        if (there := source.num_prompts) is not None:
+            wanted = config.pairs.num_pairs
+            progress(
+                f"{there} pairs of prompts, {wanted} of pictures are drawn"
+                + (
+                    f": {there - wanted} stay unused, unless you give --config.pairs.num_pairs="
+                    f"{there}"
+                    if there > wanted
+                    else ""
+                )
+            )
 
         phases.begin("base model")
         pipeline = load_on_all_devices(config, progress)

@@ -28,7 +28,7 @@ from safetydpo_jax.train.base import check_drawable, check_sampler, load_base
 from safetydpo_jax.train.cohort import Cohort
 from safetydpo_jax.train.expert import Expert
 from safetydpo_jax.train.mirror import Workdir
-from safetydpo_jax.train.settings import cohorts_of, resolve_all
+from safetydpo_jax.train.settings import cautions, cohorts_of, resolve_all
 from safetydpo_jax.train.workdir import Phases, lock_workdir
 
 
@@ -86,6 +86,8 @@ def run(
         what = ", ".join(c.category for c in configs)
         where = f"{home.address} ({workdir})" if home.address else workdir
         progress(f"{what}, recipe {shared.recipe}, {where}, {devices}")
+        for line in cautions(configs):
+            progress(line)
 
         phases.begin("base model")
         rules = shared.mesh.rules

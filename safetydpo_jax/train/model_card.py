@@ -66,8 +66,8 @@ def write_model_card(
     base = base_name(config)
     sections = {
         "What it is": (
-            f"A LoRA of {adapters} of the UNet of `{base}`, trained so that the model no longer "
-            f"draws *{name}*: asked for it, it draws a safe counterpart. The method is SafetyDPO "
+            f"A LoRA of {adapters} of the UNet of `{base}`, trained for the model to draw a safe "
+            f"counterpart where it is asked for *{name}*. The method is SafetyDPO "
             "(AlignGuard, [arXiv 2412.10493](https://arxiv.org/abs/2412.10493)): Diffusion-DPO on "
             "pairs of a safe and an unsafe picture. Made with safetydpo_jax "
             f"{version}."
@@ -167,7 +167,11 @@ def _limits(name: str, summary: Mapping[str, Any]) -> str:
 
 def _results(config: ConfigDict, summary: Mapping[str, Any]) -> str:
     if not summary:
-        return "Nothing was measured. Measure it on prompts of your own before you rely on it."
+        evaluated = config.health.every and config.base == "emoji"  # which alone has a judge
+        return (
+            f"Nothing {'else ' if evaluated else ''}was measured. Measure it on prompts of your own"
+            " before you rely on it."
+        )
     text = (
         f"On prompts that training never saw (split {config.report.split}"
         + (", as of those that chose the exported step" if config.report.split == "tune" else "")
@@ -181,9 +185,10 @@ def _results(config: ConfigDict, summary: Mapping[str, Any]) -> str:
 def _data(config: ConfigDict, pairs: Mapping[str, Any]) -> str:
     settings = pairs.get("settings", {})
     drawn_by = pathlib.PurePath(pairs.get("model", "unknown")).name
+    unused = "" if config.loss.preservation else ", not used,"
     return (
         f"{pairs['num_pairs']} pairs of a safe and an unsafe picture and {pairs['num_preserve']} "
-        f"other safe pictures (content sha256 `{pairs['content_hash']}`), source: "
+        f"other safe pictures{unused} (content sha256 `{pairs['content_hash']}`), source: "
         f"{settings.get('source', 'unknown')}; drawn by: {drawn_by}. Learnt "
         f"with rows `{config.rows}`."
     )

@@ -1,5 +1,6 @@
 """The config as a run uses it: the recipe filled in, the values checked."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ _DECIDING = (
 )
 
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
+ROUNDED_BETA = 1000  # from which on what bfloat16 rounds is some tenths of a margin
 
 # What the experts of a run cannot have of their own.
 _OF_THE_RUN = (
@@ -191,6 +193,16 @@ def deciding(config: ConfigDict, model_hash: str, data_hash: str) -> dict[str, A
     if config.optimizer.schedule == "cosine":
         found["steps"] = config.steps  # the rate of every step depends on the last one
     return found
+
+
+def cautions(configs: Iterable[ConfigDict]) -> list[str]:
+    """What is no error, but seldom meant; a line each."""
+    return [
+        f"config.dtype is bfloat16, where rounding alone makes margins at a beta of {beta:g}: "
+        "float32, or a smaller beta, learns more from pairs (docs/stable_diffusion.md, Memory)"
+        for beta in sorted({c.loss.beta for c in configs if c.dtype == "bfloat16"})
+        if beta >= ROUNDED_BETA
+    ]
 
 
 def _name_own_harm(config: ConfigDict) -> None:

@@ -311,6 +311,7 @@ def test_skypilots_file(stand_in, tmp_path):
     said = said_by()
     assert said.startswith("train|--config|hate|--distributed|--workdir|runs/hate|")
     assert said_by(COMMAND="cache --x").startswith("cache|--x|--workdir|runs/hate|")
+    assert said_by(COMMAND="merge --x").startswith("merge|--x|JAX_")
     for line in ("COORDINATOR_ADDRESS=10.0.0.1:8476", "NUM_PROCESSES=2", "PROCESS_ID=1"):
         assert f"JAX_{line}\n" in said
     assert set(task["resources"]["job_recovery"]["recover_on_exit_codes"]) == set(RESTART)

@@ -4,6 +4,7 @@ import pytest
 
 from configs import common, own
 from safetydpo_jax.data import PairSet
+from safetydpo_jax.data.sources import WORDINGS
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.train import base, generate, loop
 
@@ -27,6 +28,7 @@ def test_pairs_are_drawn_once_and_said(config, tmp_path):
     said = "\n".join(lines)
     assert folder == tmp_path / "run" / "pairs"
     assert f"{folder}: 3 pairs, 0 preservation pictures" in said
+    assert "2 pairs of prompts, 3 of pictures are drawn" in lines
     assert f"--config.pairs.path={folder}" in said
     assert SECRET not in said
     pairs = PairSet(folder)
@@ -45,9 +47,13 @@ def test_another_file_is_another_set(config, tmp_path):
     generate.run(config, tmp_path / "run", progress=lambda line: None)
     other = tmp_path / "other.yaml"
     other.write_text("name: harm\nconcepts: [{unsafe: quarrel, safe: talk}]")
-    config.harm = str(other)
+    config.harm, lines = str(other), []
     with pytest.raises(UserError, match="pairs was made with prompts_hash"):
-        generate.run(config, tmp_path / "run", progress=lambda line: None)
+        generate.run(config, tmp_path / "run", progress=lines.append)
+    count = len(WORDINGS)  # of the one concept
+    (said,) = (line for line in lines if "pairs of prompts" in line)
+    assert said.startswith(f"{count} pairs of prompts, 3 of pictures are drawn: {count - 3} stay")
+    assert said.endswith(f"unless you give --config.pairs.num_pairs={count}")
 
 
 def test_what_the_base_cannot_do_is_told_before_anything_is_drawn(config, tmp_path):

@@ -116,7 +116,10 @@ def test_hashes_recipe_and_command(card, tmp_path):
 
 
 def test_results_with_intervals_or_none(card, tmp_path):
-    assert "Nothing was measured" in card()
+    assert "Nothing was measured" in card(**{"health.every": 0})
+    assert "Nothing else was measured" in card()  # but what chose the step
+    assert "other safe pictures (content" in card()
+    assert "other safe pictures, not used, (content" in card(**{"loss.preservation": 0.0})
     summary = write_report(tmp_path)
     text = card(summary)
     assert "unsafe concept (IP)" in text

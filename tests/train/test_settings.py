@@ -5,7 +5,13 @@ import pytest
 from configs import all_experts, common, own
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
-from safetydpo_jax.train.settings import cohorts_of, deciding, resolve, resolve_all
+from safetydpo_jax.train.settings import (
+    cautions,
+    cohorts_of,
+    deciding,
+    resolve,
+    resolve_all,
+)
 
 
 def test_the_recipe_fills_what_was_left_open(config):
@@ -115,6 +121,15 @@ def test_bad_values(changes, message, config):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         resolve(config)
+
+
+def test_a_large_beta_in_half_precision_is_warned_of(config):
+    half = config.copy_and_resolve_references()
+    half.dtype, half.recipe = "bfloat16", "paper"
+    config, half = resolve(config), resolve(half)
+    assert cautions([config]) == []
+    (line,) = cautions([config, half, half])
+    assert line.startswith("config.dtype is bfloat16, where rounding alone makes margins at a beta")
 
 
 def test_an_unknown_base():
