@@ -16,7 +16,7 @@ from etils import epath
 
 from safetydpo_jax import storage
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.models.hub import INDEX, files_to_fetch, network_files
+from safetydpo_jax.models.hub import INDEX, SMALL, files_to_fetch, network_files
 from safetydpo_jax.models.pipeline import TOKENIZERS
 from safetydpo_jax.remote import cache_home, copied_files, download, explained, say
 
@@ -28,14 +28,16 @@ def fetch_checkpoint(
     address: str,
     check: Callable[[Path], Any] = lambda index: None,
     index_name: str = INDEX,
+    check_configs: Callable[[Path], Any] = lambda folder: None,
 ) -> Path:
     """The copy on this host of a checkpoint in a bucket; fetches what of it is not there yet.
 
     Args:
       address: of a folder in the diffusers layout, like gs://bucket/folder, or of a .safetensors
         file.
-      check: called with a folder's index before anything large is fetched.
+      check: called with a folder's index before anything else is fetched.
       index_name: model_index.json for a whole checkpoint, config.json for a single network.
+      check_configs: called with a checkpoint's folder before its weights are fetched.
 
     Raises:
       MissingFileError: there is nothing, or no index.
@@ -68,6 +70,10 @@ def fetch_checkpoint(
         if not is_file:
             _fetch(folder, copy, {first: files[first]}, kept)
             check(copy / first)
+            if index_name == INDEX:
+                small = {name: of for name, of in files.items() if SMALL.fullmatch(name)}
+                _fetch(folder, copy, small, kept)
+                check_configs(copy)
         _fetch(folder, copy, files, kept)
         _remember(copy, kept, whole=True)
     return place

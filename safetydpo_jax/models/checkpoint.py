@@ -10,7 +10,7 @@ import functools
 import importlib.resources
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,8 +105,15 @@ def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "
         if str(path) == "emoji" or pathlib.Path(path).suffix not in (".safetensors", *PICKLES):
             raise UserError(f"model_config is {configs}, but {path} has its own configs")
     other_vae = resolve_vae(vae) if vae else None  # the smaller one is fetched first
-    place = resolve_checkpoint(path)
+    place = resolve_checkpoint(path, lambda folder: _of_configs(folder, folder, other_vae))
     folder = single_file.config_folder(place, configs) if place.is_file() else place
+    return _of_configs(place, folder, other_vae)
+
+
+def _of_configs(
+    place: pathlib.Path, folder: pathlib.Path, other_vae: pathlib.Path | None
+) -> Checkpoint:
+    """A checkpoint by the configs in a folder; errors as of `open_checkpoint`."""
     index = check_index(folder / hub.INDEX)
     folders = {name: folder / name for name in CLASSES[index["_class_name"]]}
     if other_vae:
@@ -115,16 +122,19 @@ def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "
     read["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     networks, schedule = build_networks(read, str(folder))
     read["model_index"] = index
-    return Checkpoint(place, folder, folders, read, networks, schedule, bool(vae))
+    return Checkpoint(place, folder, folders, read, networks, schedule, other_vae is not None)
 
 
-def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
+def resolve_checkpoint(
+    path: str | pathlib.Path, check_configs: Callable[[pathlib.Path], Any] = lambda folder: None
+) -> pathlib.Path:
     """The place of a checkpoint: a diffusers directory or a .safetensors file.
 
     Args:
       path: either of them, the address of one in a bucket like gs://bucket/folder, a hub id, or
         "emoji", the embedded one. A hub id is one only where there is no such folder. What is
         elsewhere is fetched if need be (`models.bucket`, `models.hub`).
+      check_configs: called with the folder of what is fetched, before its weights are.
 
     Raises:
       MissingFileError: there is no such folder, file or model, or no model_index.json in it.
@@ -144,12 +154,12 @@ def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
         return folder
     folder = pathlib.Path(path)
     if "://" in str(path) and folder.suffix not in PICKLES:
-        folder = bucket.fetch_checkpoint(str(path), check_index)
+        folder = bucket.fetch_checkpoint(str(path), check_index, check_configs=check_configs)
     if folder.is_file() or folder.suffix in (".safetensors", *PICKLES):
         with opened(folder):
             return folder
     if not folder.exists() and hub.ID.fullmatch(str(path)):
-        folder = hub.download(str(path), check_index)
+        folder = hub.download(str(path), check_index, check_configs=check_configs)
     if not (folder / hub.INDEX).is_file():
         what = "no model_index.json in it" if folder.is_dir() else "no such folder"
         raise MissingFileError(

@@ -16,7 +16,7 @@ from safetydpo_jax.tensor_file import PICKLES
 ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 INDEX = "model_index.json"
 # What of a checkpoint is read; other folders of a repository (safety_checker, ...) are not fetched.
-_SMALL = re.compile(
+SMALL = re.compile(
     r"model_index\.json|(unet|vae|text_encoder(_2)?)/config\.json"
     r"|scheduler/scheduler_config\.json|tokenizer(_2)?/[^/]+\.(json|txt)"
 )
@@ -27,13 +27,15 @@ def download(
     repo: str,
     check: Callable[[pathlib.Path], Any] = lambda index: None,
     index_name: str = INDEX,
+    check_configs: Callable[[pathlib.Path], Any] = lambda folder: None,
 ) -> pathlib.Path:
     """The folder of a checkpoint in the cache; fetches what of it is not there yet.
 
     Args:
       repo: its id, as in "stable-diffusion-v1-5/stable-diffusion-v1-5".
-      check: called with the index before anything large is fetched.
+      check: called with the index before anything else is fetched.
       index_name: model_index.json for a whole checkpoint, config.json for a single network.
+      check_configs: called with a checkpoint's folder before its weights are fetched.
 
     Raises:
       MissingFileError: there is no such model, or no network and no cached copy.
@@ -83,14 +85,20 @@ def download(
         said = f"{repo}: the hub was not reached ({first_line(error)}); using {folder}"
         warnings.warn(said, stacklevel=2)
         return folder
+
+    def fetch(wanted: list[str]) -> None:
+        try:
+            huggingface_hub.snapshot_download(repo, revision=folder.name, allow_patterns=wanted)
+        except Exception as error:
+            raise UserError(_failed(repo, error)) from error
+
     if index_name == INDEX:
         wanted = files_to_fetch(names, repo)
+        fetch([name for name in wanted if SMALL.fullmatch(name)])
+        check_configs(folder)
     else:
         wanted = [index_name, *network_files(names, repo)]
-    try:
-        huggingface_hub.snapshot_download(repo, revision=folder.name, allow_patterns=wanted)
-    except Exception as error:
-        raise UserError(_failed(repo, error)) from error
+    fetch(wanted)
     return folder
 
 
@@ -101,7 +109,7 @@ def files_to_fetch(names: Iterable[str], repo: str = "") -> list[str]:
       UserError: a network's weights are there as pickles only.
     """
     names = sorted(names)
-    chosen = [name for name in names if _SMALL.fullmatch(name)]
+    chosen = [name for name in names if SMALL.fullmatch(name)]
     for network in _NETWORKS:
         chosen += network_files(names, f"{repo}/{network}", f"{network}/")
     return chosen

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from safetydpo_jax.errors import MissingFileError, UserError
 from safetydpo_jax.models import bucket as buckets
-from safetydpo_jax.models.checkpoint import resolve_checkpoint, resolve_vae
+from safetydpo_jax.models.checkpoint import open_checkpoint, resolve_checkpoint, resolve_vae
 from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.remote import cache_home
 from tests.models.test_single_file import in_original_layout
 
 
@@ -37,7 +38,7 @@ def test_a_folder_is_fetched_once(model, pipeline, capsys):
         same(found, pipeline)
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if line.startswith(f"{model}: fetching 1 files")] == said[:1]
-    assert len(said) == 2  # the index, then all else
+    assert len(said) == 3  # the index, other small files, the weights
     names = {file.relative_to(found.path).as_posix() for file in found.path.rglob("*.*")}
     assert "unet/diffusion_pytorch_model.safetensors" in names
     assert not names & {"README.md", "unet/diffusion_pytorch_model.bin"}
@@ -169,6 +170,16 @@ def test_nothing_large_is_fetched_of_a_pipeline_that_is_not_supported(model, cap
     with pytest.raises(UserError, match="a FluxPipeline is not supported"):
         resolve_checkpoint(str(model))
     assert capsys.readouterr().out.count("fetching") == 1
+
+
+def test_no_weights_are_fetched_of_a_model_that_cannot_be_loaded(model, capsys):
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_bytes(b'{"_class_name": "LCMScheduler"}')
+    with pytest.raises(UserError, match="LCMScheduler"):
+        open_checkpoint(str(model))
+    (fetched,) = cache_home().glob("models/*/")
+    assert (fetched / "unet" / "config.json").is_file()
+    assert not list(fetched.rglob("*.safetensors"))
 
 
 def test_pickles_are_never_fetched(model, capsys):

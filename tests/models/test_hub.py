@@ -107,10 +107,9 @@ def test_fetches_what_the_list_names_of_one_commit(online, cache):
     assert online() == [
         ("hf_hub_download", "model_index.json", {}),
         ("list_repo_files", "someone/tiny", {"revision": cache.name}),
-        (
-            "snapshot_download",
-            "someone/tiny",
-            {"revision": cache.name, "allow_patterns": hub.files_to_fetch(NAMES)},
+        *(
+            ("snapshot_download", "someone/tiny", {"revision": cache.name, "allow_patterns": files})
+            for files in (SMALL, hub.files_to_fetch(NAMES))
         ),
     ]
 
@@ -120,6 +119,14 @@ def test_nothing_large_is_fetched_of_a_pipeline_that_is_not_supported(online, ca
     with pytest.raises(UserError, match="a FluxPipeline is not supported"):
         load_pipeline("someone/tiny")
     assert [name for name, *_ in online()] == ["hf_hub_download"]
+
+
+def test_no_weights_are_fetched_of_a_model_that_cannot_be_loaded(online, cache):
+    (cache / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "LCMScheduler"}')
+    with pytest.raises(UserError, match="LCMScheduler"):
+        load_pipeline("someone/tiny")
+    (fetched,) = (options for name, *_, options in online() if name == "snapshot_download")
+    assert fetched["allow_patterns"] == SMALL
 
 
 def test_full_precision_comes_first():
