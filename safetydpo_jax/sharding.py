@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from safetydpo_jax.errors import UserError
@@ -33,11 +34,15 @@ def make_mesh(
     """A mesh over all devices, or those given; `data=-1` takes what the other axes leave.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or these are of several slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = _shape(data, fsdp, tensor, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=_AUTO, devices=devices)
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        raise UserError("the devices are of several slices of TPUs: a job takes one slice")
+    # An axis may be a part of a TPU's own, which jax.make_mesh allows on a v5e alone.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=_AUTO)
 
 
 def abstract_mesh(data: int, fsdp: int, tensor: int, count: int) -> AbstractMesh:

@@ -109,10 +109,15 @@ def _visits(
     shards: tuple[Sequence[int], int],
 ) -> grain.MapDataset:
     """By step, the shards' share of ((size,) rows, (size,) how many times each came before)."""
-    own = np.arange(size).reshape(shards[1], -1)[list(shards[0])].ravel()
+    own = np.arange(size).reshape(shards[1], -1)[list(shards[0])].ravel().tolist()
     each = [_endless(rows, seed + i) for i, rows in enumerate(sets)]
     mixed = each[0] if len(each) == 1 else grain.MapDataset.mix(each, weights)
-    return mixed.batch(size).map(lambda visits: tuple(x[own] for x in visits))
+
+    def share(step: int) -> tuple[np.ndarray, ...]:
+        # Others' rows are not looked up: on a pod that would take longer than a step.
+        return tuple(np.array(x) for x in zip(*(mixed[step * size + i] for i in own), strict=True))
+
+    return grain.MapDataset.range(len(mixed) // size).map(share)
 
 
 def _endless(rows: np.ndarray, seed: int) -> grain.MapDataset:

@@ -97,17 +97,19 @@ def _in_parts(f: Callable[..., tuple[Array, ...]], *arrays: Heads) -> tuple[Arra
     q, k, *_ = arrays
     rows, heads = q.shape[0], q.shape[2]
     size = 4 * rows * heads * q.shape[1] * k.shape[1]
-    most = _on_all_devices(LOGITS)
-    by_head = num_parts(heads, size, most)
-    by_row = num_parts(rows, size // by_head, most)  # may be spread over devices, so they come last
+    most, (shards, groups) = _on_all_devices(LOGITS), _split_over_devices(rows, heads)
+    by_head = num_parts(heads // groups, size, most)
+    by_row = num_parts(rows // shards, size // by_head, most)
 
+    # A part has of every device some rows and heads, as these lie on the devices one after another:
+    # rows in turn, and not so many at a time, or each device would be sent all and compute all.
     def split(x: Heads) -> Float[Array, "n r g _ _"]:
-        x = x.reshape(by_row, rows // by_row, x.shape[1], by_head, heads // by_head, x.shape[3])
-        x = x.transpose(0, 3, 1, 4, 2, 5)
+        x = x.reshape(rows // by_row, by_row, x.shape[1], heads // by_head, by_head, x.shape[3])
+        x = x.transpose(1, 4, 0, 3, 2, 5)
         return x.reshape(by_row * by_head, *x.shape[2:])
 
     def join(x: Float[Array, "n r g _ _"]) -> Heads:
-        x = x.reshape(by_row, by_head, *x.shape[1:]).transpose(0, 2, 4, 1, 3, 5)
+        x = x.reshape(by_row, by_head, *x.shape[1:]).transpose(2, 0, 4, 3, 1, 5)
         return x.reshape(rows, x.shape[2], heads, x.shape[5])
 
     parts = tuple(split(x) for x in arrays)
@@ -133,6 +135,14 @@ def _by_tokens(
 
     found = jax.lax.map(lambda part: f(*part), tuple(split(x) for x in arrays))
     return tuple(join(x) for x in found)
+
+
+def _split_over_devices(rows: int, heads: int) -> tuple[int, int]:
+    """Over how many devices rows, and heads, are spread."""
+    if (mesh := shared_mesh()) is None:
+        return 1, 1
+    shards, groups = sharding.num_batch_shards(mesh), mesh.shape["tensor"]
+    return shards if rows % shards == 0 else 1, groups if heads % groups == 0 else 1
 
 
 def _on_all_devices(most: int) -> int:

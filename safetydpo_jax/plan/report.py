@@ -137,7 +137,12 @@ def _said_of_passes(plan: Mapping[str, Any]) -> Iterator[str]:
             program["bytes_per_chip"]["all"] + program["bytes_beside"] for program in programs
         )
         # Pairs are drawn by one host, or by a factory on as many as one likes.
-        everywhere = f", {rate * plan['chips']:.0f} in all" if name == "cache" else ""
+        everywhere = (
+            f", {rate * plan['chips']:.0f} in all where hosts share a workdir, of one in a bucket "
+            "the first host's alone"
+            if name == "cache" and plan["chips"] > 1
+            else ""
+        )
         yield (
             f"{name:16}{rate:.2f} pictures a second and chip{everywhere} (estimated); "
             f"{size / GIB:.2f} GiB a chip (compiled)"

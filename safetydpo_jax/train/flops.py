@@ -42,13 +42,15 @@ def step_flops(
     pairs = 2 * config.batch_size
     rows = pairs + config.preserve_batch_size
     with compiling_for("any"):  # as it is written: Winograd's convolutions have fewer products
-        forward = product_flops(
+        # Of one row: of a pod's, what is taken in parts would be traced in thousands.
+        of_one = product_flops(
             unet.apply,
             {"params": params},
-            jax.ShapeDtypeStruct((rows, *latent_shape), jnp.float32),
-            jax.ShapeDtypeStruct((rows,), jnp.int32),
-            *jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), null),
+            jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            *jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), null),
         )
+    forward = Products(*(rows * flops for flops in of_one))
     anchor = pairs / rows if config.loss.winner_anchor > 0 else 0
     parts = len(part_names(config))
     passes = 1 if config.reference.draws else 2 + anchor

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding, PartitionSpec
 
 from safetydpo_jax import sharding
 from safetydpo_jax.models import attention, tpu_attention
@@ -72,6 +73,29 @@ def test_the_plain_form_by_tokens(context, monkeypatch):
     program = str(jax.make_jaxpr(attention.dot_product_attention)(q, k, v))
     assert "length=6\n" in program  # heads of rows
     assert "length=4\n" in program  # of its queries
+
+
+@pytest.mark.parametrize(("rows", "mesh"), [(2, {}), (4, {}), (14, {}), (4, {"tensor": 2})])
+def test_devices_take_turns_with_their_own_rows_and_heads(rows, mesh, monkeypatch):
+    """Or each would be sent those of all, and compute them all."""
+    mesh = sharding.make_mesh(**mesh)
+    shards = sharding.num_batch_shards(mesh)
+    q, k, v = qkv(rows * shards, 16, 4, 8)
+    monkeypatch.setattr(attention, "LOGITS", 4 * 16 * 16)  # those of a row's head
+    split = NamedSharding(mesh, PartitionSpec(sharding.BATCH, None, "tensor"))
+
+    def answers(q, k, v):
+        y, pull_back = jax.vjp(attention._plain, q, k, v)
+        return y, *pull_back(y)
+
+    with jax.set_mesh(mesh):
+        f = jax.jit(answers, in_shardings=(split,) * 3, out_shardings=(split,) * 4)
+        program = f.lower(q, k, v).compile().as_text()
+        got = f(*jax.device_put((q, k, v), split))
+    assert "all-gather" not in program
+    assert "all-to-all" not in program
+    assert "while" in program
+    agree(got, answers(q, k, v), 1e-5)
 
 
 def test_half_precision():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs import all_experts, hate
-from safetydpo_jax import plan
+from safetydpo_jax import plan, sharding
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models import attention
 from safetydpo_jax.models.target import compiling_for
@@ -36,6 +36,16 @@ def config(model_folder):
 def cached(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "safetydpo_jax" / "plans"
+
+
+@compiler
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "v5p:4x4x4"])
+@pytest.mark.parametrize("axes", [{"fsdp": 2}, {"fsdp": 8}, {"tensor": 2}])
+def test_axes_of_the_mesh_may_be_parts_of_the_slices(topology, axes):
+    devices = plan.slice_of(topology)[1]
+    mesh = sharding.make_mesh(devices=devices, **axes)
+    assert {axis: mesh.shape[axis] for axis in axes} == axes
+    assert set(mesh.devices.flat) == set(devices)
 
 
 @compiler
