@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -17,13 +18,17 @@ class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that the user named, or that a named folder should hold, is not there."""
 
 
+class UnreachableError(UserError):
+    """A bucket or the hub did not answer: the same command may go on later."""
+
+
 @contextlib.contextmanager
 def adding(words: str) -> Iterator[None]:
     """Within it, ends what a UserError says with these words."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}{words}") from error
+        raise type(error)(f"{error}{words}") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -40,13 +45,18 @@ def one_line(error: BaseException) -> str | None:
             f"{error.filename}: {error.strerror}: choose another place, or let this user read and "
             "write it"
         )
-    if isinstance(error, OSError) and error.errno in _NO_PLACE:
+    if no_place(error):
         what = error.filename or "to the disk"
         return (
             f"could not write {what} ({error.strerror}): free some space or choose another place, "
             "and start the command again"
         )
     return None
+
+
+def no_place(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a disk is full, or is not to be written to."""
+    return isinstance(error, OSError) and error.errno in _NO_PLACE
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -22,13 +22,15 @@ from jax._src import distributed  # the coordinator's store of texts has no publ
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from safetydpo_jax.errors import UserError, first_line, one_line
+from safetydpo_jax.errors import UnreachableError, UserError, first_line, one_line
 
 DAY_SECONDS = 86400  # the others may wait so long for what the first one does alone
 JOIN_SECONDS = 1800  # machines of a job may start so long after the first
 HEARTBEAT_SECONDS = 100  # after which a process that gives no sign of life counts as dead
 GRACE_SECONDS = 2
-LOST = 75  # exit code when another process is gone or hangs: EX_TEMPFAIL, to be started again
+# Exit code when another process is gone or hangs, or a bucket or the hub did not answer: EX_TEMPFAIL
+# of the system's, to be started again.
+LOST = 75
 
 
 _T = TypeVar("_T")
@@ -104,13 +106,23 @@ def first(what: Callable[[], Any]) -> Any:
         try:
             found = {"value": what()}
         except Exception as error:
-            if (line := one_line(error)) is None:
-                raise
-            found = {"error": line}
+            found = _failure(error)
     found = json.loads(told(json.dumps(found)))
     if "error" in found:
-        raise UserError(found["error"])
+        raise _error(found)
     return found["value"]
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """A user's error as JSON; others are raised."""
+    if (line := one_line(error)) is None:
+        raise error
+    return {"error": line, "again": isinstance(error, UnreachableError)}
+
+
+def _error(found: Mapping[str, Any]) -> UserError:
+    """What `_failure` made JSON of."""
+    return (UnreachableError if found["again"] else UserError)(found["error"])
 
 
 def told(text: str, process: int = 0) -> str:
@@ -149,17 +161,15 @@ def each(what: Callable[[], _T]) -> _T:
     """
     if jax.process_count() == 1:
         return what()
-    failed = ""
+    failed: dict[str, Any] = {}
     done: Any = None
     try:
         done = what()
     except Exception as error:
-        if (line := one_line(error)) is None:
-            raise
-        failed = line
+        failed = _failure(error)
     for process in range(jax.process_count()):
-        if text := told(failed, process):
-            raise UserError(text)
+        if found := json.loads(told(json.dumps(failed), process)):
+            raise _error(found)
     return done
 
 
@@ -264,7 +274,8 @@ def job() -> Iterator[None]:
         sys.stdout.flush()
         if is_first():
             time.sleep(GRACE_SECONDS)  # or the others would be cut off in what they have to say
-        os._exit(2 if line is not None else LOST if _is_loss(error) else 1)
+        lost = isinstance(error, UnreachableError) or _is_loss(error)
+        os._exit(LOST if lost else 2 if line is not None else 1)
     else:
         jax.distributed.shutdown()
 

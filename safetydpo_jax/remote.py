@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from safetydpo_jax import storage
-from safetydpo_jax.errors import MissingFileError, UserError, first_line
+from safetydpo_jax.errors import MissingFileError, UnreachableError, UserError, first_line
 from safetydpo_jax.pace import Pace
 
 CACHE_DIR = "SAFETYDPO_CACHE_DIR"  # the variable that says where to
@@ -210,7 +210,10 @@ def reading(folder: Any) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def explained(address: Any) -> Iterator[None]:
-    """Turns what the libraries of buckets raise, which is no one kind, into a `UserError`."""
+    """Turns what the libraries of buckets raise, which is no one kind, into a `UserError`.
+
+    `UnreachableError` but for what says that it will not be otherwise next time.
+    """
     try:
         yield
     except (UserError, MissingFileError, GeneratorExit):
@@ -223,8 +226,9 @@ def explained(address: Any) -> Iterator[None]:
             f"gs://, s3fs for s3:// ({error})"
         ) from error
     except Exception as error:
-        reason = first_line(error)
-        raise UserError(
+        reason, refused = first_line(error), isinstance(error, (PermissionError, ValueError))
+        refused |= "Credentials" in type(error).__name__  # Google's, of no class in common
+        raise (UserError if refused else UnreachableError)(
             f"{address} cannot be reached ({reason}): look at the address, and whether this host "
             "may read and write there (gcloud auth application-default login)"
         ) from error

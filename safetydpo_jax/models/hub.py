@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from safetydpo_jax.errors import MissingFileError, UserError, first_line
+from safetydpo_jax.errors import MissingFileError, UnreachableError, UserError, first_line, no_place
 from safetydpo_jax.models.state_dict import ONLY_PICKLES, choose_weights
 from safetydpo_jax.tensor_file import PICKLES
 
@@ -73,7 +73,7 @@ def download(
             )
         ) from error
     except Exception as error:
-        raise UserError(_failed(repo, error)) from error
+        raise _failed(repo, error) from error
     check(index)
     folder = index.parent
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -90,7 +90,7 @@ def download(
         try:
             huggingface_hub.snapshot_download(repo, revision=folder.name, allow_patterns=wanted)
         except Exception as error:
-            raise UserError(_failed(repo, error)) from error
+            raise _failed(repo, error) from error
 
     if index_name == INDEX:
         wanted = files_to_fetch(names, repo)
@@ -129,8 +129,8 @@ def network_files(names: Sequence[str], where: str, folder: str = "") -> list[st
     return [folder + name for name in weights]
 
 
-def _failed(repo: str, error: Exception) -> str:
-    return (
+def _failed(repo: str, error: Exception) -> UserError:
+    return (UserError if no_place(error) else UnreachableError)(
         f"{repo}: could not be fetched from the hub ({first_line(error)}); the same command goes "
         "on with what is missing"
     )
