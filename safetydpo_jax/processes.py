@@ -28,8 +28,8 @@ DAY_SECONDS = 86400  # the others may wait so long for what the first one does a
 JOIN_SECONDS = 1800  # machines of a job may start so long after the first
 HEARTBEAT_SECONDS = 100  # after which a process that gives no sign of life counts as dead
 GRACE_SECONDS = 2
-# Exit code when another process is gone or hangs, or a bucket or the hub did not answer: EX_TEMPFAIL
-# of the system's, to be started again.
+# Exit code when another process is gone or hangs, or a bucket or the hub does not answer: it is
+# EX_TEMPFAIL, to be started again.
 LOST = 75
 
 
