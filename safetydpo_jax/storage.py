@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import jax
-
 from safetydpo_jax.errors import MissingFileError, UserError, first_line
 
 CARD = "card.json"
@@ -112,6 +110,8 @@ def explained_writes(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
+        import jax  # here: it takes seconds, and --help asks for a module that writes files
+
         if isinstance(error, (UserError, jax.errors.JaxRuntimeError, *_BUGS)):
             raise
         reason = first_line(error)

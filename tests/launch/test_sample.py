@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +39,14 @@ def run(table: Path, out: Path, *more: str) -> None:
 
 
 def test_help_is_quick_and_needs_no_model():
-    start = time.monotonic()
-    script = [sys.executable, "-c", "import launch.sample as s; s.main(['--help'])"]
-    result = subprocess.run(script, capture_output=True, text=True, check=True)
-    assert time.monotonic() - start < 3
+    """How quick depends on what else the machine does: what would take seconds is not loaded."""
+    script = (
+        "import sys, launch.sample as s\n"
+        "try:\n    s.main(['--help'])\n"
+        "except SystemExit:\n    assert not {'jax', 'numpy', 'PIL'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     for option in ("--model", "--prompts", "--prompt", "--lora", "--out", "--grid", "--scale"):
         assert option in result.stdout
 
