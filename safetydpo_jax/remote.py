@@ -227,7 +227,9 @@ def explained(address: Any) -> Iterator[None]:
         ) from error
     except Exception as error:
         reason, refused = first_line(error), isinstance(error, (PermissionError, ValueError))
-        refused |= "Credentials" in type(error).__name__  # Google's, of no class in common
+        # Google's, of no class in common.
+        refused |= "Credentials" in type(error).__name__ or reason.startswith("Forbidden")
+        refused |= getattr(error, "code", None) in (401, 403)
         raise (UserError if refused else UnreachableError)(
             f"{address} cannot be reached ({reason}): look at the address, and whether this host "
             "may read and write there (gcloud auth application-default login)"

@@ -64,6 +64,7 @@ class CredentialsError(Exception):
         (PermissionError(errno.EACCES, "x"), UserError),
         (ValueError("Protocol not known: x"), UserError),
         (CredentialsError("x"), UserError),
+        (OSError("Forbidden: https://storage"), UserError),
     ],
 )
 def test_what_a_bucket_may_answer_next_time(error, kind):
