@@ -38,7 +38,9 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     shape = _shape(data, fsdp, tensor, len(devices))
-    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+    # Of GPUs it numbers nodes, among which a job may be spread.
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(slices) > 1:
         raise UserError("the devices are of several slices of TPUs: a job takes one slice")
     # An axis may be a part of a TPU's own, which jax.make_mesh allows on a v5e alone.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
