@@ -15,19 +15,28 @@ from safetydpo_jax.remote import cache_home
 MOST_BYTES = 4 * 2**30  # the ones used longest ago go
 
 
-def keep_compiled() -> None:
+def keep_compiled(shared: str | Path = "") -> None:
     """Has JAX keep what it compiles from now on, and take up what it has kept.
 
-    In this user's cache, a folder for each kind of processor, as programs compiled for one may not
-    run on another. JAX_COMPILATION_CACHE_DIR says another folder, JAX_ENABLE_COMPILATION_CACHE=0
-    does without.
+    In this user's cache, as much as `MOST_BYTES`. JAX_COMPILATION_CACHE_DIR says another folder,
+    JAX_ENABLE_COMPILATION_CACHE=0 does without.
+
+    Args:
+      shared: of a job of several processes, a folder or an address that all of them see, for all it
+        compiles. Of a job the first process alone keeps programs. Were they where the others do not
+        find them, these would compile at every start; and on GPUs they would wait, for a day, for
+        the first to time its share of the kernels that one may choose from.
     """
     config: Any = jax.config  # its settings are attributes made at run time
     if config.jax_compilation_cache_dir:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache_home() / "compiled" / _processor()))
+    folder, most = (shared, -1) if shared else (cache_home() / "compiled", MOST_BYTES)
+    # What is compiled for one kind of processor may not run on another.
+    kind = f"/{_processor()}" if jax.default_backend() == "cpu" else ""
+    jax.config.update("jax_compilation_cache_dir", f"{folder}{kind}")
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
-        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+        # A limit is kept by a lock, for which there is none in a bucket.
+        jax.config.update("jax_compilation_cache_max_size", most)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from safetydpo_jax.errors import UnreachableError, UserError, first_line, one_li
 
 DAY_SECONDS = 86400  # the others may wait so long for what the first one does alone
 JOIN_SECONDS = 1800  # machines of a job may start so long after the first
+MEET_SECONDS = 3600  # by which one may be later than another that does the same, as compiling
 HEARTBEAT_SECONDS = 100  # after which a process that gives no sign of life counts as dead
 GRACE_SECONDS = 2
 # Exit code when another process is gone or hangs, or a bucket or the hub does not answer: it is
@@ -143,11 +144,12 @@ def meet() -> None:
     """Waits until all processes are here, by the coordinator.
 
     To be called before a group's first collective, if they do not come to it at one time, as when
-    one compiles longer: Gloo, by which CPUs speak, waits 30 s for all to connect.
+    one compiles longer: Gloo, by which CPUs speak, waits 30 s for all to connect. After
+    `MEET_SECONDS` the job counts as lost.
     """
     if jax.process_count() > 1:
         client: Any = distributed.global_state.client
-        client.wait_at_barrier(f"safetydpo_jax/meet/{next(_count)}", 1000 * DAY_SECONDS)
+        client.wait_at_barrier(f"safetydpo_jax/meet/{next(_count)}", 1000 * MEET_SECONDS)
 
 
 def each(what: Callable[[], _T]) -> _T:

@@ -1,10 +1,45 @@
-"""Compiled programs, and their tracing."""
+"""Compiled programs, where they are kept, and their tracing."""
 
 import gc
 
+import jax
 import pytest
 
-from safetydpo_jax.compilation import tracing
+from safetydpo_jax import compilation
+from safetydpo_jax.compilation import keep_compiled, tracing
+from safetydpo_jax.remote import CACHE_DIR
+
+DIR, SIZE = "jax_compilation_cache_dir", "jax_compilation_cache_max_size"
+
+
+@pytest.fixture
+def none_given(monkeypatch, tmp_path):
+    """As if nothing said where programs are kept; what is set is undone."""
+    before = {name: getattr(jax.config, name) for name in (DIR, SIZE)}
+    monkeypatch.setenv(CACHE_DIR, str(tmp_path))
+    jax.config.update(DIR, None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_programs_are_kept_with_what_this_user_keeps(none_given, tmp_path):
+    keep_compiled()
+    folder = tmp_path / "compiled"
+    assert getattr(jax.config, DIR) == f"{folder}/{compilation._processor()}"
+    assert getattr(jax.config, SIZE) == compilation.MOST_BYTES
+
+
+def test_of_a_job_where_all_its_processes_see_them(none_given):
+    keep_compiled("gs://bucket/run/compiled")
+    assert getattr(jax.config, DIR).startswith("gs://bucket/run/compiled/")
+    assert getattr(jax.config, SIZE) == -1  # no lock
+
+
+def test_or_where_the_user_says(none_given, tmp_path):
+    jax.config.update(DIR, str(tmp_path / "mine"))
+    keep_compiled("gs://bucket/run/compiled")
+    assert getattr(jax.config, DIR) == str(tmp_path / "mine")
 
 
 def test_what_was_there_is_set_aside_while_a_program_is_traced():

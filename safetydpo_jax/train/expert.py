@@ -1,6 +1,7 @@
 """One expert of a run: its config and folder, its data, its evaluations, the files it ends in."""
 
 import pathlib
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from safetydpo_jax import __version__, data, lora, processes, sharding, storage
+from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora import Adapters
 from safetydpo_jax.train.model_card import base_name, write_model_card
 from safetydpo_jax.train.reference import reference_tables
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from safetydpo_jax.train.health import Health
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+SEEN_SECONDS = 120  # NFS may hide for a minute what another host has written
 
 
 class Expert:
@@ -98,10 +101,15 @@ class Expert:
 
     def open_cache(self) -> None:
         """Opens what the first process has made, in the others too."""
+        key = processes.first(lambda: self.cache.key)
 
         def open_() -> None:
-            if not processes.is_first():
-                self.cache = data.Cache(self._cache_address or self.workdir / "cache")
+            if processes.is_first():
+                return
+            if self._cache_address:
+                self.cache = data.Cache(self._cache_address)
+            else:
+                self.cache = _cache_once_seen(self.workdir / "cache", key)
 
         processes.each(open_)
         self.progress(
@@ -238,3 +246,27 @@ class Expert:
             "recipe": self.config.recipe,
             "steps": str(step),
         }
+
+
+def _cache_once_seen(folder: pathlib.Path, key: str) -> data.Cache:
+    """The cache that another host has just written; a disk in the network may show it later.
+
+    Raises:
+      UserError: it is not there after `SEEN_SECONDS`.
+    """
+    deadline = time.monotonic() + SEEN_SECONDS
+    while True:
+        try:
+            cache = data.Cache(folder)
+        except UserError:  # none, or one of which this host still sees the card that was there
+            if time.monotonic() > deadline:
+                raise
+        else:
+            if cache.key == key:
+                return cache
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder} is another cache here than in the first process: give a --workdir "
+                    "on a disk that all share"
+                )
+        time.sleep(1)

@@ -4,7 +4,7 @@ Every phase looks in the workdir first, so the same command goes on after a kill
 come out bit for bit as if nothing had happened:
 
     pairs/  cache/  checkpoints/  health/  metrics.jsonl  tensorboard/  export/  report/
-    config.json
+    config.json  compiled/ (of a job of several processes)
 
 Where a config names several experts, each has a folder of its own with all this but the
 checkpoints, which are those of a cohort of experts: checkpoints/cohort_1 ...
@@ -71,14 +71,15 @@ def run(
     workdir = home.folder
 
     phases.begin("config and workdir")
-    keep_compiled()
+    if jax.process_count() == 1:
+        keep_compiled()
     _check_configs(configs, home.address)
     mesh = sharding.make_mesh(shared.mesh.data, shared.mesh.fsdp, shared.mesh.tensor)
     with home.named(), contextlib.ExitStack() as stack:
         processes.first(lambda: stack.enter_context(lock_workdir(workdir)))
         processes.first(home.fetch)
-        if not home.address:
-            _check_shared(workdir, configs)
+        if jax.process_count() > 1 and (home.address or _is_shared(workdir, configs)):
+            keep_compiled(f"{home.address or workdir}/compiled")
         processes.each(lambda: _check_inputs(configs, mesh))
         devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
         if (count := jax.process_count()) > 1:
@@ -176,10 +177,8 @@ def run(
     return summaries
 
 
-def _check_shared(workdir: pathlib.Path, configs: list[ConfigDict]) -> None:
-    """Raises UserError if a process has to read what the first writes, and cannot."""
-    if jax.process_count() == 1:
-        return
+def _is_shared(workdir: pathlib.Path, configs: list[ConfigDict]) -> bool:
+    """Whether all processes see one folder; raises UserError if they must, for the cache."""
     file = workdir / ".job"
 
     def leave() -> str:
@@ -188,13 +187,14 @@ def _check_shared(workdir: pathlib.Path, configs: list[ConfigDict]) -> None:
         return mark
 
     mark = processes.first(leave)
-    unseen = not (file.is_file() and file.read_text() == mark)
-    if processes.any_of(unseen) and not all(config.cache.path for config in configs):
+    unseen = processes.any_of(not (file.is_file() and file.read_text() == mark))
+    if unseen and not all(config.cache.path for config in configs):
         raise UserError(
             f"{workdir} is not one folder for all processes, so that they do not see the cache: "
             "give a --workdir on a disk that they share, or a cache that all can read, made before "
             "by launch/cache.py, as --config.cache.path=gs://BUCKET/FOLDER"
         )
+    return not unseen
 
 
 def _check_inputs(configs: list[ConfigDict], mesh: Mesh) -> None:

@@ -116,7 +116,11 @@ def test_stopped_and_killed_and_taken_up_by_another_number_of_processes(start, w
 def test_machines_that_share_nothing_but_a_bucket(begin, whole, bucket, tmp_path):
     """Two, one of which is killed; then two others."""
     home = f"{bucket}/run"
-    disk = lambda name: {"env": lambda i: {CACHE_DIR: str(tmp_path / f"{name}{i}")}}  # noqa: E731
+
+    def disk(name):
+        own = lambda i: {CACHE_DIR: str(tmp_path / f"{name}{i}")}  # noqa: E731
+        return {"env": lambda i: own(i) | {"JAX_COMPILATION_CACHE_DIR": ""}}
+
     job = begin(2, home, **disk("first"))
     folder = Workdir(home, print).folder.name
     wait_for(job, tmp_path / "first0" / "runs" / folder, 10)
@@ -127,6 +131,9 @@ def test_machines_that_share_nothing_but_a_bucket(begin, whole, bucket, tmp_path
     assert codes == [0, 0], said
     assert f"{home}: fetching" in said[0]
     assert "going on from step" in said[0]
+    # What the first's process compiled all have found there.
+    programs = [x.name for x in (bucket / "run" / "compiled").glob("*/*-cache")]
+    assert any("jit_step" in name for name in programs), programs
     assert (bucket / "run" / EXPORT).read_bytes() == (whole / EXPORT).read_bytes()
 
 
