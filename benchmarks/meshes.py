@@ -108,7 +108,7 @@ def kill_is_nothing(row: dict[str, Any]) -> bool:
 
 
 def start(workdir: Path, processes: int, devices: int, changes: dict[str, Any]) -> Job:
-    """A job of launch/train.py."""
+    """A job of launch/train.py; what one compiles all find."""
     command = [
         sys.executable,
         str(ROOT / "launch" / "train.py"),
@@ -116,7 +116,8 @@ def start(workdir: Path, processes: int, devices: int, changes: dict[str, Any]) 
         *(f"--config.{key}={value}" for key, value in (SETTINGS | changes).items()),
         f"--workdir={workdir}",
     ]
-    return Job(processes, command, devices)
+    programs = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")}
+    return Job(processes, command, devices, env=lambda i: programs)
 
 
 def run(workdir: Path, processes: int, devices: int, changes: dict[str, Any]) -> str:
