@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
@@ -16,10 +16,25 @@ from flax import traverse_util
 from safetydpo_jax import storage
 from safetydpo_jax.lora.adapters import Adapters, kernels
 from safetydpo_jax.lora.keys import HEADER, PEFT_CONFIG, PEFT_PREFIX
+from safetydpo_jax.models.original_layout import original_unet_names
 from safetydpo_jax.tensor_file import write_tensors
 
-# Width of the text states -> kohya's name of the base, by which A1111 knows whom to show a LoRA.
-_KOHYA_BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
+_SDXL = "sdxl_base_v1-0"
+_KOHYA_BASES = {768: "sd_v1", 1024: "sd_v2", 2048: _SDXL}  # by the width of the text states
+
+
+class KohyaBase(NamedTuple):
+    """A base model as kohya's scripts have it.
+
+    Attributes:
+      name: as in "sd_v1", by which A1111 knows whom to show a LoRA.
+      layers: their names of its layers where they are not diffusers'. They load Stable Diffusion 1
+        and 2 as diffusers does, XL as its original code, and pass by in silence what they do not
+        know.
+    """
+
+    name: str
+    layers: Mapping[str, str]
 
 
 def save_lora(
@@ -50,19 +65,20 @@ def save_kohya(
     path: str | os.PathLike[str],
     adapters: Adapters,
     metadata: Mapping[str, str] | None = None,
-    base: str | None = None,
+    base: KohyaBase | None = None,
 ) -> pathlib.Path:
-    """Writes adapters with kohya's keys, which ComfyUI and A1111 read.
+    """Writes adapters with kohya's keys, which ComfyUI, A1111 and diffusers read.
 
     Args:
       path: the file to write; its folder is made.
       adapters: ready to apply, of any rank a layer.
       metadata: more entries of the header, for people.
-      base: as of `kohya_base`; A1111 lists the file for that one.
+      base: from `kohya_base`; A1111 lists the file for that one.
     """
     layers = _by_layer(adapters)
     tensors: dict[str, np.ndarray] = {}
     for layer, (a, b) in layers.items():
+        layer = base.layers.get(layer, layer) if base else layer
         name = f"lora_unet_{layer.replace('.', '_')}"
         tensors[f"{name}.lora_down.weight"] = a
         tensors[f"{name}.lora_up.weight"] = b
@@ -76,18 +92,22 @@ def save_kohya(
         "ss_network_alpha": rank,
     }
     if base:
-        header |= {"ss_base_model_version": base, "ss_v2": str(base.startswith("sd_v2"))}
+        header |= {"ss_base_model_version": base.name, "ss_v2": str(base.name.startswith("sd_v2"))}
     return _write(path, tensors, header)
 
 
-def kohya_base(unet_params: Mapping[str, Any]) -> str | None:
-    """Kohya's name of the base model, as in "sd_v1", by its UNet; None for what it has no name of.
+def kohya_base(unet_params: Mapping[str, Any]) -> KohyaBase | None:
+    """What the base is to kohya's scripts, by its UNet; None for what they have no name of.
 
     Args:
       unet_params: parameters or shapes.
     """
-    widths = [k[-2] for name, (_, k) in kernels(unet_params).items() if name.endswith("attn2.to_k")]
-    return _KOHYA_BASES.get(widths[0]) if widths else None
+    layers = kernels(unet_params)
+    widths = [k[-2] for name, (_, k) in layers.items() if name.endswith("attn2.to_k")]
+    name = _KOHYA_BASES.get(widths[0]) if widths else None
+    if name is None:
+        return None
+    return KohyaBase(name, original_unet_names(layers) if name == _SDXL else {})
 
 
 def save_peft(

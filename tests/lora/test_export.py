@@ -8,7 +8,7 @@ from flax import traverse_util
 
 from launch import export as command
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.lora import init_adapters, kohya_base, load_lora, save_lora
+from safetydpo_jax.lora import init_adapters, load_lora, save_lora
 from safetydpo_jax.lora.base import unet_shapes
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.models.single_file import published
@@ -91,11 +91,6 @@ def test_a_lora_that_fits_two_bases_names_none_unless_told(tmp_path, capsys):
     )
     with safetensors.safe_open(out, "numpy") as opened:
         assert "ss_base_model_version" not in opened.metadata()
-
-
-def test_kohyas_name_of_sdxl():
-    kernel = np.broadcast_to(np.float32(0), (2048, 640))
-    assert kohya_base({"attn2": {"to_k": {"kernel": kernel}}}) == "sdxl_base_v1-0"
 
 
 def test_fused(file, model_folder, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 from pathlib import Path
 
 import diffusers
@@ -15,7 +16,10 @@ import torch
 from flax import traverse_util
 
 import safetydpo_jax
+from configs import common
 from safetydpo_jax import lora
+from safetydpo_jax.lora.adapters import kernels
+from safetydpo_jax.lora.keys import KeyReader
 from safetydpo_jax.models.original_layout import original_unet_names
 from safetydpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 
@@ -147,6 +151,29 @@ def test_kohya(original, mixed, pipeline, tmp_path):
     assert_same(lora.load_lora(file, pipeline.unet_params)[0], mixed)
 
 
+def test_kohyas_names_of_sdxl(tmp_path):
+    """Those of the original code, by which kohya's scripts know them, and diffusers too."""
+    config = json.loads((PUBLISHED / "sdxl" / "unet" / "config.json").read_text())
+    shapes = shapes_of(config, told=(jnp.zeros((1, 1280)), jnp.zeros((1, 6))))
+    targets = common.get_config("hate").lora.targets
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    adapters = lora.init_adapters(jax.random.key(0), zeros, rank=1, targets=targets)
+    base = lora.kohya_base(shapes)
+    assert base.name == "sdxl_base_v1-0"
+    file = lora.save_kohya(tmp_path / "kohya.safetensors", adapters, {}, base)
+    names = {key.partition(".")[0] for key in safetensors.numpy.load_file(file)}
+    assert "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_out_0" in names
+    assert "lora_unet_output_blocks_0_1_transformer_blocks_9_attn1_to_q" in names
+    assert len(names) == 560
+    found = diffusers.StableDiffusionXLPipeline.lora_state_dict(
+        str(file), unet_config=types.SimpleNamespace(**config)
+    )[0]
+    wanted = safetensors.numpy.load_file(lora.save_lora(tmp_path / "ours.safetensors", adapters))
+    read = KeyReader(kernels(shapes))
+    assert {read(key) for key in found} == {read(key) for key in wanted}
+    assert_same(lora.load_lora(file, shapes)[0], adapters)
+
+
 def test_a_projection_may_be_linear_in_one_and_a_convolution_in_the_other(
     mixed, pipeline, tmp_path
 ):
@@ -193,6 +220,14 @@ def test_original_names_are_those_that_diffusers_converts(base):
     assert all(converted[key] is state[key] for key in state)
 
 
+def shapes_of(config, told=()):
+    """Of a UNet's parameters; `told` is what it is told beside the prompt's states."""
+    unet = UNet2DConditionModel(UNetConfig.from_dict(config))
+    states = jnp.zeros((1, 2, config["cross_attention_dim"]))
+    inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1, jnp.int32), states, *told
+    return jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
+
+
 @pytest.mark.parametrize("name", ["sd15-diffusers", "sd15-attn-processor"])
 def test_published_files(name):
     """LoRAs that strangers trained; not ours to ship."""
@@ -200,9 +235,7 @@ def test_published_files(name):
     if not folder:
         pytest.skip("SAFETYDPO_TEST_LORAS is not set to a folder with published LoRAs")
     config = json.loads((PUBLISHED / "sd15" / "unet" / "config.json").read_text())
-    unet = UNet2DConditionModel(UNetConfig.from_dict(config))
-    inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 2, 768))
-    shapes = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
+    shapes = shapes_of(config)
     found, _ = lora.load_lora(Path(folder) / f"{name}.safetensors", shapes)
     flat = traverse_util.flatten_dict(found)
     assert len(flat) == 2 * 128

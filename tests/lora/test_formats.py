@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from safetydpo_jax import lora
 from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.lora.writer import KohyaBase
 
 ALPHA, RANK = 6.0, 4
 
@@ -78,7 +79,8 @@ def test_pytorch_diffusers_draws_the_same(kohya, file, adapters, pipeline, model
 
 def test_kohya_keys(file, pipeline):
     adapters, header = lora.load_lora(file, pipeline.unet_params)
-    path = lora.save_kohya(file.with_name("kohya.safetensors"), adapters, header, "sd_v2")
+    base = KohyaBase("sd_v2", {})
+    path = lora.save_kohya(file.with_name("kohya.safetensors"), adapters, header, base)
     with safetensors.safe_open(path, "numpy") as opened:
         header = opened.metadata()
     assert header["ss_base_model_version"] == "sd_v2"
