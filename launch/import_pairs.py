@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"pair sets     {arguments.out}: {', '.join(f'{n} {c}' for n, c in counts.items())}")
     print(f"report        {arguments.out}: report.json, pairs.png")
     first = arguments.out / next(iter(counts))
-    print(f"to train      safetydpo train --config CONFIG --config.pairs.path={first}")
+    print(f"to train      safetydpo train --config NAME:sd15 --config.pairs.path={first}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From prompts to batches: the pair factory, the cache, the loader."""
 
 from safetydpo_jax.data.cache import Cache
-from safetydpo_jax.data.draw import check_category, make_pairs
+from safetydpo_jax.data.draw import check_pairs, make_pairs
 from safetydpo_jax.data.encode import cache_key, check_resolution, encode_part, make_cache
 from safetydpo_jax.data.loader import (
     STRATEGIES,
@@ -26,7 +26,7 @@ __all__ = [
     "PairSource",
     "source_of",
     "make_pairs",
-    "check_category",
+    "check_pairs",
     "PairSet",
     "open_pairs",
     "mixing_weights",

@@ -23,6 +23,8 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.pace import Pace
 
+SYMBOLS = "emoji"  # the embedded model, and with what sources of its pictures begin
+
 
 def make_pairs(
     config: Any,
@@ -49,7 +51,7 @@ def make_pairs(
     check_options(config)  # of drawing too: the report draws, whoever made the pairs
     if config.pairs.path:
         pairs = open_pairs(config.pairs.path)
-        check_category(config, pairs)
+        check_pairs(config, pairs)
         category = _category_of(pairs) or "category unknown"
         progress(f"pairs: {pairs.num_pairs} ({category}) from {pairs.folder}")
         return pairs.folder
@@ -58,12 +60,24 @@ def make_pairs(
     return pairs.finish(progress)
 
 
-def check_category(config: Any, pairs: PairSet | JoinedPairs) -> None:
-    """Refuses another category's pairs: file, header and model card would say what is not so.
+def check_pairs(config: Any, pairs: PairSet | JoinedPairs) -> None:
+    """Refuses another world's pairs, and another category's: files would say what is not so.
 
     Raises:
-      UserError: it has some.
+      UserError: they are.
     """
+    source = str(pairs.card.get("settings", {}).get("source", ""))
+    symbols = source.startswith(SYMBOLS)
+    if symbols and config.base != SYMBOLS:
+        raise UserError(
+            f"{pairs.folder} has pictograms that the embedded model drew, and the config is for "
+            f"{config.base}: give pairs of such pictures (docs/pairs.md)"
+        )
+    if source and not symbols and config.base == config.model == SYMBOLS:
+        raise UserError(
+            f"{pairs.folder} has pairs from {source}, and the config is for the embedded model of "
+            "pictograms: give --config NAME:sd15, NAME:sd21 or NAME:sdxl"
+        )
     given = [name for name in list(pairs.parts) or [_category_of(pairs)] if name]
     if config.category in CATEGORIES and given == [ALL]:
         raise UserError(

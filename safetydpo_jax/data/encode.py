@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +102,13 @@ def encode_part(
                 + (f", {len(mine) - len(missing)} there already" if missing != [*mine] else "")
             )
             parts = {i: range(i * per_shard, min((i + 1) * per_shard, count)) for i in missing}
-            told = _told(sum(map(len, parts.values())), progress)
+            told = _Told(sum(map(len, parts.values())), side, progress)
             for i, records in parts.items():
                 if _key_of(folder) == key:  # a twin of this part has ended it
                     return Cache(folder)
                 encoded = _encoded(pairs, records, pipeline, side, config.cache.flip, told)
                 _write_shard(partial / shards[i], encoded, DTYPES[config.cache.dtype])
+            told.end()
             if all((partial / shard).exists() for shard in shards):
                 null = pipeline.encode_negative([""], size=(side, side))
                 card = {
@@ -141,20 +142,46 @@ def _given(path: str, key: str) -> Cache:
     return cache
 
 
-def _told(count: int, progress: Callable[[str], None]) -> Callable[[int], None]:
-    """What is called with the number of pictures that were encoded since, and tells of it."""
-    pace, done = Pace(count), 0
+class _Told:
+    """How far it is, and what was made of pictures and prompts that do not fit the model.
 
-    def tell(more: int) -> None:
-        nonlocal done
-        done += more
-        if pace.due(done):
-            progress(
-                f"cache: {done}/{count} pictures, {pace.rate(done):.2f}/s, {pace.left(done):.0f} s "
-                "left"
+    Args:
+      count: pictures to encode.
+      side: their pixels along a side.
+      progress: takes lines of text.
+    """
+
+    def __init__(self, count: int, side: int, progress: Callable[[str], None]):
+        self._count, self._side, self._progress = count, side, progress
+        self._pace, self._done, self._enlarged, self._cut = Pace(count), 0, 0, 0
+
+    def read(self, pictures: Sequence[Picture], cut: int) -> None:
+        """These come next; of so many the prompt is cut."""
+        sides = [side for x in pictures if (side := min(x.pixels.shape[:2])) < self._side]
+        if sides and not self._enlarged:
+            self._progress(
+                f"cache: pictures are enlarged to {self._side} px, the first of {sides[0]}: what "
+                "is learnt is as blurred as they are; were they made for this model?"
+            )
+        self._enlarged, self._cut = self._enlarged + len(sides), self._cut + cut
+
+    def encoded(self, more: int) -> None:
+        """So many more are."""
+        self._done += more
+        if self._pace.due(self._done):
+            self._progress(
+                f"cache: {self._done}/{self._count} pictures, {self._pace.rate(self._done):.2f}/s, "
+                f"{self._pace.left(self._done):.0f} s left"
             )
 
-    return tell
+    def end(self) -> None:
+        """Counts what did not fit."""
+        for count, what in (
+            (self._enlarged, f"are smaller than {self._side} px and were enlarged"),
+            (self._cut, "have a prompt of more tokens than the model reads, which was cut"),
+        ):
+            if count:
+                self._progress(f"cache: {count} of {self._count} pictures {what}")
 
 
 def check_resolution(config: Any, vae: Any) -> None:
@@ -243,16 +270,18 @@ def _encoded(
     pipeline: Any,
     side: int,
     flip: bool,
-    tell: Callable[[int], None],
+    told: _Told,
 ) -> Iterator[tuple[Float[np.ndarray, "o 2 h w c"], Conditioning]]:
-    """Moments and conditioning of some records, in their order; `tell` is told how many."""
+    """Moments and conditioning of some records, in their order."""
     pictures = _pictures(pairs, records)
     # As many at a time as the devices take: those of a shard can be hours.
     size = min(pictures_at_once(side**2) * pipeline.num_devices, len(records))
     while batch := list(itertools.islice(pictures, ENCODE_BATCH)):
         pixels = np.stack([square(picture.pixels, side) for picture in batch])
         views = [pixels, pixels[:, :, ::-1]] if flip else [pixels]
-        texts = pipeline.encode_prompts([picture.prompt for picture in batch], size=(side, side))
+        prompts = [picture.prompt for picture in batch]
+        told.read(batch, pipeline.num_cut(prompts))
+        texts = pipeline.encode_prompts(prompts, size=(side, side))
         for start in range(0, len(batch), size):
             # Filled up with the last picture: one shape, one compilation.
             index = np.minimum(np.arange(start, start + size), len(batch) - 1)
@@ -262,7 +291,7 @@ def _encoded(
             stop = min(start + size, len(batch))
             for i in range(start, stop):
                 yield moments[i - start], jax.tree.map(lambda x, i=i: x[i], texts)
-            tell(stop - start)
+            told.encoded(stop - start)
 
 
 def _pictures(pairs: Pairs, records: range) -> Iterator[Picture]:

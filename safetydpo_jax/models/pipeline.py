@@ -190,6 +190,18 @@ class Pipeline:
         encode = functools.partial(self.encode_tokens, self.text_params)
         return self._in_batches(encode, inputs, batch_size)
 
+    def num_cut(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more tokens than a text encoder reads."""
+        ids = [
+            t(list(prompts), truncation=True, max_length=t.model_max_length + 1)["input_ids"]
+            for t in self.tokenizers
+        ]
+        limits = [tokenizer.model_max_length for tokenizer in self.tokenizers]
+        return sum(
+            any(len(row) > limit for row, limit in zip(rows, limits, strict=True))
+            for rows in zip(*ids, strict=True)
+        )
+
     @property
     def zeros_for_empty(self) -> bool:
         """Whether no prompt is told as zeros (SDXL, if model_index.json says so), not as ""."""

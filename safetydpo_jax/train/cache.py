@@ -38,7 +38,7 @@ def run(
     config = resolve(config)
     folder = config.pairs.path or pathlib.Path(workdir) / "pairs"
     pairs = data.open_pairs(folder)
-    data.check_category(config, pairs)
+    data.check_pairs(config, pairs)
     progress(f"{config.category}, {folder}: {pairs.num_pairs} pairs, {pairs.num_preserve} others")
 
     phases.begin("autoencoder and text encoders")

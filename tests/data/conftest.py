@@ -53,6 +53,10 @@ class TinyPipeline:
         return Conditioning(np.stack(states).astype(np.float32))
 
     encode_negative = encode_prompts
+
+    def num_cut(self, prompts):
+        return sum(len(prompt.split()) > 20 for prompt in prompts)
+
     zeros_for_empty = False
 
     @property
@@ -95,6 +99,7 @@ def tiny_source(judge=tiny_judge):
 def tiny_config():
     return ml_collections.ConfigDict(
         {
+            "base": "emoji",
             "category": "hate",
             "model": "tiny",
             "dtype": "float32",

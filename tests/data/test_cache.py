@@ -41,6 +41,19 @@ def test_records_are_what_the_model_computes(made, write, pipeline, monkeypatch)
     np.testing.assert_array_equal(stored.null.prompt_embeds, wanted)
 
 
+def test_what_does_not_fit_the_model_is_counted(made, write, pipeline, monkeypatch, tmp_path):
+    write(last_size=8)
+    monkeypatch.setattr(type(pipeline), "num_cut", lambda self, prompts: 2)
+    _, said = made()
+    assert any("pictures are enlarged to 16 px, the first of 8:" in line for line in said)
+    assert "cache: 1 of 13 pictures are smaller than 16 px and were enlarged" in said
+    assert any("2 of 13 pictures have a prompt of more tokens than" in line for line in said)
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "run")
+    write()
+    assert not any("enlarged" in line or "tokens" in line for line in made()[1])
+
+
 def test_mirror_images(made, write, config):
     write()
     config.cache.flip = True

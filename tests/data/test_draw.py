@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from safetydpo_jax.data import PairSet, draw, make_pairs
+from safetydpo_jax.data.draw import check_pairs
 from safetydpo_jax.data.pending import Chunk, PendingPairs
 from safetydpo_jax.diffusion.samplers import draw_pictures
 from safetydpo_jax.errors import MissingFileError, UserError
@@ -72,6 +73,26 @@ def test_pairs_share_noise_and_are_counted(config, pipeline, source, tmp_path):
         )
         np.testing.assert_array_equal(np.stack([p.pixels for p in split]), again)
     assert not any(word in line for line in said for word in ("harm", "safe ", "other "))
+
+
+def test_pairs_of_another_world_are_refused(config):
+    """As an import's for the embedded model, or its pictograms for Stable Diffusion."""
+
+    def check(source, base, model):
+        config.base, config.model = base, model
+        pairs = object.__new__(PairSet)  # with a card and no more
+        pairs.folder, pairs.parts = Path("pairs"), {}
+        pairs.card = {"settings": {"source": source}}
+        check_pairs(config, pairs)
+
+    check("emoji, detector 0123", "emoji", "emoji")
+    check("coprov2", "sd15", "a/folder")
+    check("folder", "emoji", "a/pipeline/of/ones/own")
+    check("", "emoji", "emoji")
+    with pytest.raises(UserError, match=r"pictograms .* config is for sd15: give pairs of such"):
+        check("emoji, detector 0123", "sd15", "a/folder")
+    with pytest.raises(UserError, match=r"pairs from coprov2, .*: give --config NAME:sd15"):
+        check("coprov2", "emoji", "emoji")
 
 
 def test_killed_run_ends_with_the_same_set(config, pipeline, source, silent, tmp_path):

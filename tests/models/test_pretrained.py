@@ -183,11 +183,9 @@ def test_prompts_are_cut_to_what_the_text_encoder_can_read(checkpoint, limit):
     settings = json.loads(file.read_text())
     settings.pop("model_max_length")
     file.write_text(json.dumps(settings | ({"model_max_length": limit} if limit else {})))
-    assert load_pipeline(checkpoint).encode_prompts(["a bell " * 90]).prompt_embeds.shape == (
-        1,
-        77,
-        48,
-    )
+    pipeline, long = load_pipeline(checkpoint), "a bell " * 90
+    assert pipeline.encode_prompts([long]).prompt_embeds.shape == (1, 77, 48)
+    assert pipeline.num_cut([long, "a bell", long + "rings"]) == 2
 
 
 def test_weights_too_large_for_the_type_are_not_written(saved_pipeline, tmp_path):

@@ -96,6 +96,10 @@ class SmallPipeline:
         return Conditioning(np.stack(rows).astype(np.float32))
 
     encode_negative = encode_prompts
+
+    def num_cut(self, prompts):
+        return 0
+
     zeros_for_empty = False
 
     def on_this_host(self, mesh, to_draw=True):

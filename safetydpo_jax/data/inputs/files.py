@@ -47,7 +47,9 @@ class _Names:
 
     def find(self, name: str) -> str:
         path = PurePosixPath(name)
-        if not name or "\0" in name or "\\" in name or path.is_absolute() or ".." in path.parts:
+        if "\\" in name:
+            raise BadPictureError("backslash in its name: write folder/picture.png")
+        if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
             raise BadPictureError("path that leads out of the pictures' folder")
         found = [str(path)] if str(path) in self._paths else self._by_name[path.name]
         if not self._by_name_alone:  # unsafe/1.png is not to stand for a missing safe/1.png

@@ -1,7 +1,7 @@
 """A folder with pairs.csv: columns prompt_unsafe,prompt_safe,image_unsafe,image_safe,category.
 
 Pictures are named relative to the folder. A pair of several categories has them separated by ";",
-and one without a category has none.
+and one without a category has none; nor has any where the column is missing.
 """
 
 import functools
@@ -12,7 +12,7 @@ from safetydpo_jax.data.inputs.files import open_pictures
 from safetydpo_jax.data.inputs.pair import InputPicture, InputSet, category_names
 
 TABLE = "pairs.csv"
-COLUMNS = ("prompt_unsafe", "prompt_safe", "image_unsafe", "image_safe", "category")
+COLUMNS = ("prompt_unsafe", "prompt_safe", "image_unsafe", "image_safe")
 
 
 def read_folder(folder: Path) -> InputSet:
@@ -24,11 +24,11 @@ def read_folder(folder: Path) -> InputSet:
     """
     read = open_pictures(folder)
     found = InputSet()
-    for i, (where, row) in enumerate(read_rows(folder / TABLE, COLUMNS)):
+    for i, (where, row) in enumerate(read_rows(folder / TABLE, COLUMNS, ("category",))):
         unsafe, safe = (
             InputPicture(row[f"prompt_{side}"], functools.partial(read, row[f"image_{side}"]))
             for side in ("unsafe", "safe")
         )
-        categories = category_names(row["category"].split(";"), where)
+        categories = category_names(row.get("category", "").split(";"), where)
         found.add(f"pair-{i:06d}", unsafe, safe, categories)
     return found
