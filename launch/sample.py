@@ -7,10 +7,12 @@
 
 The CSV has the columns prompt and image, where image is the name of the file to write (.png, .jpg),
 and may have seed; other columns are ignored. A picture that is already there is not drawn again, so
-an interrupted run goes on where it was. The prompts of a CSV are never printed.
+an interrupted run goes on where it was; .drawn.json beside them says with what they were drawn, and
+others are not mixed with them. The prompts of a CSV are never printed.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -26,6 +28,7 @@ from safetydpo_jax.host_memory import use_huge_pages
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 GRID_NAME = "grid.png"
+DRAWN = ".drawn.json"  # with what the pictures of a table were drawn
 GRID_COLUMNS, GRID_PICTURES = 8, 64
 MAX_SEED = 2**32 - 1
 MAX_NAME = 200  # bytes; file systems end at 255, and the unfinished file's name is longer
@@ -187,8 +190,32 @@ def write_grid(paths: list[Path], target: Path) -> None:
     write_picture(target, np.asarray(sheet))
 
 
+def check_drawn(out: Path, requests: list[Request], arguments: argparse.Namespace) -> None:
+    """Leaves word of how a table's pictures are drawn, or compares it with what was left.
+
+    Raises:
+      UserError: pictures are there that were drawn with something else.
+    """
+    from safetydpo_jax import storage  # here: --help needs none of it
+
+    options = "model model_config vae dtype scale sampler steps guidance_scale guidance_rescale"
+    now = {name: getattr(arguments, name) for name in options.split()}
+    if (model := Path(arguments.model)).exists():
+        now["model"] = str(model.resolve())
+    if arguments.lora is not None and arguments.lora.is_file():  # else that is told later
+        now["lora"] = f"{arguments.lora.name}, {storage.hash_file(arguments.lora)[:16]}"
+    now["negative_prompt"] = storage.digest(arguments.negative_prompt)[:16]
+    file, there = out / DRAWN, [x for x in requests if x.path.exists()]
+    if there and file.is_file():
+        before = json.loads(file.read_text())
+        storage.check_same(out, before, now, "or give another --out")
+    elif not there:
+        storage.write_file(file, (json.dumps(now, indent=1) + "\n").encode())
+
+
 def draw(requests: list[Request], arguments: argparse.Namespace) -> None:
     """Loads the model and draws the requests, telling how far it is after every batch."""
+    from safetydpo_jax.compilation import keep_compiled
     from safetydpo_jax.diffusion import SAMPLERS, iterate_pictures
     from safetydpo_jax.lora.adapters import scaled
     from safetydpo_jax.lora.reader import load_lora
@@ -205,6 +232,7 @@ def draw(requests: list[Request], arguments: argparse.Namespace) -> None:
     if arguments.lora is not None:
         adapters, _ = load_lora(arguments.lora, base.shapes["unet"])
         adapters = scaled(adapters, alpha=arguments.scale, rank=1)
+    keep_compiled()
     pipeline = load_pipeline(
         arguments.model,
         dtype=arguments.dtype,
@@ -268,6 +296,9 @@ def main(argv: list[str] | None = None) -> None:
 
         for request in {request.path.parent: request for request in wanted}.values():
             check_writable(request.path)  # now, not after a batch is drawn
+    if arguments.prompts is not None:
+        check_drawn(out, requests, arguments)
+    if wanted:
         draw(wanted, arguments)
     if arguments.grid:
         write_grid([request.path for request in requests[:GRID_PICTURES]], out / GRID_NAME)

@@ -74,8 +74,31 @@ def test_an_interrupted_run_goes_on(tmp_path, drawn, capsys):
     (out / "b.png").rename(out / "b.png.part")  # killed while it wrote b
     run(table, out)
     assert drawn == [("p", 0), ("q", 1), ("r", 2), ("q", 1)]
-    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "c.png"]
+    pictures = ["a.png", "b.png", "c.png"]
+    assert sorted(path.name for path in out.iterdir()) == [sample.DRAWN, *pictures]
     assert "2 of 3 pictures are already in" in capsys.readouterr().out
+
+
+def test_pictures_of_another_lora_are_not_mixed_with_these(tmp_path, drawn):
+    table, out = write_table(tmp_path, "prompt,image\np,a.png\nq,b.png\n"), tmp_path / "out"
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(b"one")
+    run(table, out, "--lora", str(lora))
+    (out / "b.png").unlink()
+    lora.write_bytes(b"trained anew")
+    with pytest.raises(UserError, match=r"out was made with lora = .* or give another --out"):
+        run(table, out, "--lora", str(lora))
+    with pytest.raises(UserError, match=r"lora = .*, but now it is None"):
+        run(table, out)
+    lora.write_bytes(b"one")
+    with pytest.raises(UserError, match=r"steps = 25, but now it is 3"):
+        run(table, out, "--lora", str(lora), "--steps", "3")
+    run(table, out, "--lora", str(lora), "--batch_size", "1")
+    assert [prompt for prompt, _ in drawn] == ["p", "q", "q"]
+    (out / "a.png").unlink()
+    (out / "b.png").unlink()
+    run(table, out)  # nothing is there to be mixed with
+    assert [prompt for prompt, _ in drawn][3:] == ["p", "q"]
 
 
 def test_one_prompt_is_drawn_anew(tmp_path, drawn):
