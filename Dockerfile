@@ -1,5 +1,5 @@
-# docker build --build-arg EXTRA=tpu --tag safetydpo .      (or cuda12; the CPU alone: EXTRA=gcs)
-# docker run safetydpo train --config hate
+# docker build --build-arg EXTRA=tpu --tag safetydpo .      (or cuda13; the CPU alone: EXTRA=gcs)
+# docker run safetydpo train --config hate                  (GPUs: --gpus all --ipc=host)
 FROM python:3.11-slim
 
 ARG EXTRA=tpu

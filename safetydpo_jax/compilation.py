@@ -28,15 +28,17 @@ def keep_compiled(shared: str | Path = "") -> None:
         the first to time its share of the kernels that one may choose from.
     """
     config: Any = jax.config  # its settings are attributes made at run time
-    if config.jax_compilation_cache_dir:
-        return
-    folder, most = (shared, -1) if shared else (cache_home() / "compiled", MOST_BYTES)
-    # What is compiled for one kind of processor may not run on another.
-    kind = f"/{_processor()}" if jax.default_backend() == "cpu" else ""
-    jax.config.update("jax_compilation_cache_dir", f"{folder}{kind}")
-    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
-        # A limit is kept by a lock, for which there is none in a bucket.
-        jax.config.update("jax_compilation_cache_max_size", most)
+    if not config.jax_compilation_cache_dir:
+        folder, most = (shared, -1) if shared else (cache_home() / "compiled", MOST_BYTES)
+        # What is compiled for one kind of processor may not run on another.
+        kind = f"/{_processor()}" if jax.default_backend() == "cpu" else ""
+        jax.config.update("jax_compilation_cache_dir", f"{folder}{kind}")
+        if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+            # A limit is kept by a lock, for which there is none in a bucket.
+            jax.config.update("jax_compilation_cache_max_size", most)
+    if "://" in config.jax_compilation_cache_dir:
+        # XLA's own caches beside it, on GPUs, know of no buckets.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TypeGuard
 
+GPU_MEMORY_SHARE = 0.92  # that a run takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says another
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -45,6 +46,13 @@ def one_line(error: BaseException) -> str | None:
             f"{error.filename}: {error.strerror}: choose another place, or let this user read and "
             "write it"
         )
+    if is_out_of_memory(error):
+        return (
+            f"{first_line(error)[:300]}: the device's memory is full. Take less at a time: "
+            "--batch_size, or config.batch_size with as much more of config.accumulation, which is "
+            "the same update (config.drawing.batch_size for pictures); or half as large numbers, "
+            "--dtype or --config.dtype bfloat16; or --config.remat=true"
+        )
     if no_place(error):
         what = error.filename or "to the disk"
         return (
@@ -52,6 +60,14 @@ def one_line(error: BaseException) -> str | None:
             "and start the command again"
         )
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no room for a program, or for what it was given."""
+    said = str(error)
+    return type(error).__name__ == "JaxRuntimeError" and (
+        "RESOURCE_EXHAUSTED" in said and ("memory" in said or "allocat" in said)
+    )
 
 
 def no_place(error: BaseException) -> TypeGuard[OSError]:
@@ -62,17 +78,20 @@ def no_place(error: BaseException) -> TypeGuard[OSError]:
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a launch script and exits: 0 or `main`'s code, 2 on a user's error, 130 on Ctrl-C.
 
-    A wrong input (`UserError`), a missing file, one that may not be read or written, or a full
-    disk is told in one line, without a traceback. Every other exception is a bug and keeps it.
+    A wrong input (`UserError`), a missing file, one that may not be read or written, a full disk or
+    a device's full memory is told in one line, without a traceback. Every other exception is a bug
+    and keeps it.
 
     Args:
         main: the script; reads its own command line, returns an exit code or None.
     """
     # transformers only tokenizes here: its advice to install PyTorch would mislead.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # By itself JAX leaves a quarter of a GPU's memory to others.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     try:
         sys.exit(main())
-    except (UserError, OSError) as error:
+    except Exception as error:
         if (line := one_line(error)) is None:
             raise
         print(f"error: {line}", file=sys.stderr)

@@ -10,12 +10,13 @@ from safetydpo_jax.compilation import keep_compiled, tracing
 from safetydpo_jax.remote import CACHE_DIR
 
 DIR, SIZE = "jax_compilation_cache_dir", "jax_compilation_cache_max_size"
+OF_XLA = "jax_persistent_cache_enable_xla_caches"
 
 
 @pytest.fixture
 def none_given(monkeypatch, tmp_path):
     """As if nothing said where programs are kept; what is set is undone."""
-    before = {name: getattr(jax.config, name) for name in (DIR, SIZE)}
+    before = {name: getattr(jax.config, name) for name in (DIR, SIZE, OF_XLA)}
     monkeypatch.setenv(CACHE_DIR, str(tmp_path))
     jax.config.update(DIR, None)
     yield
@@ -28,12 +29,14 @@ def test_programs_are_kept_with_what_this_user_keeps(none_given, tmp_path):
     folder = tmp_path / "compiled"
     assert getattr(jax.config, DIR) == f"{folder}/{compilation._processor()}"
     assert getattr(jax.config, SIZE) == compilation.MOST_BYTES
+    assert getattr(jax.config, OF_XLA) != "none"
 
 
 def test_of_a_job_where_all_its_processes_see_them(none_given):
     keep_compiled("gs://bucket/run/compiled")
     assert getattr(jax.config, DIR).startswith("gs://bucket/run/compiled/")
     assert getattr(jax.config, SIZE) == -1  # no lock
+    assert getattr(jax.config, OF_XLA) == "none"
 
 
 def test_or_where_the_user_says(none_given, tmp_path):

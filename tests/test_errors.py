@@ -2,9 +2,12 @@ import errno
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from safetydpo_jax.errors import UserError, first_line, one_line, run_main
+
+FULL = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes."
 
 
 def run(action) -> int | None:
@@ -28,6 +31,9 @@ def raises(error):
         (OSError(errno.ENOSPC, "No space left", "a.csv"), "could not write a.csv (No space left):"),
         (OSError(errno.EACCES, "no", "a.csv"), "a.csv: no: choose another place, or let this user"),
         (OSError(errno.EACCES, "no"), None),  # of something that is no file
+        (jax.errors.JaxRuntimeError(FULL), f"{FULL}: the device's memory is full. Take less at a"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: message larger than the limit"), None),
+        (RuntimeError(FULL), None),
         (RuntimeError("x"), None),
     ],
 )

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import os
+import re
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -51,8 +53,8 @@ def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False)
         if all(takes(x.shape[1], x.shape[3]) for x in (q, k)):
             kernels["tpu"] = splash
         half = q.dtype in (jnp.bfloat16, jnp.float16)
-        # Asked for where there is no GPU, even as the branch not taken, it raises.
-        if target() == "gpu" and half and q.shape[-1] in range(8, 129, 8):
+        # Asked for where there is none, even as the branch not taken, it raises.
+        if half and q.shape[-1] in range(8, 129, 8) and _has_cudnn_attention():
             kernels["cuda"] = functools.partial(
                 jax.nn.dot_product_attention, implementation="cudnn"
             )
@@ -61,6 +63,14 @@ def dot_product_attention(q: Queries, k: Keys, v: Keys, *, causal: bool = False)
         if kernels
         else _plain(q, k, v)
     )
+
+
+def _has_cudnn_attention() -> bool:
+    """Of NVIDIA's GPUs those from Ampere on have it, unless SAFETYDPO_PLAIN_ATTENTION is set."""
+    if target() != "gpu" or os.environ.get("SAFETYDPO_PLAIN_ATTENTION"):
+        return False
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "8.9", AMD's "gfx942"
+    return bool(re.fullmatch(r"\d+(\.\d+)?", capability)) and float(capability) >= 8
 
 
 @jax.custom_vjp

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.errors import GPU_MEMORY_SHARE, UserError
 
 # The share of the peak that a step's model FLOPs reach, unless --mfu says what was measured.
 ASSUMED_MFU = 0.25
@@ -18,7 +18,10 @@ ASSUMED_MFU = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One GPU, with its maker's figures (https://www.nvidia.com/en-us/data-center, SXM).
+    """One GPU, with its maker's figures.
+
+    Of https://www.nvidia.com/en-us/data-center, A100 and Hopper as SXM; the RTX 4090's are of its
+    architecture's whitepaper.
 
     Attributes:
       name: as a topology's name begins.
@@ -31,11 +34,15 @@ class Gpu:
     memory: int
 
 
+_AMPERE = {"bfloat16": 312e12, "tf32": 156e12, "float32": 19.5e12}
 _HOPPER = {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12}
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", {"bfloat16": 312e12, "tf32": 156e12, "float32": 19.5e12}, 80 * 2**30),
+        Gpu("rtx4090", {"bfloat16": 165e12, "tf32": 82.6e12, "float32": 82.6e12}, 24 * 2**30),
+        Gpu("l40s", {"bfloat16": 362e12, "tf32": 183e12, "float32": 91.6e12}, 48 * 2**30),
+        Gpu("a100-40", _AMPERE, 40 * 2**30),
+        Gpu("a100", _AMPERE, 80 * 2**30),
         Gpu("h100", _HOPPER, 80 * 2**30),
         Gpu("h200", _HOPPER, 140 * 2**30),
     )
@@ -82,15 +89,15 @@ def estimate_on_gpus(
 
     Returns:
       As of `estimate.estimate`: `fits`, which is None unless the arguments alone are too large,
-      `flops_per_chip`, `bytes_per_chip` (arguments and memory), `products`, `assumed_mfu`,
-      `estimated_step_seconds`, `pairs_per_second`.
+      `flops_per_chip`, `bytes_per_chip` (arguments, and memory that a run takes), `products`,
+      `assumed_mfu`, `estimated_step_seconds`, `pairs_per_second`.
     """
-    size = bytes_on_each(arguments)
+    size, memory = bytes_on_each(arguments), int(GPU_MEMORY_SHARE * gpu.memory)
     seconds = flops / count / (mfu * gpu.flops[products])
     return {
-        "fits": None if size < gpu.memory else False,
+        "fits": None if size < memory else False,
         "flops_per_chip": flops / count,
-        "bytes_per_chip": {"arguments": size, "memory": gpu.memory},
+        "bytes_per_chip": {"arguments": size, "memory": memory},
         "products": products,
         "assumed_mfu": mfu,
         "estimated_step_seconds": seconds,

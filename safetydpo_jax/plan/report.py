@@ -117,9 +117,10 @@ def _said_of_pairs(plan: Mapping[str, Any], chip: str) -> str:
 
 
 def _said_of_run(plan: Mapping[str, Any], chip: str) -> str:
-    return (
-        f"the run         {plan['steps']} steps in {plan['hours']:.2f} h (estimated); "
+    return f"the run         {plan['steps']} steps in {plan['hours']:.2f} h (estimated); " + (
         f"${plan['dollars']:.2f} at ${plan['price']:.2f} for an hour of a {chip} (assumed)"
+        if plan["price"]
+        else "no price known: --price"
     )
 
 

@@ -1,5 +1,7 @@
 """Every kernel behind the one entry gives the same answers and gradients, in bounded memory."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,21 @@ def agree(got, wanted, tolerance):
         np.testing.assert_allclose(
             np.asarray(x, np.float32), np.asarray(y, np.float32), atol=tolerance
         )
+
+
+@pytest.mark.parametrize(
+    ("capability", "has"),
+    [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False), (None, False)],
+)
+def test_which_gpus_are_asked_for_cudnns_attention(capability, has, monkeypatch):
+    monkeypatch.setattr(
+        jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)]
+    )
+    assert not attention._has_cudnn_attention()
+    with compiling_for("gpu"):
+        assert attention._has_cudnn_attention() == has
+        monkeypatch.setenv("SAFETYDPO_PLAIN_ATTENTION", "1")
+        assert not attention._has_cudnn_attention()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 6, 12])
