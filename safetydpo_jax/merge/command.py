@@ -132,7 +132,13 @@ def _lessons(arguments: Any) -> "Lessons | None":
         raise UserError("--distill trains the result: give the base as --model")
     from safetydpo_jax.merge.distillation import Lessons
 
-    lessons = Lessons(steps=arguments.distill, seed=arguments.seed, **_drawing(arguments), **given)
+    lessons = Lessons(
+        steps=arguments.distill,
+        seed=arguments.seed,
+        remat=arguments.model != "emoji",  # whose activations are small
+        **_drawing(arguments),
+        **given,
+    )
     lessons.check()
     sharding.check_batch(sharding.make_mesh(), distill_batch_size=lessons.batch_size)
     return lessons
@@ -155,8 +161,10 @@ class _Base:
 
     @functools.cached_property
     def pipeline(self) -> Any:
+        from safetydpo_jax.compilation import keep_compiled
         from safetydpo_jax.models.pretrained import load_pipeline
 
+        keep_compiled()
         of = self._arguments
         return load_pipeline(
             of.model, dtype=of.dtype, configs=of.model_config, progress=self._progress

@@ -49,6 +49,7 @@ class Lessons:
       num_steps: its steps, and
       guidance_scale: as for a picture.
       matmul_precision: of all products: "bfloat16" operands with float32 sums, or "float32".
+      remat: keep blocks' inputs alone for the gradient; the numbers are the same.
     """
 
     steps: int = 800
@@ -63,6 +64,7 @@ class Lessons:
     num_steps: int = 20
     guidance_scale: float = 7.5
     matmul_precision: str = "bfloat16"
+    remat: bool = False
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def distill(
     optimizer = optax.adamw(rate, weight_decay=0.0)
     settings = {
         **teachers.about,
-        **dataclasses.asdict(lessons),
+        **{k: v for k, v in dataclasses.asdict(lessons).items() if k != "remat"},
         "student": fingerprint(student),
     }
     checkpoints = Checkpoints(folder / storage.digest(settings)[:16], settings, keep=1)
@@ -200,7 +202,7 @@ def _make_step(
     pipeline: Any, teachers: Teachers, optimizer: optax.GradientTransformation, lessons: Lessons
 ) -> Callable[..., tuple[TrainState, Float[Array, "2"]]]:
     """Compiles one update: (state, the teachers' weights, rows) to the state and both errors."""
-    unet, schedule = pipeline.unet, pipeline.schedule
+    unet, schedule = pipeline.unet.clone(remat=lessons.remat), pipeline.schedule
     root = jax.random.key(lessons.seed, impl="threefry2x32")
 
     @jax.jit

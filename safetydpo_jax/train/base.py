@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from safetydpo_jax.compilation import keep_compiled
 from safetydpo_jax.diffusion.samplers import SAMPLERS
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.errors import UserError
@@ -62,6 +63,7 @@ def check_sampler(config: ConfigDict, schedule: NoiseSchedule) -> None:
 
 def load_on_all_devices(config: ConfigDict, progress: Callable[[str], None], **options: Any) -> Any:
     """The same on each device of this host, which share batches: to draw and to encode."""
+    keep_compiled()
     pipeline = load_base(config, progress, **options).spread(jax.local_devices())
     devices = f"{pipeline.num_devices} x {jax.local_devices()[0].device_kind}"
     progress(f"{config.model}, {pipeline.resolution} px, {devices}")

@@ -82,6 +82,16 @@ def test_pictures_that_are_there_are_not_drawn_again(kept_files, pipeline, tmp_p
     assert len(said) == 3
 
 
+def test_what_is_computed_again_is_the_same(kept_files, pipeline, tmp_path):
+    """And goes on from the other's checkpoint."""
+    kept = taught(pipeline, kept_files, tmp_path / "kept")
+    again = taught(pipeline, kept_files, tmp_path / "again", remat=True)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), kept, again)
+    said = []
+    taught(pipeline, kept_files, tmp_path / "again", said=said)
+    assert any("going on from step 3" in line for line in said)
+
+
 def test_the_expert_itself_has_nothing_to_learn_of_it(kept_files, pipeline, tmp_path):
     said = []
     own = loaded(kept_files[0], pipeline)
