@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from safetydpo_jax import __version__, data, host_memory, processes, sharding, storage
 from safetydpo_jax.compilation import keep_compiled
-from safetydpo_jax.errors import UserError
+from safetydpo_jax.errors import UserError, adding
 from safetydpo_jax.tensor_file import check_file
 from safetydpo_jax.train.base import check_drawable, check_sampler, load_base
 from safetydpo_jax.train.cohort import Cohort
@@ -201,11 +201,27 @@ def _check_inputs(configs: list[ConfigDict], mesh: Mesh) -> None:
     """Raises UserError, before a base is fetched, for what is wrong whatever that is."""
     for config in configs:
         sizes = {k: config[k] for k in ("batch_size", "preserve_batch_size")}
-        sharding.check_batch(mesh, **sizes)
+        with adding(_same_update(config, sharding.num_batch_shards(mesh))):
+            sharding.check_batch(mesh, **sizes)
         if config.pairs.path and processes.is_first():  # which alone reads them
-            data.check_category(config, data.open_pairs(config.pairs.path))
+            data.check_pairs(config, data.open_pairs(config.pairs.path))
         if config.lora.init:
             check_file(pathlib.Path(config.lora.init))
+
+
+def _same_update(config: ConfigDict, shards: int) -> str:
+    """How the same rows an update divide over devices, for an error; "" if they cannot."""
+    turns = config.accumulation
+    rows = [config[k] * turns for k in ("batch_size", "preserve_batch_size")]
+    for fewer in range(turns, 0, -1):
+        if all(count % (fewer * shards) == 0 for count in rows):
+            batch, preserved = (count // fewer for count in rows)
+            also = f"--config.preserve_batch_size={preserved} " if preserved else ""
+            return (
+                f"; --config.batch_size={batch} {also}--config.accumulation={fewer} is the same "
+                "update"
+            )
+    return ""
 
 
 def _check_configs(configs: list[ConfigDict], address: str) -> None:

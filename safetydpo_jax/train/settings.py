@@ -197,19 +197,29 @@ def deciding(config: ConfigDict, model_hash: str, data_hash: str) -> dict[str, A
 
 def cautions(configs: Iterable[ConfigDict]) -> list[str]:
     """What is no error, but seldom meant; a line each."""
-    return [
+    found = [
         f"config.dtype is bfloat16, where rounding alone makes margins at a beta of {beta:g}: "
         "float32, or a smaller beta, learns more from pairs (docs/stable_diffusion.md, Memory)"
         for beta in sorted({c.loss.beta for c in configs if c.dtype == "bfloat16"})
         if beta >= ROUNDED_BETA
     ]
+    rates = {
+        c.optimizer.learning_rate for c in configs if c.base != "emoji" and c.recipe == "anchored"
+    } & {c.recipes["anchored"].optimizer.learning_rate for c in configs}
+    found += [
+        f"config.optimizer.learning_rate is {rate:g}, as the recipe 'anchored' has it for the "
+        "embedded model: for Stable Diffusion begin at a thirtieth of that or less"
+        for rate in rates
+    ]
+    return found
 
 
 def _name_own_harm(config: ConfigDict) -> None:
     if not config.harm:
         if config.category == "own":
             raise UserError(
-                "set --config.harm=FILE to a harm, as in --config.harm=examples/gambling.yaml"
+                "set --config.harm=FILE to a harm, as in --config.harm=examples/gambling.yaml; for "
+                "pairs that are there --config.pairs.path, and --config.category to their category"
             )
         return
     name = read_harm(config.harm).name

@@ -25,6 +25,7 @@ def test_errors_are_one_line(tmp_path):
     done = run(tmp_path, "--config=configs/own.py")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: set --config.harm=FILE to a harm, as in --config.harm=examples/gambling.yaml\n"
+        "error: set --config.harm=FILE to a harm, as in --config.harm=examples/gambling.yaml; for "
+        "pairs that are there --config.pairs.path, and --config.category to their category\n"
     )
     assert not (tmp_path / "runs").exists()

@@ -304,6 +304,12 @@ def test_a_collapsing_winner_stops_the_run(run):
         ({"base": "sdxl"}, UserError, "not SDXL, and the config is for sdxl: .* NAME:sd15"),
         ({"pairs.path": ""}, UserError, "draws 16 px, .* embedded model of 64 px"),
         ({"batch_size": 12}, UserError, "batch_size is 12, which does not divide over 8 devices"),
+        (
+            {"batch_size": 4, "accumulation": 4, "preserve_batch_size": 4},
+            UserError,
+            r"over 8 devices: use 8; --config.batch_size=8 --config.preserve_batch_size=8 "
+            r"--config.accumulation=2 is the same update",
+        ),
         ({"mesh.data": 3}, UserError, "data 3 x fsdp 1 x tensor 1 is not the 8 devices"),
         ({"loss.t_max": 2000}, UserError, "t_max 2000"),
         ({"rows": "all"}, UserError, "config.rows is 'all'"),

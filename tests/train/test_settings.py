@@ -132,6 +132,16 @@ def test_a_large_beta_in_half_precision_is_warned_of(config):
     assert line.startswith("config.dtype is bfloat16, where rounding alone makes margins at a beta")
 
 
+def test_the_embedded_models_rate_is_warned_of_elsewhere():
+    config = common.get_config("hate", "sd15")
+    config.recipe, config.pairs.path = "anchored", "pairs"
+    config.optimizer.learning_rate = 1e-4
+    assert cautions([resolve(config)]) == []
+    config.optimizer.learning_rate = None
+    (line,) = cautions([resolve(config)])
+    assert line.startswith("config.optimizer.learning_rate is 0.005, as the recipe 'anchored' has")
+
+
 def test_an_unknown_base():
     with pytest.raises(UserError, match=r"hate.py:sd9: no such base; give one of emoji, sd15"):
         common.get_config("hate", "sd9")
