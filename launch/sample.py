@@ -190,8 +190,8 @@ def write_grid(paths: list[Path], target: Path) -> None:
     write_picture(target, np.asarray(sheet))
 
 
-def check_drawn(out: Path, requests: list[Request], arguments: argparse.Namespace) -> None:
-    """Leaves word of how a table's pictures are drawn, or compares it with what was left.
+def check_drawn(out: Path, arguments: argparse.Namespace) -> None:
+    """Leaves word of how a table's pictures are drawn, or compares it with the word that was left.
 
     Raises:
       UserError: pictures are there that were drawn with something else.
@@ -199,13 +199,14 @@ def check_drawn(out: Path, requests: list[Request], arguments: argparse.Namespac
     from safetydpo_jax import storage  # here: --help needs none of it
 
     options = "model model_config vae dtype scale sampler steps guidance_scale guidance_rescale"
-    now = {name: getattr(arguments, name) for name in options.split()}
+    now = {name: getattr(arguments, name) for name in [*options.split(), "seed"]}
     if (model := Path(arguments.model)).exists():
         now["model"] = str(model.resolve())
-    if arguments.lora is not None and arguments.lora.is_file():  # else that is told later
+    if arguments.lora is not None:
         now["lora"] = f"{arguments.lora.name}, {storage.hash_file(arguments.lora)[:16]}"
     now["negative_prompt"] = storage.digest(arguments.negative_prompt)[:16]
-    file, there = out / DRAWN, [x for x in requests if x.path.exists()]
+    file, pictures = out / DRAWN, (x for x in out.rglob("*") if x.suffix.lower() in FORMATS)
+    there = any(x.name != GRID_NAME for x in pictures)
     if there and file.is_file():
         before = json.loads(file.read_text())
         storage.check_same(out, before, now, "or give another --out")
@@ -222,10 +223,7 @@ def draw(requests: list[Request], arguments: argparse.Namespace) -> None:
     from safetydpo_jax.models.checkpoint import open_checkpoint
     from safetydpo_jax.models.pipeline import pictures_at_once
     from safetydpo_jax.models.pretrained import load_pipeline
-    from safetydpo_jax.tensor_file import check_file
 
-    if arguments.lora is not None:
-        check_file(arguments.lora)  # before a model is fetched
     base = open_checkpoint(arguments.model, vae=arguments.vae, configs=arguments.model_config)
     SAMPLERS[arguments.sampler](base.schedule, arguments.steps)  # before its weights are read
     adapters = None
@@ -276,6 +274,10 @@ def main(argv: list[str] | None = None) -> None:
       UserError: an input that is wrong.
     """
     arguments = parse_arguments(argv)
+    if arguments.lora is not None:
+        from safetydpo_jax.tensor_file import check_file
+
+        check_file(arguments.lora)  # before a model is fetched
     out, seed = arguments.out, parse_seed(str(arguments.seed), "--seed")
     if arguments.prompts is not None:
         reserved = GRID_NAME if arguments.grid else None
@@ -297,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
         for request in {request.path.parent: request for request in wanted}.values():
             check_writable(request.path)  # now, not after a batch is drawn
     if arguments.prompts is not None:
-        check_drawn(out, requests, arguments)
+        check_drawn(out, arguments)
     if wanted:
         draw(wanted, arguments)
     if arguments.grid:

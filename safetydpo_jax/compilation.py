@@ -36,8 +36,9 @@ def keep_compiled(shared: str | Path = "") -> None:
         if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
             # A limit is kept by a lock, for which there is none in a bucket.
             jax.config.update("jax_compilation_cache_max_size", most)
-    if "://" in config.jax_compilation_cache_dir:
-        # XLA's own caches beside it, on GPUs, know of no buckets.
+    if shared or "://" in config.jax_compilation_cache_dir:
+        # XLA's own caches beside it, on GPUs, know of no buckets, and where they are is a part of
+        # a program's key, which would differ where hosts have a folder under other names.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 

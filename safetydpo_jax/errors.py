@@ -50,8 +50,8 @@ def one_line(error: BaseException) -> str | None:
         return (
             f"{first_line(error)[:300]}: the device's memory is full. Take less at a time: "
             "--batch_size, or config.batch_size with as much more of config.accumulation, which is "
-            "the same update (config.drawing.batch_size for pictures); or half as large numbers, "
-            "--dtype or --config.dtype bfloat16; or --config.remat=true"
+            "the same update of a new run (config.drawing.batch_size for pictures); or half as "
+            "large numbers, --dtype or --config.dtype bfloat16; or --config.remat=true"
         )
     if no_place(error):
         what = error.filename or "to the disk"
@@ -88,7 +88,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     # transformers only tokenizes here: its advice to install PyTorch would mislead.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # By itself JAX leaves a quarter of a GPU's memory to others.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # its other name, which goes with no other
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     try:
         sys.exit(main())
     except Exception as error:

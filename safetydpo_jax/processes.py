@@ -26,7 +26,7 @@ from safetydpo_jax.errors import UnreachableError, UserError, first_line, one_li
 
 DAY_SECONDS = 86400  # the others may wait so long for what the first one does alone
 JOIN_SECONDS = 1800  # machines of a job may start so long after the first
-MEET_SECONDS = 3600  # by which one may be later than another that does the same, as compiling
+MEET_SECONDS = 3 * 3600  # by which one may be later than another that does the same, as compiling
 HEARTBEAT_SECONDS = 100  # after which a process that gives no sign of life counts as dead
 GRACE_SECONDS = 2
 # Exit code when another process is gone or hangs, or a bucket or the hub does not answer: it is

@@ -23,7 +23,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.harm import CATEGORIES
 from safetydpo_jax.pace import Pace
 
-SYMBOLS = "emoji"  # the embedded model, and with what sources of its pictures begin
+SYMBOLS = "emoji"  # the embedded model, and the first word of what its pictures' sources are
 
 
 def make_pairs(
@@ -67,13 +67,13 @@ def check_pairs(config: Any, pairs: PairSet | JoinedPairs) -> None:
       UserError: they are.
     """
     source = str(pairs.card.get("settings", {}).get("source", ""))
-    symbols = source.startswith(SYMBOLS)
+    symbols = f"{SYMBOLS}, " in source
     if symbols and config.base != SYMBOLS:
         raise UserError(
             f"{pairs.folder} has pictograms that the embedded model drew, and the config is for "
             f"{config.base}: give pairs of such pictures (docs/pairs.md)"
         )
-    if source and not symbols and config.base == config.model == SYMBOLS:
+    if source not in ("", "unknown") and not symbols and config.base == config.model == SYMBOLS:
         raise UserError(
             f"{pairs.folder} has pairs from {source}, and the config is for the embedded model of "
             "pictograms: give --config NAME:sd15, NAME:sd21 or NAME:sdxl"

@@ -7,6 +7,7 @@ are wanted, only prompts; the pictures that are noised are the teachers' own.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from safetydpo_jax.models.conditioning import where
 from safetydpo_jax.pace import Pace
 from safetydpo_jax.train.losses import squared_error
 from safetydpo_jax.train.state import Checkpoints, TrainState
+from safetydpo_jax.train.step import compiler_options
 from safetydpo_jax.train.workdir import stop_signal
 
 
@@ -149,7 +151,7 @@ def distill(
             progress=progress,
             **lessons.drawing,
         )
-        step = _make_step(pipeline, teachers, optimizer, lessons)
+        step = _make_step(pipeline, teachers, optimizer, lessons, mesh)
         split = sharding.batch_sharding(mesh)
         first, lost = int(state.step), []
         pace = Pace(lessons.steps - first)
@@ -199,13 +201,19 @@ def rows_of_step(own: Int[np.ndarray, " n"], size: int, seed: int, step: int) ->
 
 
 def _make_step(
-    pipeline: Any, teachers: Teachers, optimizer: optax.GradientTransformation, lessons: Lessons
+    pipeline: Any,
+    teachers: Teachers,
+    optimizer: optax.GradientTransformation,
+    lessons: Lessons,
+    mesh: jax.sharding.Mesh,
 ) -> Callable[..., tuple[TrainState, Float[Array, "2"]]]:
     """Compiles one update: (state, the teachers' weights, rows) to the state and both errors."""
     unet, schedule = pipeline.unet.clone(remat=lessons.remat), pipeline.schedule
     root = jax.random.key(lessons.seed, impl="threefry2x32")
 
-    @jax.jit
+    options = compiler_options(mesh, remat=True) if lessons.remat else None
+
+    @functools.partial(jax.jit, compiler_options=options)
     def step(state, weights, rows):
         x0, told, own = rows
         keys = jax.random.split(jax.random.fold_in(root, state.step), 4)

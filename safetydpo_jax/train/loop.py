@@ -219,7 +219,7 @@ def _same_update(config: ConfigDict, shards: int) -> str:
             also = f"--config.preserve_batch_size={preserved} " if preserved else ""
             return (
                 f"; --config.batch_size={batch} {also}--config.accumulation={fewer} is the same "
-                "update"
+                "update (for a new run: one that has begun keeps its own)"
             )
     return ""
 

@@ -341,14 +341,20 @@ def make_train_step(
         return TrainState(state.step + 1, adapters, opt_state), metrics | more
 
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    options = KEEP_BARRIERS | (SPARING if config.remat else {})
     return jax.jit(
         step,
         in_shardings=(whole, None, split, whole, whole),
         out_shardings=(whole, whole),
         donate_argnums=0,
-        compiler_options=options if mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=compiler_options(mesh, remat=config.remat),
     )
+
+
+def compiler_options(mesh: Mesh, *, remat: bool) -> dict[str, str] | None:
+    """What XLA is told of a program with a gradient, that `remat` spares memory on CPUs too."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return None
+    return KEEP_BARRIERS | (SPARING if remat else {})
 
 
 def full_precision(x: Array | np.ndarray) -> Array | np.ndarray:

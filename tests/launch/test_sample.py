@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from launch import sample
@@ -82,19 +83,24 @@ def test_an_interrupted_run_goes_on(tmp_path, drawn, capsys):
 def test_pictures_of_another_lora_are_not_mixed_with_these(tmp_path, drawn):
     table, out = write_table(tmp_path, "prompt,image\np,a.png\nq,b.png\n"), tmp_path / "out"
     lora = tmp_path / "lora.safetensors"
-    lora.write_bytes(b"one")
+    train = lambda value: safetensors.numpy.save_file({"x": np.full(1, value)}, lora)  # noqa: E731
+    train(1.0)
     run(table, out, "--lora", str(lora))
     (out / "b.png").unlink()
-    lora.write_bytes(b"trained anew")
+    train(2.0)
     with pytest.raises(UserError, match=r"out was made with lora = .* or give another --out"):
         run(table, out, "--lora", str(lora))
     with pytest.raises(UserError, match=r"lora = .*, but now it is None"):
         run(table, out)
-    lora.write_bytes(b"one")
+    train(1.0)
     with pytest.raises(UserError, match=r"steps = 25, but now it is 3"):
         run(table, out, "--lora", str(lora), "--steps", "3")
     run(table, out, "--lora", str(lora), "--batch_size", "1")
     assert [prompt for prompt, _ in drawn] == ["p", "q", "q"]
+    other = tmp_path / "other.csv"
+    other.write_text("prompt,image\nr,c.png\n")
+    with pytest.raises(UserError, match=r"lora = .*, but now it is None"):
+        run(other, out)
     (out / "a.png").unlink()
     (out / "b.png").unlink()
     run(table, out)  # nothing is there to be mixed with

@@ -308,7 +308,7 @@ def test_a_collapsing_winner_stops_the_run(run):
             {"batch_size": 4, "accumulation": 4, "preserve_batch_size": 4},
             UserError,
             r"over 8 devices: use 8; --config.batch_size=8 --config.preserve_batch_size=8 "
-            r"--config.accumulation=2 is the same update",
+            r"--config.accumulation=2 is the same update \(for a new run",
         ),
         ({"mesh.data": 3}, UserError, "data 3 x fsdp 1 x tensor 1 is not the 8 devices"),
         ({"loss.t_max": 2000}, UserError, "t_max 2000"),

@@ -43,7 +43,7 @@ class JoinedPairs:
             "content_hash": storage.digest({n: card["content_hash"] for n, card in told.items()}),
             "num_pairs": self.num_pairs,
             "num_preserve": self.num_preserve,
-            "settings": {"category": ", ".join(names), "source": ", ".join(sources)},
+            "settings": {"category": ", ".join(names), "source": ", ".join(sorted(sources))},
         }
 
     @property
