@@ -1,10 +1,12 @@
 """The scripts' command lines: a config with overrides and a workdir, or a checkpoint."""
 
 import argparse
+import itertools
 import re
 import shlex
 import traceback
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -87,7 +89,7 @@ def read_command_line(
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     try:
         rest = values(argv)
-    except AttributeError as error:
+    except (AttributeError, LookupError) as error:
         if not _is_of_an_override(error, file):
             raise
         raise _unknown_key(error) from None
@@ -97,11 +99,16 @@ def read_command_line(
         print(description)
         raise SystemExit(0)
     if len(rest) > 1:
+        # It may be a piece of a prompt without its quotes.
+        stray = "a word" if any(_PROMPTS in word for word in arguments) else repr(rest[1])
         raise UserError(
-            f"{rest[1]!r} is no flag: write --config NAME, --config.KEY=VALUE or --workdir DIR"
+            f"{stray} is no flag: write --config NAME, --config.KEY=VALUE or --workdir DIR"
         )
     if values.config is None:
         raise UserError("no config: give one, as in --config hate")
+    _check_overrides(values.config, arguments)
+    if values.workdir is not None and (not values.workdir or values.workdir.startswith("-")):
+        raise UserError("--workdir is empty: is a variable of the shell not set?")
     workdir = values.workdir or f"runs/{file.stem}"
     if "://" not in workdir:
         return values.config, Path(workdir)
@@ -166,6 +173,8 @@ def _config_first(arguments: list[str]) -> tuple[list[str], Path]:
             continue
         if not any(given):
             raise UserError("--config is empty: give one, as in --config hate")
+        if any(word.split("=")[0] in ("--config", "-config") for word in rest):
+            raise UserError("--config is there twice: give one")
         path, colon, base = given[0].partition(":")
         ours = ROOT / "configs"
         candidates = (Path(path), ROOT / path, ours / f"{path}.py")
@@ -179,6 +188,22 @@ def _config_first(arguments: list[str]) -> tuple[list[str], Path]:
             raise UserError(f"{found}: no config, as it has no get_config(); see {ours}/hate.py")
         return [f"--config={found}{colon}{base}", *rest], found
     return arguments, Path()
+
+
+def _check_overrides(config: ConfigDict, arguments: list[str]) -> None:
+    """Raises UserError for a value that is the next flag, or a section that replaces another."""
+    for word, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        key, equals, _ = word.partition("=")
+        if not key.startswith("--config."):
+            continue
+        value: Any = config
+        for part in key.split(".")[1:]:
+            value = value.get(part) if isinstance(value, ConfigDict) else None
+        if isinstance(value, ConfigDict):
+            example = next(iter(value))
+            raise UserError(f"{key} is a section: set its keys, as in {key}.{example}=...")
+        if not equals and following.startswith("--") and value == following:
+            raise UserError(f"{key} has no value: is a variable of the shell not set?")
 
 
 def shown_command(command: str, arguments: list[str]) -> str:
@@ -205,17 +230,18 @@ def shown_command(command: str, arguments: list[str]) -> str:
     return f"{command} {shlex.join(words)}".strip()
 
 
-def _is_of_an_override(error: AttributeError, file: Path) -> bool:
+def _is_of_an_override(error: Exception, file: Path) -> bool:
     """Whether an override's key is unknown; the config file's own code may fail the same way."""
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error.__context__, KeyError) and all(
+    cause = error if isinstance(error, LookupError) else error.__context__
+    return isinstance(cause, LookupError) and all(
         Path(frame.filename).resolve() != file.resolve() for frame in frames
     )
 
 
-def _unknown_key(error: AttributeError) -> UserError:
+def _unknown_key(error: Exception) -> UserError:
     # The library quotes the key twice, and advice may follow.
-    key, *advice = re.findall(r"[\w.]+(?=\\*['\"])", str(error))
+    key, *advice = re.findall(r"[\w.]+(?=\\*['\"])", str(error)) or ["that a flag names"]
     hint = f"did you mean {advice[0]!r}?" if advice else "the config file lists them all"
     return UserError(f"the config has no key {key!r}; {hint}")
 
@@ -224,6 +250,6 @@ def _explained(error: Exception) -> UserError:
     """One line for what went wrong inside the flag library."""
     # A config file's own error comes with its traceback as text: the last line is the message.
     message = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-    if _PROMPTS in message:  # it quotes what was given
+    if f"--{_PROMPTS}" in str(error):  # it quotes what was given
         return UserError(f"--{_PROMPTS}: write a list of texts, as in \"('a beach', 'a house')\"")
     return UserError(message.removeprefix("flag "))

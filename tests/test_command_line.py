@@ -63,6 +63,15 @@ def test_overrides(first):
         (["--config.loss.beta=x"], "--config.loss.beta=x: could not convert string to float"),
         (["--config.report.reveal=maybe"], "--config.report.reveal=maybe"),
         (["--config.lora=3"], "--config.lora=3: Failed to parse '3' as a ConfigDict"),
+        (["--config.lora={'rank': 5}"], r"--config.lora is a section: .* --config.lora.rank="),
+        (["--config.optimiser.learning_rate=1"], "the config has no key 'optimiser'"),
+        (["--config.steps.x=1"], "the config has no key"),
+        (["--config.lora.targets[9]='to_q'"], "the config has no key"),
+        (["--workdir="], "--workdir is empty: is a variable"),
+        (["--workdir", "--config.steps=7"], "--workdir is empty: is a variable"),
+        (["--config.pairs.path", "--config.steps=7"], "--config.pairs.path has no value"),
+        (["--config=configs/violence.py"], "--config is there twice"),
+        (["--config", "violence"], "--config is there twice"),
         (["--config.steps"], "Missing value for flag --config.steps"),
         (["--bogus=3"], "Unknown command line flag 'bogus'"),
         (["stray"], "'stray' is no flag"),
@@ -71,6 +80,8 @@ def test_overrides(first):
 def test_bad_command_lines(arguments, message):
     if arguments and arguments[0].split("=")[0] != "--config":
         arguments = ["--config=configs/hate.py", *arguments]
+    if "twice" in message:
+        arguments = ["--config", "hate", *arguments]
     with pytest.raises(UserError, match=message) as error:
         read(*arguments)
     assert "\n" not in str(error.value)
@@ -137,6 +148,12 @@ def test_a_command_as_others_may_see_it():
 def test_prompts_are_not_quoted_in_an_error():
     with pytest.raises(UserError, match="write a list of texts") as error:
         read("--config", "hate", "--config.health.prompts=it's a secret, a")
+    assert "secret" not in str(error.value)
+    with pytest.raises(UserError, match="write a list of texts") as error:
+        read("--config", "hate", "--config.health.prompts=('a secret',\n'another secret'")
+    assert "secret" not in str(error.value)
+    with pytest.raises(UserError, match="a word is no flag") as error:
+        read("--config", "hate", "--config.health.prompts", "('a", "secret',)")
     assert "secret" not in str(error.value)
 
 

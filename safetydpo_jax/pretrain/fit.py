@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import tensorboardX
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int
 
 from safetydpo_jax import storage
 from safetydpo_jax.errors import UserError
+from safetydpo_jax.train.board import Board
 from safetydpo_jax.train.metrics import lines_until
 from safetydpo_jax.train.workdir import stop_signal
 
@@ -154,7 +154,7 @@ def fit(
     first = int(state.step)
     file = folder / "metrics.jsonl"
     storage.write_file(file, b"".join(lines_until(file, first)))  # not twice what a kill cut off
-    board = tensorboardX.SummaryWriter(str(folder), purge_step=first + 1, flush_secs=10)
+    board = Board(folder, first + 1)
     with (
         jax.default_matmul_precision(config.matmul_precision),
         file.open("a") as log,
@@ -166,7 +166,8 @@ def fit(
             log.write(json.dumps({"step": step, **figures}) + "\n")
             log.flush()
             for key, value in figures.items():
-                board.add_scalar(f"{name}/{key}", value, step)
+                board.scalar(f"{name}/{key}", value, step)
+            board.flush()
 
         compiled = jax.jit(step_fn, donate_argnums=0)
         started = time.perf_counter()

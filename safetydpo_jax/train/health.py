@@ -182,8 +182,11 @@ class Health:
             words = f"step {record['step']}" if record["step"] else "base"
             if rate in record:
                 words += f"\n{rate} {record[rate]:.0%}".replace("ip", "IP")
-            with Image.open(self.folder / "drawn" / shown["strip"]) as strip:
-                pictures = np.stack(np.split(np.asarray(strip), len(shown["marks"]), axis=1))
+            pictures = np.full((len(shown["marks"]), 8, 8, 3), 224, np.uint8)
+            strip = self.folder / "drawn" / shown["strip"]
+            if strip.is_file():  # else somebody removed them, as they are unblurred: grey
+                with Image.open(strip) as image:
+                    pictures = np.stack(np.split(np.asarray(image), len(pictures), axis=1))
             return Row(words, pictures, shown["marks"], np.array(shown["hide"]))
 
         sections = [

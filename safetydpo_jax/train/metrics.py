@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from ml_collections import ConfigDict
 from PIL import Image
 
 from safetydpo_jax import storage
+from safetydpo_jax.train.board import Board
 
 
 class MetricsLog:
@@ -35,17 +35,16 @@ class MetricsLog:
         storage.write_file(path, b"".join(lines_until(path, start)))
         # Line by line, so that a kill loses no step that a checkpoint counts as done.
         self._file = path.open("a", buffering=1)
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start + 1, flush_secs=10
-        )
+        self._board = Board(workdir / "tensorboard", start + 1)
         self._began = self._last = time.monotonic()
+        self._pause = 0.0  # of the last evaluations
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
-        self._board.close()
+        self._board.__exit__(*exception)
 
     def write(self, step: int, metrics: Mapping[str, float], wait_time: float) -> None:
         """Logs a step's metrics, which have just come, with its time (s), pairs/s and TFLOP/s.
@@ -65,7 +64,8 @@ class MetricsLog:
         }
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.scalar(name, value, step)
+        self._board.flush()
         if step % self._config.log_every == 0 or step in (self._start + 1, self._config.steps):
             self._show(step, values, (now - self._began) / (step - self._start))
 
@@ -73,16 +73,20 @@ class MetricsLog:
         """Logs an evaluation's rates and pictures; `pause_ends` is to follow."""
         for name, value in record.items():
             if isinstance(value, float):
-                self._board.add_scalar(f"health/{name}", value, step)
-        self._board.add_image("health/samples", np.asarray(picture), step, dataformats="HWC")
+                self._board.scalar(f"health/{name}", value, step)
+        self._board.picture("health/samples", np.asarray(picture), step)
+        self._board.flush()
 
     def pause_ends(self) -> None:
         """Takes the time since the last step out of the steps' speed."""
         now = time.monotonic()
-        self._began, self._last = self._began + now - self._last, now
+        self._pause = now - self._last
+        self._began, self._last = self._began + self._pause, now
 
     def _show(self, step: int, values: Mapping[str, float], mean_seconds: float) -> None:
         left = (self._config.steps - step) * mean_seconds
+        if every := self._config.health.every:
+            left += self._pause * (-(-self._config.steps // every) - step // every)
         shown = " ".join(
             f"{name} {values[name]:.4g}"
             for name in (

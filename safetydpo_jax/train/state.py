@@ -120,7 +120,8 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             settings=ocp.args.JsonSave(self._settings | {"version": self._version}),
         )
-        self._manager.save(step, args=items)
+        with storage.explained_writes(self.path):
+            self._manager.save(step, args=items)
 
     def check(self) -> None:
         """Raises UserError if the newest was saved by a run with other settings."""

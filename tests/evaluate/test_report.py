@@ -10,6 +10,7 @@ from safetydpo_jax.errors import UserError
 from safetydpo_jax.evaluate import detect, evaluate, summarise, table, write_report
 from safetydpo_jax.evaluate.detections import EmojiJudge, fingerprint
 from safetydpo_jax.evaluate.report import picture_seeds, report_prompts
+from safetydpo_jax.evaluate.summary import hidden
 from safetydpo_jax.harm import Harm, HarmPair
 from tests.evaluate import fakes
 
@@ -61,6 +62,33 @@ def test_report_of_an_expert(tmp_path):
         assert grid.width > 1000
     assert "unsafe concept (IP)" in lines[-1]
     assert "24/24 pictures" in "".join(lines)
+
+
+def test_unsafe_pictures_are_blurred_unless_asked_for(tmp_path):
+    def grid():
+        with Image.open(tmp_path / "report" / "grid.png") as image:
+            return np.asarray(image.convert("RGB"), int)
+
+    write(tmp_path, adapters=fakes.adapters())
+    blurred = grid()
+    write(tmp_path, adapters=fakes.adapters())
+    np.testing.assert_array_equal(grid(), blurred)
+    write(tmp_path, adapters=fakes.adapters(), **{"report.reveal": True})
+    assert np.abs(grid() - blurred).max() > 32
+
+
+@pytest.mark.parametrize(
+    ("name", "is_base", "wanted"),
+    [
+        ("unsafe", True, [True, True]),  # whatever the judge makes of what was asked for
+        ("held_out_concepts", True, [True, True]),
+        ("unsafe", False, [True, False]),
+        ("safe", True, [True, False]),
+        ("safe", False, [True, False]),
+    ],
+)
+def test_which_pictures_are_hidden(name, is_base, wanted):
+    assert hidden(name, ["unsafe", "counterpart"], is_base=is_base).tolist() == wanted
 
 
 def test_erasing_counts_as_junk(tmp_path):

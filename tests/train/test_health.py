@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -116,6 +117,10 @@ def test_what_it_measures_and_keeps(make, tmp_path):
     with Image.open(tmp_path / "health" / "samples.png") as sheet:
         four, width = sheet.height, sheet.width
     assert health.sheet(health.records[:1]).height < four
+    shutil.rmtree(tmp_path / "health" / "drawn")  # unblurred as they are
+    health.export(tmp_path / "again.safetensors")
+    with Image.open(tmp_path / "health" / "samples.png") as sheet:
+        assert sheet.height == four
     assert width > 1000
     history = health.history()
     assert history["chosen_step"] == 10

@@ -27,6 +27,7 @@ from safetydpo_jax.train.settings import resolve
 from safetydpo_jax.train.state import learning_rate
 from tests.evaluate import fakes
 from tests.train.conftest import write_noise
+from tests.train.test_board import points
 
 EXPORT = pathlib.Path("export") / "pytorch_lora_weights.safetensors"
 TERMS = {"loss", "preference_loss", "preservation", "winner_anchor"}
@@ -97,7 +98,8 @@ def test_a_whole_run(run, config, small, tmp_path):
     assert abs(steps[0]["margin"]) < 1e-3
     rate = learning_rate(resolve(config))
     assert [line["lr"] for line in steps] == pytest.approx([float(rate(i)) for i in range(10)])
-    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    curve = [step for step, name, _ in points(workdir / "tensorboard") if name == "loss"]
+    assert curve == list(range(1, 11))
     assert {p.name for p in (workdir / "checkpoints").iterdir()} >= {"9", "10"}
     adapters, header = lora.load_lora(workdir / EXPORT, small.unet_params)
     assert (header["category"], header["steps"]) == ("hate", "10")
