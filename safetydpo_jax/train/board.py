@@ -8,7 +8,10 @@ import numpy as np
 from jaxtyping import UInt8
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from safetydpo_jax import storage
 
