@@ -239,6 +239,7 @@ def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
     and with four pairs on each chip (--config.batch_size=1024):
       sd15, 256 chips of a v6e, --config.remat=false: 0.07 h (compiled)
       sd15, 16 chips of a v5e (64 pairs), --config.remat=false: 0.15 h (by weak scaling)
+      sdxl, 256 chips of a v6e: 0.49 h (compiled)
       sdxl, 256 chips of a v5e: 1.15 h (compiled); 16 chips (64 pairs): 1.15 h (by weak scaling)
     """
     config.recipe = "paper"
