@@ -43,6 +43,10 @@ class Board:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the file."""
         with storage.explained_writes(self._folder):
             self._writer.close()
 

@@ -258,15 +258,13 @@ def _cache_once_seen(folder: pathlib.Path, key: str) -> data.Cache:
     while True:
         try:
             cache = data.Cache(folder)
-        except UserError:  # none, or one of which this host still sees the card that was there
-            if time.monotonic() > deadline:
-                raise
-        else:
             if cache.key == key:
                 return cache
+            raise UserError(
+                f"{folder} is another cache here than in the first process: give a --workdir on a "
+                "disk that all share"
+            )
+        except UserError:  # none, or this host still sees what was there
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"{folder} is another cache here than in the first process: give a --workdir "
-                    "on a disk that all share"
-                )
+                raise
         time.sleep(1)

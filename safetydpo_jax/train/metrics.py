@@ -44,7 +44,7 @@ class MetricsLog:
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
-        self._board.__exit__(*exception)
+        self._board.close()
 
     def write(self, step: int, metrics: Mapping[str, float], wait_time: float) -> None:
         """Logs a step's metrics, which have just come, with its time (s), pairs/s and TFLOP/s.

@@ -47,7 +47,7 @@ def test_a_start_goes_on_where_a_killed_one_was(tmp_path):
         (3, "loss", 7.0),
     ]
     assert (3, "samples") in {point[:2] for point in found}
-    killed.__exit__()
+    killed.close()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
