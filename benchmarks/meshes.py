@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     result: dict[str, Any] = {"machine": machine(), "curves": {}, "kills": []}
     if RESULT.is_file():
         result = json.loads(RESULT.read_text())
+    if machine() not in result["machine"]:
+        result["machine"] += f"; then {machine()}"
     pairs = args.runs / "alone" / "pairs"  # the first run draws them
     for name, (processes, devices, changes) in CURVES.items():
         if name not in result["curves"] or (name == "alone" and not pairs.is_dir()):

@@ -196,6 +196,33 @@ def download(there: Any, here: Path, copied: Callable[[int], None]) -> str:
     return found.hexdigest()
 
 
+def upload(here: Path, there: Any, copied: Callable[[int], None]) -> tuple[int, str]:
+    """Copies a file of this host; returns its size and SHA-256.
+
+    Args:
+      here: the file.
+      there: its place, in a folder that exists or of a bucket, which needs none.
+      copied: is called with the bytes of each part.
+
+    Raises:
+      UserError: it cannot be written, or did not arrive whole.
+    """
+    found, size = hashlib.sha256(), 0
+    with explained(there), there.open("wb") as opened:
+        for block in blocks(here):
+            found.update(block)
+            opened.write(block)
+            size += len(block)
+            # When others have failed this one goes on: half of it would look like a file.
+            with contextlib.suppress(concurrent.futures.CancelledError):
+                copied(len(block))
+    with explained(there):
+        arrived = there.stat().length
+    if arrived != size:
+        raise UserError(f"{there} has {arrived} bytes of {size}: it did not arrive whole")
+    return size, found.hexdigest()
+
+
 def blocks(file: Any) -> Iterator[bytes]:
     """A file's bytes, here or in a bucket, in parts that fit in memory."""
     with explained(file), file.open("rb") as opened:

@@ -2,7 +2,13 @@
 
 from safetydpo_jax.data.cache import Cache
 from safetydpo_jax.data.draw import check_pairs, make_pairs
-from safetydpo_jax.data.encode import cache_key, check_resolution, encode_part, make_cache
+from safetydpo_jax.data.encode import (
+    cache_key,
+    check_resolution,
+    encode_part,
+    is_cached,
+    make_cache,
+)
 from safetydpo_jax.data.loader import (
     STRATEGIES,
     Reference,
@@ -36,6 +42,7 @@ __all__ = [
     "Cache",
     "make_cache",
     "encode_part",
+    "is_cached",
     "check_resolution",
     "cache_key",
     "STRATEGIES",

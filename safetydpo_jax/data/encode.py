@@ -18,6 +18,7 @@ from PIL import Image
 from safetydpo_jax import storage
 from safetydpo_jax.data.cache import DTYPES, FORMAT, NULL, REMEDY, Cache, shard_name
 from safetydpo_jax.data.pairs import JoinedPairs, PairSet, Picture, open_pairs
+from safetydpo_jax.data.shelf import Shelf
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.models.conditioning import Conditioning
 from safetydpo_jax.models.pipeline import TOKENIZERS, pictures_at_once
@@ -35,12 +36,14 @@ def make_cache(
     pipeline: Any,
     workdir: str | Path,
     progress: Callable[[str], None] = print,
+    *,
+    shelf: str = "",
 ) -> Cache:
     """Opens `workdir`/cache, computing it if it is not there or not of these pairs and this model.
 
     Arguments and errors are those of `encode_part`.
     """
-    found = encode_part(config, pipeline, workdir, progress)
+    found = encode_part(config, pipeline, workdir, progress, shelf=shelf)
     assert found is not None  # there are no other parts
     return found
 
@@ -51,12 +54,15 @@ def encode_part(
     workdir: str | Path,
     progress: Callable[[str], None] = print,
     part: tuple[int, int] = (0, 1),
+    *,
+    shelf: str = "",
 ) -> Cache | None:
     """Computes a part of the shards of `workdir`/cache that are not there yet.
 
     Several processes, on one host or on many that share `workdir`, compute a part each and need
     not know of each other: whichever finds all shards there makes the cache of them. A part that
-    was killed goes on at its next shard.
+    was killed goes on at its next shard. Hosts that share a bucket alone bring their shards to a
+    shelf there, and whoever is called without a part makes the cache.
 
     Args:
       config: `pairs.path` (pairs to use instead of `workdir`/pairs) and `cache`: dtype ("float32",
@@ -66,13 +72,16 @@ def encode_part(
       workdir: the run's folder.
       progress: is told, in a sentence, what is done, at what rate, and the time left.
       part: (i, n): the i-th of n parts, from 0.
+      shelf: an address like gs://bucket/folder where shards are put and looked for, too
+        (`data.shelf`).
 
     Returns:
-      The cache, or None while shards of other parts are missing.
+      The cache, or None while shards of other parts are missing, and for any part of a shelf.
 
     Raises:
       UserError: the pairs or the cache are damaged, a given cache is of others, an unknown dtype,
-        a resolution that makes no latents, a part that cannot be, or a full disk.
+        a resolution that makes no latents, a part that cannot be, a full disk, or a shelf that
+        cannot be reached.
     """
     _check(config, pipeline, part)
     side = config.cache.resolution or pipeline.resolution
@@ -91,11 +100,16 @@ def encode_part(
     num_shards = -(-count // per_shard)
     shards = [shard_name(i, num_shards) for i in range(num_shards)]
     partial = folder.with_name("cache.partial") / key[:16]
-    mine = range(part[0], num_shards, part[1])
+    mine, shelved = range(part[0], num_shards, part[1]), Shelf(shelf, key)
     try:
         with storage.explained_writes(partial):
             partial.mkdir(parents=True, exist_ok=True)
-            missing = [i for i in mine if not (partial / shards[i]).exists()]
+            there = shelved.names()
+            here = {i for i in mine if (partial / shards[i]).exists()}
+            for i in here:
+                if shards[i] not in there:  # it was killed before that was sent
+                    shelved.put(partial / shards[i])
+            missing = [i for i in mine if i not in here and shards[i] not in there]
             progress(
                 f"cache: encoding {count} pictures in {num_shards} shards"
                 + (f", part {part[0]} of {part[1]}: {len(mine)} of them" if part[1] > 1 else "")
@@ -108,7 +122,12 @@ def encode_part(
                     return Cache(folder)
                 encoded = _encoded(pairs, records, pipeline, side, config.cache.flip, told)
                 _write_shard(partial / shards[i], encoded, DTYPES[config.cache.dtype])
+                shelved.put(partial / shards[i])
             told.end()
+            shelved.sent()
+            if shelf and part[1] > 1:
+                return None
+            shelved.take(shards, partial, progress)
             if all((partial / shard).exists() for shard in shards):
                 null = pipeline.encode_negative([""], size=(side, side))
                 card = {
@@ -129,6 +148,16 @@ def encode_part(
         if _key_of(folder) != key:  # or a twin of this part took the shards away to end it
             raise
     return Cache(folder)
+
+
+def is_cached(config: Any, pipeline: Any, workdir: str | Path) -> bool:
+    """Whether `workdir`/cache is there, and of these pairs and this model.
+
+    Raises:
+      UserError: the pairs are damaged.
+    """
+    key = cache_key(config, pipeline, open_pairs(config.pairs.path or Path(workdir) / "pairs"))
+    return _key_of(Path(workdir) / "cache") == key
 
 
 def _given(path: str, key: str) -> Cache:

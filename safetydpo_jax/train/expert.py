@@ -1,6 +1,7 @@
 """One expert of a run: its config and folder, its data, its evaluations, the files it ends in."""
 
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from safetydpo_jax import __version__, data, lora, processes, sharding, storage
+from safetydpo_jax.data import shelf
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora import Adapters
 from safetydpo_jax.train.model_card import base_name, write_model_card
@@ -37,7 +39,7 @@ class Expert:
       pipeline: the base model, as the step has it.
       drawing: the same, on this process's devices.
       progress: takes lines of text.
-      cache_address: where a job's other processes find the cache; "" is in the workdir.
+      address: of the folder's mirror in a bucket (`mirror`), "" without one.
 
     Attributes:
       cache: what it trains on, after `open_cache`.
@@ -60,10 +62,10 @@ class Expert:
         pipeline: Any,
         drawing: Any,
         progress: Callable[[str], None],
-        cache_address: str = "",
+        address: str = "",
     ):
         self.config, self.workdir, self.progress = config, workdir, progress
-        self._cache_address = config.cache.path or cache_address
+        self._address = address
         self._pipeline, self._drawing = pipeline, drawing
         if config.report.enabled:
             # Here, so that a run without a report needs none of what the report needs.
@@ -88,33 +90,58 @@ class Expert:
         processes.first(make)
 
     def make_cache(self) -> None:
-        """Encodes them, unless that is done: each process its share, if they share the workdir."""
-        part = processes.part()
-        arguments = self.config, self._drawing, self.workdir, self.progress
+        """Encodes them, unless that is done: each process its share, if all see the pairs."""
+        config, (_, count) = self.config, processes.part()
+        # Of a workdir in a bucket other hosts have a copy of nothing yet.
+        theirs = config.pairs.path or (f"{self._address}/pairs" if self._address else "")
+        shared = not config.cache.path and (not self._address or "://" in theirs)
+
+        def encode_part() -> None:
+            own = config.copy_and_resolve_references()
+            if not processes.is_first():
+                own.pairs.path = theirs
+            data.encode_part(
+                *(own, self._drawing, self.workdir, self.progress, processes.part()),
+                shelf=self._shelf,
+            )
 
         def make() -> None:
-            self.cache = data.make_cache(*arguments)
+            self.cache = data.make_cache(
+                config, self._drawing, self.workdir, self.progress, shelf=self._shelf
+            )
 
-        if part[1] > 1 and not self._cache_address:
-            processes.each(lambda: data.encode_part(*arguments, part=part))
+        def is_wanted() -> bool:
+            return shared and not data.is_cached(config, self._drawing, self.workdir)
+
+        if count > 1 and processes.first(is_wanted):
+            processes.each(encode_part)
         processes.first(make)
 
     def open_cache(self) -> None:
-        """Opens what the first process has made, in the others too."""
+        """Opens what the first process has made, and the mirror has, in the others too."""
         key = processes.first(lambda: self.cache.key)
 
         def open_() -> None:
             if processes.is_first():
+                if self._shelf:
+                    shelf.clear(self._shelf)
                 return
-            if self._cache_address:
-                self.cache = data.Cache(self._cache_address)
+            if address := self.config.cache.path or (self._address and f"{self._address}/cache"):
+                self.cache = data.Cache(address)
             else:
                 self.cache = _cache_once_seen(self.workdir / "cache", key)
+            if self._address:  # where the first has not been
+                shutil.rmtree(self.workdir / "cache.partial", ignore_errors=True)
 
         processes.each(open_)
         self.progress(
             f"{self.cache.num_pairs} pairs and {self.cache.num_preserve} preservation pictures"
         )
+
+    @property
+    def _shelf(self) -> str:
+        """Where shards lie until there is a cache, of hosts that share no disk."""
+        return f"{self._address}/cache.partial" if self._address else ""
 
     def make_reference(self, mesh: Mesh) -> None:
         """Computes what the base answers, if that is to be known before, unless that is done."""

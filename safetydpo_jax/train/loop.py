@@ -101,13 +101,12 @@ def run(
         drawing = pipeline.on_this_host(mesh, to_draw=to_draw)
 
         def expert_of(config: ConfigDict) -> Expert:
-            cache = f"{home.address}/cache" if home.address else ""
             if not several:
-                return Expert(config, workdir, pipeline, drawing, progress, cache)
+                return Expert(config, workdir, pipeline, drawing, progress, home.address)
             name = config.category
             say = lambda line: progress(f"{name}: {line}")  # noqa: E731
-            cache = cache and f"{home.address}/{name}/cache"
-            return Expert(config, workdir / name, pipeline, drawing, say, cache)
+            address = home.address and f"{home.address}/{name}"
+            return Expert(config, workdir / name, pipeline, drawing, say, address)
 
         def make_cohorts() -> list[Cohort]:
             cohorts = []

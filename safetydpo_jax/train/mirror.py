@@ -15,7 +15,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from etils import epath
 
 from safetydpo_jax import storage
 from safetydpo_jax.errors import MissingFileError, UserError
-from safetydpo_jax.remote import blocks, cache_home, copied_files, download, explained
+from safetydpo_jax.remote import cache_home, copied_files, download, explained, upload
 
 LIST = "mirror.json"
 _KNOWN = ".mirror.json"  # on this host: what the mirror's list was when they were last the same
@@ -295,23 +294,10 @@ class Workdir:
 
     def _upload(self, name: str, copied: Callable[[int], None]) -> dict[str, Any]:
         """Copies a file there; returns its entry in the list."""
-        file, found = self.folder / name, hashlib.sha256()
+        file = self.folder / name
         changed = file.stat().st_mtime_ns  # before it is read: what comes later is copied again
-        size = 0
-        there = epath.Path(self.address) / name
-        with explained(there), there.open("wb") as opened:
-            for block in blocks(file):
-                found.update(block)
-                opened.write(block)
-                size += len(block)
-                # When others have failed this one goes on: half of it would look like a file.
-                with contextlib.suppress(CancelledError):
-                    copied(len(block))
-        with explained(there):
-            arrived = there.stat().length
-        if arrived != size:
-            raise UserError(f"{there} has {arrived} bytes of {size}: it did not arrive whole")
-        return {"bytes": size, "sha256": found.hexdigest(), "changed": changed}
+        size, sha256 = upload(file, epath.Path(self.address) / name, copied)
+        return {"bytes": size, "sha256": sha256, "changed": changed}
 
 
 def _parts(name: str) -> set[str]:

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetydpo_jax import processes
 from safetydpo_jax.data import open_pairs
 from safetydpo_jax.remote import CACHE_DIR
 from safetydpo_jax.train.mirror import Workdir
+from tests.train.conftest import write_noise
 from tests.train.job import Job
 from tests.train.test_kill import EXPORT, QUICK, STEPS, command, lines
 
@@ -20,11 +22,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
+def pairs_folder(tmp_path_factory):
+    """As many pairs as two shards of a cache hold, of which two processes encode one each."""
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    write_noise(folder, 0, pairs=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def begin(model_folder, pairs_folder):
-    def begin(count, workdir, *more, env=lambda i: {}, **options):
+    def begin(count, workdir, *more, env=lambda i: {}, pairs=pairs_folder, **options):
         # In bfloat16 rounding, which differs with the number of processes, would show in the loss.
         precise = "--config.matmul_precision=float32"
-        arguments = [*command(model_folder, pairs_folder, workdir), precise, *more]
+        arguments = [*command(model_folder, pairs, workdir), precise, *more]
         return Job(count, arguments, env=lambda i: QUICK | env(i), **options)
 
     return begin
@@ -113,24 +123,32 @@ def test_stopped_and_killed_and_taken_up_by_another_number_of_processes(start, w
     assert apart(tmp_path / "other" / EXPORT, whole / EXPORT) < 1e-3
 
 
-def test_machines_that_share_nothing_but_a_bucket(begin, whole, bucket, tmp_path):
+def test_machines_that_share_nothing_but_a_bucket(begin, whole, pairs_folder, bucket, tmp_path):
     """Two, one of which is killed; then two others."""
-    home = f"{bucket}/run"
+    home, pairs = f"{bucket}/run", f"{bucket}/pairs"
+    for file in filter(Path.is_file, pairs_folder.rglob("*")):
+        there = bucket / "pairs" / file.relative_to(pairs_folder).as_posix()
+        there.write_bytes(file.read_bytes())
 
     def disk(name):
         own = lambda i: {CACHE_DIR: str(tmp_path / f"{name}{i}")}  # noqa: E731
-        return {"env": lambda i: own(i) | {"JAX_COMPILATION_CACHE_DIR": ""}}
+        env = lambda i: own(i) | {"JAX_COMPILATION_CACHE_DIR": ""}  # noqa: E731
+        return {"env": env, "pairs": pairs}
 
     job = begin(2, home, **disk("first"))
     folder = Workdir(home, print).folder.name
     wait_for(job, tmp_path / "first0" / "runs" / folder, 10)
     job.processes[1].send_signal(signal.SIGKILL)
-    job.end()
+    _, said = job.end()
+    # The first's own shard, and the other's, that it fetched.
+    assert "2 shards, part 0 of 2: 1 of them" in said[0]
+    assert "cache: fetching shards 1 files" in said[0]
     assert not (bucket / "run" / EXPORT).exists()
     codes, said = begin(2, home, **disk("second")).end()
     assert codes == [0, 0], said
     assert f"{home}: fetching" in said[0]
     assert "going on from step" in said[0]
+    assert not (bucket / "run" / "cache.partial").exists()
     # What the first's process compiled all have found there.
     programs = [x.name for x in (bucket / "run" / "compiled").glob("*/*-cache")]
     assert any("jit_step" in name for name in programs), programs
