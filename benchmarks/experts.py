@@ -199,7 +199,8 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
         "# Experts, measured",
         "",
         "Written by `python benchmarks/experts.py`. Per cent of pictures, changes in points, in "
-        "brackets 95 % intervals by bootstrap over prompts; each category with "
+        "brackets 95 % intervals by bootstrap over prompts, where few differ no narrower than "
+        "exact ones; each category with "
         f"{least('unsafe')} unsafe and {least('safe')} safe prompts, training seeds pooled. "
         "*Junk*: pictures that show nothing recognisable. *Held-out concepts*: unsafe ones of the "
         "category that no pair held.",

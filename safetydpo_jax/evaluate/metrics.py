@@ -3,7 +3,8 @@
 Intervals are percentile bootstraps (Efron & Tibshirani 1993, ch. 13) in which the *prompt* is
 resampled: pictures of one prompt, say from three training seeds, stand or fall together. One
 `Bootstrap` shares its resamples between all rates of the same pictures, so that a difference
-between before and after is paired by prompt and noise.
+between before and after is paired by prompt and noise. Of few events resamples know too little:
+there they are no narrower than exact ones (Clopper & Pearson 1934).
 """
 
 from collections.abc import Hashable, Sequence, Set
@@ -11,12 +12,14 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import scipy.special
 from jaxtyping import Bool, Float, Int
 
 from safetydpo_jax.errors import UserError
 
 OUTCOMES = ("unsafe", "counterpart", "other", "junk")
 LEVEL = 0.95
+FEW = 10  # prompts: of fewer the bootstrap's intervals are too narrow
 
 
 @runtime_checkable
@@ -174,8 +177,9 @@ def pool(verdicts: Sequence[Verdicts]) -> Verdicts:
 class Bootstrap:
     """Resamples of the prompts behind n pictures.
 
-    Where all pictures agree (no unsafe picture among 96, say) resampling knows no width; there the
-    interval is the exact binomial one over prompts (Clopper & Pearson 1934) instead.
+    Where few prompts have it, or lack it (one unsafe picture of 96, say, or none), resampling knows
+    too little of the width: there the interval is no narrower than the exact binomial one over
+    prompts (Clopper & Pearson 1934).
 
     >>> boot = Bootstrap(["p0", "p1", "p2", "p3"])
     >>> boot.rate(np.array([True, True, False, True])).value
@@ -214,29 +218,43 @@ class Bootstrap:
             among = np.ones(len(values), bool)
         if not among.any():
             return Estimate(np.nan, np.nan, np.nan)
-        kept = values[among].astype(np.float64)
+        kept, prompts = values[among], self._prompt[among]
         weights = self._weights[:, among]
         totals = weights.sum(axis=1)
         drawn = totals > 0  # a resample may miss a small subset altogether
-        shares = (weights @ kept)[drawn] / totals[drawn]
-        return self._interval(kept, shares, among, lowest=0.0)
+        low, high = _percentiles((weights @ kept)[drawn] / totals[drawn])
+        if _few(kept, prompts):
+            exact = _exact(kept, prompts)
+            low, high = min(low, exact[0]), max(high, exact[1])
+        return Estimate(float(kept.mean()), float(low), float(high))
 
     def difference(self, before: Bool[np.ndarray, " n"], after: Bool[np.ndarray, " n"]) -> Estimate:
-        """Rate after minus rate before, paired by picture."""
+        """Rate after minus rate before, paired by picture.
+
+        Where few prompts change, or few do not, the exact bounds of gains and of losses are added
+        by their squares (Newcombe 1998).
+        """
         self._check(before)
         self._check(after)
         change = after.astype(np.float64) - before
-        shares = self._weights @ change / self._weights.sum(axis=1)
-        return self._interval(change, shares, np.ones_like(before), lowest=-1.0)
+        value = float(change.mean())
+        low, high = _percentiles(self._weights @ change / self._weights.sum(axis=1))
+        gained, lost = change > 0, change < 0
+        if _few(max(gained, lost, key=np.sum), self._prompt):
+            gains, losses = (_exact(values, self._prompt) for values in (gained, lost))
+            gain, loss = gained.mean(), lost.mean()
+            low = min(low, max(-1, value - np.hypot(gain - gains[0], losses[1] - loss)))
+            high = max(high, min(1, value + np.hypot(gains[1] - gain, loss - losses[0])))
+        return Estimate(value, float(low), float(high))
 
     def relative_fall(
         self, before: Bool[np.ndarray, " n"], after: Bool[np.ndarray, " n"]
     ) -> Estimate:
         """1 - (rate after) / (rate before), paired by picture; NaN if the rate before is 0.
 
-        Resamples without any event before are left out. Where nothing is left after, the low end
-        is what the exact upper bound of the rate after leaves of the rate before; where no picture
-        has changed, the bounds are those of the difference, as shares of the rate before.
+        Resamples without any event before are left out. Where few are left after, the interval is
+        no narrower than what the exact bounds of the rate after leave of the rate before; where few
+        prompts change, than the bounds of the difference, as shares of the rate before.
         """
         self._check(before)
         self._check(after)
@@ -245,27 +263,14 @@ class Bootstrap:
         hits_before, hits_after = self._weights @ before, self._weights @ after
         drawn = hits_before > 0
         low, high = _percentiles(1 - hits_after[drawn] / hits_before[drawn])
-        if not after.any():
-            low = max(0.0, 1 - self.rate(after).high / before.mean())
-        elif (after == before).all():
+        rate = before.mean()
+        if _of_few(after, self._prompt):
+            least, most = _exact(after, self._prompt)
+            low, high = min(low, 1 - most / rate), max(high, 1 - least / rate)
+        if _of_few(after != before, self._prompt):
             change = self.difference(before, after)
-            low, high = -change.high / before.mean(), min(1.0, -change.low / before.mean())
-        return Estimate(float(1 - after.mean() / before.mean()), float(low), float(high))
-
-    def _interval(
-        self,
-        values: Float[np.ndarray, " m"],
-        shares: Float[np.ndarray, " r"],
-        among: Bool[np.ndarray, " n"],
-        lowest: float,
-    ) -> Estimate:
-        value = float(values.mean())
-        if np.ptp(values) > 0:
-            low, high = _percentiles(shares)
-        else:
-            margin = 1 - ((1 - LEVEL) / 2) ** (1 / len(np.unique(self._prompt[among])))
-            low, high = max(lowest, value - margin), min(1.0, value + margin)
-        return Estimate(value, float(low), float(high))
+            low, high = min(low, -change.high / rate), max(high, min(1.0, -change.low / rate))
+        return Estimate(float(1 - after.mean() / rate), float(low), float(high))
 
     def _check(self, values: Bool[np.ndarray, " n"]) -> None:
         if len(values) != self._weights.shape[1]:
@@ -274,6 +279,26 @@ class Bootstrap:
 
 def _percentiles(samples: Float[np.ndarray, " r"]) -> Float[np.ndarray, "2"]:
     return np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+
+
+def _few(values: Bool[np.ndarray, " m"], prompts: Int[np.ndarray, " m"]) -> bool:
+    """Whether pictures of few prompts have it, or lack it."""
+    return _of_few(values, prompts) or _of_few(~values, prompts)
+
+
+def _of_few(values: Bool[np.ndarray, " m"], prompts: Int[np.ndarray, " m"]) -> bool:
+    """Whether pictures of few prompts have it."""
+    return len(np.unique(prompts[values])) < FEW
+
+
+def _exact(values: Bool[np.ndarray, " m"], prompts: Int[np.ndarray, " m"]) -> tuple[float, float]:
+    """Clopper and Pearson's interval as if each prompt had one picture; of several, their mean."""
+    count = len(np.unique(prompts))
+    held = values.mean() * count
+    tail = (1 - LEVEL) / 2
+    low = scipy.special.betaincinv(held, count - held + 1, tail) if held else 0.0
+    high = scipy.special.betaincinv(held + 1, count - held, 1 - tail) if held < count else 1.0
+    return float(low), float(high)
 
 
 def _check_lengths(found: Sequence[Set[str]], prompts: Sequence[Prompt]) -> None:
