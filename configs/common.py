@@ -238,7 +238,9 @@ def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
       sd15, 8 H100: 0.02 h; sdxl: 0.19 h (counted, at an assumed quarter of the peak)
     and with four pairs on each chip (--config.batch_size=1024):
       sd15, 256 chips of a v6e, --config.remat=false: 0.07 h (compiled)
-      sd15, 16 chips of a v5e (64 pairs), --config.remat=false: 0.15 h (by weak scaling)
+      sd15, 256 chips of a v5e, --config.remat=false: 0.15 h (compiled); 16 chips (64 pairs): 0.15 h
+        (by weak scaling)
+      sd15, 128 chips of a v5p (512 pairs), --config.remat=false: 0.07 h (compiled)
       sdxl, 256 chips of a v6e: 0.49 h (compiled)
       sdxl, 256 chips of a v5e: 1.15 h (compiled); 16 chips (64 pairs): 1.15 h (by weak scaling)
     """
