@@ -241,7 +241,7 @@ def _stable_diffusion(config: ml_collections.ConfigDict) -> None:
       sd15, 256 chips of a v5e, --config.remat=false: 0.15 h (compiled); 16 chips (64 pairs): 0.15 h
         (by weak scaling)
       sd15, 128 chips of a v5p (512 pairs), --config.remat=false: 0.07 h (compiled)
-      sdxl, 256 chips of a v6e: 0.49 h (compiled)
+      sdxl, 256 chips of a v6e: 0.49 h (compiled); 128 of a v5p (512 pairs): 0.57 h (compiled)
       sdxl, 256 chips of a v5e: 1.15 h (compiled); 16 chips (64 pairs): 1.15 h (by weak scaling)
     """
     config.recipe = "paper"
