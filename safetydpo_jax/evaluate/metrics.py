@@ -231,8 +231,8 @@ class Bootstrap:
     def difference(self, before: Bool[np.ndarray, " n"], after: Bool[np.ndarray, " n"]) -> Estimate:
         """Rate after minus rate before, paired by picture.
 
-        Where few prompts change, or few do not, the exact bounds of gains and of losses are added
-        by their squares (Newcombe 1998).
+        Where few prompts change, the exact bounds of gains and of losses are added by their squares
+        (Donner & Zou 2012); where few do not, as they are.
         """
         self._check(before)
         self._check(after)
@@ -243,8 +243,9 @@ class Bootstrap:
         if _few(max(gained, lost, key=np.sum), self._prompt):
             gains, losses = (_exact(values, self._prompt) for values in (gained, lost))
             gain, loss = gained.mean(), lost.mean()
-            low = min(low, max(-1, value - np.hypot(gain - gains[0], losses[1] - loss)))
-            high = max(high, min(1, value + np.hypot(gains[1] - gain, loss - losses[0])))
+            add = np.hypot if _of_few(change != 0, self._prompt) else np.add
+            low = min(low, max(-1, value - add(gain - gains[0], losses[1] - loss)))
+            high = max(high, min(1, value + add(gains[1] - gain, loss - losses[0])))
         return Estimate(value, float(low), float(high))
 
     def relative_fall(
