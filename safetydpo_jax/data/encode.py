@@ -73,10 +73,12 @@ def encode_part(
       progress: is told, in a sentence, what is done, at what rate, and the time left.
       part: (i, n): the i-th of n parts, from 0.
       shelf: an address like gs://bucket/folder where shards are put and looked for, too
-        (`data.shelf`).
+        (`data.shelf`). Several parts of one do not look for a cache in their folders, which may
+        have another run's past.
 
     Returns:
-      The cache, or None while shards of other parts are missing, and for any part of a shelf.
+      The cache, or None while shards of other parts are missing, and for each of several parts of
+      a shelf.
 
     Raises:
       UserError: the pairs or the cache are damaged, a given cache is of others, an unknown dtype,
@@ -90,7 +92,9 @@ def encode_part(
     key = cache_key(config, pipeline, pairs)
     if config.cache.path:
         return _given(config.cache.path, key)
-    if before := _key_of(folder):
+    apart = bool(shelf) and part[1] > 1
+    shelved = Shelf(shelf, key, None if apart else progress)
+    if before := "" if apart else _key_of(folder):
         if before == key:
             return Cache(folder)
         progress("cache: of other pairs, another model or other settings; computed again")
@@ -100,7 +104,7 @@ def encode_part(
     num_shards = -(-count // per_shard)
     shards = [shard_name(i, num_shards) for i in range(num_shards)]
     partial = folder.with_name("cache.partial") / key[:16]
-    mine, shelved = range(part[0], num_shards, part[1]), Shelf(shelf, key)
+    mine = range(part[0], num_shards, part[1])
     try:
         with storage.explained_writes(partial):
             partial.mkdir(parents=True, exist_ok=True)
@@ -118,14 +122,14 @@ def encode_part(
             parts = {i: range(i * per_shard, min((i + 1) * per_shard, count)) for i in missing}
             told = _Told(sum(map(len, parts.values())), side, progress)
             for i, records in parts.items():
-                if _key_of(folder) == key:  # a twin of this part has ended it
+                if not apart and _key_of(folder) == key:  # a twin of this part has ended it
                     return Cache(folder)
                 encoded = _encoded(pairs, records, pipeline, side, config.cache.flip, told)
                 _write_shard(partial / shards[i], encoded, DTYPES[config.cache.dtype])
                 shelved.put(partial / shards[i])
             told.end()
             shelved.sent()
-            if shelf and part[1] > 1:
+            if apart:
                 return None
             shelved.take(shards, partial, progress)
             if all((partial / shard).exists() for shard in shards):
@@ -145,7 +149,7 @@ def encode_part(
                 progress(f"cache: part {part[0]} is done; {partial} lacks shards of other parts")
                 return None
     except UserError:
-        if _key_of(folder) != key:  # or a twin of this part took the shards away to end it
+        if apart or _key_of(folder) != key:  # or a twin of this part took the shards away to end it
             raise
     return Cache(folder)
 

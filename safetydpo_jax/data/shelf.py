@@ -13,6 +13,7 @@ from pathlib import Path
 
 from etils import epath
 
+from safetydpo_jax import storage
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.remote import copied_files, download, explained, upload
 
@@ -25,9 +26,12 @@ class Shelf:
     Args:
       address: like gs://bucket/folder, or "".
       key: of the cache.
+      tell: takes a line of text where a shard cannot be put, which then is not there; without it
+        that is an error.
     """
 
-    def __init__(self, address: str, key: str):
+    def __init__(self, address: str, key: str, tell: Callable[[str], None] | None = None):
+        self._tell = tell
         self._folder = epath.Path(address) / key[:16] if address else None
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._sending: concurrent.futures.Future | None = None
@@ -39,7 +43,8 @@ class Shelf:
         with explained(self._folder):
             if not self._folder.exists():
                 return set()
-            return {file.name.removesuffix(_WHOLE) for file in self._folder.glob(f"*{_WHOLE}")}
+            found = {file.name for file in self._folder.glob("*")}  # asks anew
+        return {name for name in found if f"{name}{_WHOLE}" in found}
 
     def put(self, shard: Path) -> None:
         """Sends a shard there while the next is computed.
@@ -57,9 +62,14 @@ class Shelf:
         Raises:
           UserError: it cannot be reached.
         """
-        if self._sending is not None:
-            self._sending.result()
-            self._sending = None
+        sending, self._sending = self._sending, None
+        try:
+            if sending is not None:
+                sending.result()
+        except UserError as error:
+            if self._tell is None:
+                raise
+            self._tell(f"{error}; the shard is on this host alone")
 
     def take(self, shards: Collection[str], folder: Path, progress: Callable[[str], None]) -> None:
         """Fetches those of some shards that are there and not in a folder of this host.
@@ -74,16 +84,18 @@ class Shelf:
             if not (folder / name).exists():
                 with explained(there):
                     sizes[name] = (there / name).stat().length
-        fetch = lambda name, copied: download(there / name, folder / name, copied)  # noqa: E731
+        places = {name: storage.unfinished(folder / name) for name in sizes}
+        fetch = lambda name, copied: download(there / name, places[name], copied)  # noqa: E731
         for name, sha256 in copied_files(sizes, fetch, "cache: fetching shards", progress):
             with explained(there):
                 wanted = (there / f"{name}{_WHOLE}").read_text()
             if sha256 != wanted:
-                (folder / name).unlink()
+                places[name].unlink()
                 raise UserError(
                     f"{there / name} is damaged: it is not what was sent there; delete the folder "
                     f"{there.parent} to have it encoded again"
                 )
+            places[name].replace(folder / name)
 
     def _send(self, shard: Path) -> None:
         assert self._folder is not None

@@ -124,14 +124,15 @@ class Expert:
         def open_() -> None:
             if processes.is_first():
                 if self._shelf:
-                    shelf.clear(self._shelf)
+                    self._clear_shelf()
                 return
+            if self._address:  # of several processes on this host the first to come removes it
+                partial = self.workdir / "cache.partial" / key[:16]
+                shutil.rmtree(partial, ignore_errors=True)
             if address := self.config.cache.path or (self._address and f"{self._address}/cache"):
                 self.cache = data.Cache(address)
             else:
                 self.cache = _cache_once_seen(self.workdir / "cache", key)
-            if self._address:  # where the first has not been
-                shutil.rmtree(self.workdir / "cache.partial", ignore_errors=True)
 
         processes.each(open_)
         self.progress(
@@ -142,6 +143,13 @@ class Expert:
     def _shelf(self) -> str:
         """Where shards lie until there is a cache, of hosts that share no disk."""
         return f"{self._address}/cache.partial" if self._address else ""
+
+    def _clear_shelf(self) -> None:
+        """Removes the shards of which the mirror has a cache; who may not delete keeps them."""
+        try:
+            shelf.clear(self._shelf)
+        except UserError as error:
+            self.progress(f"{error}; {self._shelf} is left, which nothing needs any more")
 
     def make_reference(self, mesh: Mesh) -> None:
         """Computes what the base answers, if that is to be known before, unless that is done."""

@@ -202,7 +202,7 @@ def _check_inputs(configs: list[ConfigDict], mesh: Mesh) -> None:
         sizes = {k: config[k] for k in ("batch_size", "preserve_batch_size")}
         with adding(_same_update(config, sharding.num_batch_shards(mesh))):
             sharding.check_batch(mesh, **sizes)
-        if config.pairs.path and processes.is_first():  # which alone reads them
+        if config.pairs.path and processes.is_first():  # whose card tells all
             data.check_pairs(config, data.open_pairs(config.pairs.path))
         if config.lora.init:
             check_file(pathlib.Path(config.lora.init))

@@ -88,4 +88,24 @@ def test_a_bucket_that_does_not_answer(host, monkeypatch):
 
     monkeypatch.setattr(shelf, "upload", refused)
     with pytest.raises(UserError, match="cannot be reached"):
-        host("host", (0, 3))
+        host("host", (0, 3))  # whose shards are of use there alone
+    made, said = host("alone")
+    assert len(made.read(np.arange(13))[1].prompt_embeds) == 13
+    assert "gs://bucket cannot be reached; the shard is on this host alone" in said
+
+
+def test_a_part_does_not_trust_what_an_earlier_run_left_on_its_host(host, address, bucket):
+    assert host("host")[0]
+    shelf.clear(address)
+    assert host("host", (1, 3))[0] is None
+    there = next((bucket / "run" / "cache.partial").iterdir()).iterdir()
+    assert len([file for file in there if file.name.endswith(".sha256")]) == 2
+
+
+def test_a_hash_without_its_shard(host, bucket):
+    host("host", (1, 3))
+    place = next((bucket / "run" / "cache.partial").iterdir())
+    for file in place.glob("*.array_record"):
+        file.unlink()  # as a removal that was killed
+    made, _ = host("another")
+    assert len(made.read(np.arange(13))[1].prompt_embeds) == 13
