@@ -2,7 +2,8 @@
 
 Each reads its input twice, once for all its sums and once for the result, and so does each
 gradient. Written plainly, with the mean before the variance, both take a pass more. They are jitted
-by themselves, so that each is traced once for all layers of its shape.
+by themselves, so that each is traced once for all layers of its shape, but inlined: of calls the
+TPU compiler makes functions of their own, which it fuses with nothing around them.
 """
 
 import functools
@@ -72,7 +73,8 @@ def _group_norm_forward(
     return y, (x, scale, means, rstd)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+@jax.named_scope("group_norm")
 def _of_group_norm(
     x: Float[Array, "b n c"],
     scale: Float[Array, "c"],
@@ -100,7 +102,8 @@ def _of_group_norm(
     return y.astype(dtype), means, rstd
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+@jax.named_scope("group_norm")
 def _group_norm_backward(
     groups: int, eps: float, dtype: Any, kept: tuple[Array, Array, Array, Array], dy: Array
 ) -> tuple[Array, Array, Array]:
@@ -142,7 +145,8 @@ def _layer_norm_forward(
     return y, (x, scale, mean, rstd)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
+@jax.named_scope("layer_norm")
 def _of_layer_norm(
     x: Float[Array, "*batch c"],
     scale: Float[Array, "c"],
@@ -161,7 +165,8 @@ def _of_layer_norm(
     return y.astype(dtype), mean, rstd
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+@jax.named_scope("layer_norm")
 def _layer_norm_backward(
     eps: float, dtype: Any, kept: tuple[Array, Array, Array, Array], dy: Array
 ) -> tuple[Array, Array, Array]:
