@@ -1,5 +1,6 @@
 """A model that draws at once, prompts and a judge to go with it, and configs."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,7 +12,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from safetydpo_jax.data import PairSource, Picture, write_pairs
+from safetydpo_jax.data import PairSource, Picture, encode, write_pairs
 from safetydpo_jax.diffusion.schedule import NoiseSchedule
 from safetydpo_jax.models.conditioning import Conditioning
 
@@ -174,3 +175,20 @@ def write(tmp_path):
         return folder
 
     return write
+
+
+@contextlib.contextmanager
+def killed_at_the_fourth_shard():
+    """Whoever encodes within is killed when three shards are written."""
+    write_shard, written = encode._write_shard, []
+
+    def killed(file, encoded, dtype):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write_shard(file, encoded, dtype)
+        written.append(file.name)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(encode, "_write_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -11,6 +11,7 @@ import pytest
 from safetydpo_jax.data import Cache, PairSet, cache, encode, encode_part, make_cache
 from safetydpo_jax.data.encode import square
 from safetydpo_jax.errors import MissingFileError, UserError
+from tests.data.conftest import killed_at_the_fourth_shard
 
 
 @pytest.fixture
@@ -128,19 +129,9 @@ def test_a_killed_computation_goes_on(made, write, monkeypatch):
     (whole.folder / "card.json").unlink()
     shutil.rmtree(whole.folder)
     monkeypatch.setattr(encode, "ENCODE_BATCH", 2)
-    write_shard, written = encode._write_shard, []
-
-    def killed(file, encoded, dtype):
-        if len(written) == 3:
-            raise KeyboardInterrupt
-        write_shard(file, encoded, dtype)
-        written.append(file.name)
-
-    monkeypatch.setattr(encode, "_write_shard", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at_the_fourth_shard():
         made()
     assert not whole.folder.exists()
-    monkeypatch.setattr(encode, "_write_shard", write_shard)
     again, said = made()
     assert said[0] == "cache: encoding 13 pictures in 7 shards, 3 there already"
     assert said[-1].startswith("cache: 7/7 pictures, ")

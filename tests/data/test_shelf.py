@@ -6,6 +6,7 @@ import pytest
 
 from safetydpo_jax.data import encode, encode_part, make_cache, shelf
 from safetydpo_jax.errors import UserError
+from tests.data.conftest import killed_at_the_fourth_shard
 
 
 @pytest.fixture
@@ -45,25 +46,15 @@ def test_parts_of_hosts_make_one_cache(host, config, pipeline, tmp_path, address
     assert not (bucket / "run" / "cache.partial").exists()
 
 
-def test_what_a_lost_machine_had_encoded_is_not_encoded_again(host, monkeypatch):
-    write_shard, written = encode._write_shard, []
-
-    def killed(file, encoded, dtype):
-        if len(written) == 3:
-            raise KeyboardInterrupt
-        write_shard(file, encoded, dtype)
-        written.append(file.name)
-
-    monkeypatch.setattr(encode, "_write_shard", killed)
-    with pytest.raises(KeyboardInterrupt):
+def test_what_a_lost_machine_had_encoded_is_not_encoded_again(host):
+    with killed_at_the_fourth_shard():
         host("lost")
-    monkeypatch.setattr(encode, "_write_shard", write_shard)
     _, said = host("another")
     left = next(line for line in said if "pictures, " in line)
     assert left.startswith(("cache: 7/7 ", "cache: 9/9 "))  # the last was perhaps on its way
 
 
-def test_a_shard_that_was_not_sent_is_sent_by_the_next_start(host, tmp_path, address, bucket):
+def test_a_shard_that_was_not_sent_is_sent_by_the_next_start(host, bucket):
     host("host", (1, 3))
     place = next((bucket / "run" / "cache.partial").iterdir())
     lacking = min(file.name for file in place.iterdir())

@@ -5,7 +5,6 @@ import random
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from safetydpo_jax import processes
 from safetydpo_jax.data import open_pairs
 from safetydpo_jax.remote import CACHE_DIR
 from safetydpo_jax.train.mirror import Workdir
+from tests.data.test_remote import upload
 from tests.train.conftest import write_noise
 from tests.train.job import Job
 from tests.train.test_kill import EXPORT, QUICK, STEPS, command, lines
@@ -126,9 +126,7 @@ def test_stopped_and_killed_and_taken_up_by_another_number_of_processes(start, w
 def test_machines_that_share_nothing_but_a_bucket(begin, whole, pairs_folder, bucket, tmp_path):
     """Two, one of which is killed; then two others."""
     home, pairs = f"{bucket}/run", f"{bucket}/pairs"
-    for file in filter(Path.is_file, pairs_folder.rglob("*")):
-        there = bucket / "pairs" / file.relative_to(pairs_folder).as_posix()
-        there.write_bytes(file.read_bytes())
+    upload(pairs_folder, bucket / "pairs")
 
     def disk(name):
         own = lambda i: {CACHE_DIR: str(tmp_path / f"{name}{i}")}  # noqa: E731
