@@ -8,6 +8,7 @@ import faulthandler
 import itertools
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -159,7 +160,8 @@ def each(what: Callable[[], _T]) -> _T:
       This process's result.
 
     Raises:
-      UserError: the first that any process met, in all.
+      UserError: the first that any process met, in all; the others say whose it is, and on which
+        host.
     """
     if jax.process_count() == 1:
         return what()
@@ -168,9 +170,12 @@ def each(what: Callable[[], _T]) -> _T:
     try:
         done = what()
     except Exception as error:
-        failed = _failure(error)
-    for process in range(jax.process_count()):
+        failed = _failure(error) | {"host": socket.gethostname()}
+    own, count = part()
+    for process in range(count):
         if found := json.loads(told(json.dumps(failed), process)):
+            if process != own:
+                found["error"] = f"process {process} of {count} ({found['host']}): {found['error']}"
             raise _error(found)
     return done
 

@@ -1,6 +1,7 @@
 """What one process of a job meets, all end with; jobs themselves are in tests/train."""
 
 import errno
+import json
 
 import jax
 import pytest
@@ -39,6 +40,13 @@ def test_all_are_told_what_kind_of_error_it_was(by, kind, first_of_two):
     with pytest.raises(ZeroDivisionError):
         by(fails(ZeroDivisionError()))
     assert by(lambda: 3) == 3
+
+
+def test_others_say_whose_error_it_is(first_of_two, monkeypatch):
+    failed = json.dumps({"error": "no answer", "again": False, "host": "worker-1"})
+    monkeypatch.setattr(processes, "told", lambda text, process=0: failed if process else text)
+    with pytest.raises(UserError, match=r"^process 1 of 2 \(worker-1\): no answer$"):
+        processes.each(lambda: 3)
 
 
 @pytest.mark.parametrize(
