@@ -4,6 +4,7 @@ import contextlib
 import gc
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 from safetydpo_jax.remote import cache_home
 
 MOST_BYTES = 4 * 2**30  # the ones used longest ago go
+WRITING_SECONDS = 60  # after which a program's file is not being written any more
 
 
 def keep_compiled(shared: str | Path = "") -> None:
@@ -32,10 +34,13 @@ def keep_compiled(shared: str | Path = "") -> None:
         folder, most = (shared, -1) if shared else (cache_home() / "compiled", MOST_BYTES)
         # What is compiled for one kind of processor may not run on another.
         kind = f"/{_processor()}" if jax.default_backend() == "cpu" else ""
-        jax.config.update("jax_compilation_cache_dir", f"{folder}{kind}")
+        folder = f"{folder}{kind}"
+        jax.config.update("jax_compilation_cache_dir", folder)
         if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
             # A limit is kept by a lock, for which there is none in a bucket.
             jax.config.update("jax_compilation_cache_max_size", most)
+            if not shared:
+                _remove_halves(Path(folder))
     if shared or "://" in config.jax_compilation_cache_dir:
         # XLA's own caches beside it, on GPUs, know of no buckets, and where they are is a part of
         # a program's key, which would differ where hosts have a folder under other names.
@@ -54,6 +59,20 @@ def tracing() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def _remove_halves(folder: Path) -> None:
+    """Removes what a kill left half written, of programs kept up to a limit.
+
+    JAX writes the time of a program's last use after it. Where that is missing, the program cannot
+    be read or is not to be trusted, and looking for what to remove fails: nothing would be kept
+    any more.
+    """
+    for program in folder.glob("*-cache"):
+        used = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        with contextlib.suppress(FileNotFoundError):  # another process did the same
+            if not used.exists() and time.time() - program.stat().st_mtime > WRITING_SECONDS:
+                program.unlink()
 
 
 def _processor() -> str:

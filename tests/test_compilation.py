@@ -1,6 +1,7 @@
 """Compiled programs, where they are kept, and their tracing."""
 
 import gc
+import os
 
 import jax
 import pytest
@@ -30,6 +31,18 @@ def test_programs_are_kept_with_what_this_user_keeps(none_given, tmp_path):
     assert getattr(jax.config, DIR) == f"{folder}/{compilation._processor()}"
     assert getattr(jax.config, SIZE) == compilation.MOST_BYTES
     assert getattr(jax.config, OF_XLA) != "none"
+
+
+def test_what_a_kill_left_half_written_is_removed(none_given, tmp_path):
+    folder = tmp_path / "compiled" / compilation._processor()
+    folder.mkdir(parents=True)
+    names = ["whole-cache", "whole-atime", "half-cache", "being_written-cache", "other"]
+    for name in names:
+        (folder / name).write_bytes(b"x")
+        if name != "being_written-cache":
+            os.utime(folder / name, (0, 0))
+    keep_compiled()
+    assert {path.name for path in folder.iterdir()} == {*names} - {"half-cache"}
 
 
 def test_of_a_job_where_all_its_processes_see_them(none_given):

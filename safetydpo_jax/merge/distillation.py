@@ -54,10 +54,10 @@ class Lessons:
       remat: keep blocks' inputs alone for the gradient; the numbers are the same.
     """
 
-    steps: int = 800
-    learning_rate: float = 5e-3
+    steps: int = 2000
+    learning_rate: float = 2e-3
     batch_size: int = 32
-    preservation: float = 10.0
+    preservation: float = 2.0
     empty: float = 0.1
     text_noise: float = 0.4
     start: float = 1.0
