@@ -2,12 +2,14 @@ r"""Writes a LoRA in another format, or adds it into the weights of its UNet.
 
     python launch/export.py --lora merged.safetensors --format kohya --out kohya.safetensors
     python launch/export.py --lora FILE --format fused --model FOLDER --out fused/unet
+    python launch/export.py --lora FILE --format fused --model ANY.safetensors --out OUT.safetensors
     safetydpo export ...  # from the installed package
 
 Formats: `diffusers` and `kohya` (ComfyUI, A1111) are files, `peft` is a folder with
-adapter_config.json, and `fused` is a diffusers `unet/` folder with the LoRA in its weights, for
-programs that load whole models only; it is written one tensor at a time, so memory does not grow
-with the model. Any of the first three can be read, and so can older forms.
+adapter_config.json, and `fused` has the LoRA in the model's weights, for programs that load whole
+models only: a diffusers `unet/` folder, or, of a model in one file, a file like it (ComfyUI,
+A1111). It is written one tensor at a time, so memory does not grow with the model. Any of the first
+three can be read, and so can older forms.
 """
 
 import argparse
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--model_config", default="", help="what such a file is")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (1)")
-    parser.add_argument("--dtype", help="of fused weights: float16 (default), bfloat16 or float32")
+    parser.add_argument("--dtype", help="of a fused folder: float16 (default), bfloat16, float32")
     arguments = parser.parse_args(argv)
     if arguments.format == "fused" and arguments.model is None:
         parser.error("--format fused adds the LoRA into a model's weights: give --model")
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         model=arguments.model,
         configs=arguments.model_config,
         scale=arguments.scale,
-        dtype=arguments.dtype or "float16",
+        dtype=arguments.dtype,
         progress=lambda line: print(line, flush=True),
     )
 

@@ -8,9 +8,10 @@ import contextlib
 import json
 import math
 import pathlib
+import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -134,20 +135,70 @@ def write_tensors(
         span = [offset, offset + math.prod(shape) * kind.itemsize]
         header[name] = {"dtype": _TYPES[kind], "shape": list(shape), "data_offsets": span}
         offset = span[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with storage.explained_writes(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with storage.new_file(path) as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name, value in tensors:
-                with np.errstate(over="ignore"):
-                    tensor = np.ascontiguousarray(value, kind)
-                if not np.isfinite(tensor).all():
-                    raise UserError(
-                        f"{path}: not written: '{name}' holds NaN or infinity as {kind.name}; a "
-                        "wider type may hold it"
-                    )
-                file.seek(8 + len(text) + header[name]["data_offsets"][0])
-                file.write(tensor.tobytes())
+            _write_header(file, header)
+            _write_into(file, file.tell(), header, tensors, path)
     return path
+
+
+def write_changed(
+    path: pathlib.Path,
+    source: pathlib.Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    metadata: Mapping[str, str],
+) -> pathlib.Path:
+    """Writes a copy of a file with other values in some tensors, one in memory at a time.
+
+    Each keeps its type and its place; of the others, of whatever type, not a byte is touched.
+
+    Args:
+      path: the file, whose name appears once it is whole; its folder is made.
+      source: what is copied.
+      tensors: names and new values, in any order.
+      metadata: the header's entries.
+
+    Raises:
+      UserError: a value is not finite in its tensor's type, or the disk is full or read-only.
+    """
+    with source.open("rb") as old, storage.explained_writes(path):
+        (length,) = struct.unpack("<Q", old.read(8))
+        header = json.loads(old.read(length)) | {"__metadata__": dict(sorted(metadata.items()))}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with storage.new_file(path) as file:
+            _write_header(file, header)
+            start = file.tell()
+            shutil.copyfileobj(old, file, 2**24)
+            _write_into(file, start, header, tensors, path)
+    return path
+
+
+def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
+    """Leaves the file where its tensors begin."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def _write_into(
+    file: BinaryIO,
+    start: int,
+    header: Mapping[str, Any],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    path: pathlib.Path,
+) -> None:
+    """Writes tensors in the types and to the places, from `start`, that a header says."""
+    types = {name: kind for kind, name in _TYPES.items()}
+    for name, value in tensors:
+        kind = types[header[name]["dtype"]]
+        with np.errstate(over="ignore"):
+            tensor = np.ascontiguousarray(value, kind)
+        if not np.isfinite(tensor).all():
+            raise UserError(
+                f"{path}: not written: '{name}' holds NaN or infinity as {kind.name}; a "
+                "wider type may hold it"
+            )
+        file.seek(start + header[name]["data_offsets"][0])
+        file.write(tensor.tobytes())

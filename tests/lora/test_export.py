@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import traverse_util
+from safetensors.torch import save_file
 
 from launch import export as command
 from safetydpo_jax.errors import MissingFileError, UserError
@@ -12,6 +13,7 @@ from safetydpo_jax.lora import init_adapters, load_lora, save_lora
 from safetydpo_jax.lora.base import unet_shapes
 from safetydpo_jax.models.pretrained import load_pipeline
 from safetydpo_jax.models.single_file import published
+from tests.models.test_single_file import in_original_layout
 
 
 @pytest.fixture
@@ -97,6 +99,16 @@ def test_fused(file, model_folder, tmp_path, capsys):
     run("--lora", file, "--format", "fused", "--model", model_folder, "--out", tmp_path / "unet")
     assert "layers changed" in capsys.readouterr().out
     assert (tmp_path / "unet" / "config.json").is_file()
+
+
+def test_fused_in_one_file(file, model_folder, pipeline, tmp_path, capsys):
+    save_file(in_original_layout(model_folder, pipeline.params, "sd15"), tmp_path / "a.safetensors")
+    given = ("--lora", file, "--format", "fused", "--model", tmp_path / "a.safetensors")
+    given += ("--model_config", model_folder, "--out", tmp_path / "b.safetensors")
+    run(*given)
+    assert "layers changed, each in the type it had" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--dtype is of a folder: in one file each weight keeps"):
+        run(*given, "--dtype", "float16")
 
 
 def test_bad_inputs(file, model_folder, tmp_path, capsys):

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from safetydpo_jax.errors import UserError
 from safetydpo_jax.lora import init_adapters, load_lora, save_lora, scaled
-from safetydpo_jax.lora.fuse import fuse
+from safetydpo_jax.lora.fuse import fuse, fuse_file
 from safetydpo_jax.models.pretrained import load_pipeline
+from safetydpo_jax.tensor_file import opened
+from tests.models.test_single_file import in_original_layout
 
 TARGETS = ("to_q", "to_out.0", "conv1", r"ff\.net\.\d.*", "proj_in")
 
@@ -72,6 +75,77 @@ def test_the_fused_checkpoint_is_one(model_folder, lora_file, tmp_path, capsys):
         "config.json",
         "diffusion_pytorch_model.safetensors",
     }
+
+
+@pytest.fixture(scope="module")
+def whole_file(model_folder, pipeline, tmp_path_factory):
+    """The checkpoint in one file, as others write them: in half precision, with integers."""
+    found = in_original_layout(model_folder, pipeline.params, "sd15")
+    found = {
+        key: x.half() if key.startswith("model.diffusion_model.") else x for key, x in found.items()
+    }
+    found["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)
+    found["model_ema.decay"] = torch.tensor(1.0)
+    file = tmp_path_factory.mktemp("whole") / "whole.safetensors"
+    save_file(found, file, {"format": "pt", "modelspec.hash_sha256": "0x12", "licence": "mine"})
+    return file
+
+
+def test_a_checkpoint_in_one_file(whole_file, model_folder, lora_file, tmp_path, capsys):
+    out, configs = tmp_path / "new" / "safe.safetensors", str(model_folder)
+    fuse_file(str(whole_file), lora_file, out, configs=configs, scale=0.5, progress=print)
+    told = capsys.readouterr().out
+    assert "36 layers changed, each in the type it had" in told
+    assert "model_ema.* are as they were" in told
+    fuse(str(whole_file), lora_file, tmp_path / "unet", scale=0.5, configs=configs)
+    wanted = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict()
+    got = diffusers.StableDiffusionPipeline.from_single_file(
+        str(out), config=configs, local_files_only=True, torch_dtype=torch.float16
+    )
+    for key, x in got.unet.state_dict().items():
+        assert torch.equal(x, wanted[key]), key
+    changed = 0
+    with opened(whole_file) as before, opened(out) as after:
+        names = before.keys()
+        assert names == after.keys()
+        for key in names:
+            x, y = before.read(key), after.read(key)
+            assert (x.dtype, x.shape) == (y.dtype, y.shape)
+            changed += not np.array_equal(x, y)
+        about = after.metadata()
+    assert changed == 36
+    assert "modelspec.hash_sha256" not in about
+    assert about["licence"] == "mine"
+    assert about["fused_lora"] == "lora.safetensors"
+    assert about["fused_scale"] == "0.5"
+
+
+def test_what_makes_no_checkpoint_in_one_file(
+    whole_file, model_folder, lora_file, tmp_path, monkeypatch
+):
+    out, configs = tmp_path / "safe.safetensors", str(model_folder)
+    with pytest.raises(UserError, match="is a folder, .*safe.safetensors one file: give a folder"):
+        fuse_file(str(model_folder), lora_file, out, configs="")
+    with pytest.raises(UserError, match="is the model itself: give another name"):
+        fuse_file(str(whole_file), lora_file, whole_file, configs=configs)
+    with pytest.raises(UserError, match="NaN or infinity as float16; a wider type may hold it"):
+        fuse_file(str(whole_file), lora_file, out, configs=configs, scale=1e7)
+    tensors = in_original_layout(model_folder, load_pipeline(model_folder).params, "sd15")
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    for changes, message in (
+        ({key: tensors[key][1:].clone()}, r"attn1.to_q.weight' has \(7, 8\), where \(8, 8\)"),
+        ({key: None}, "attn1.to_q.weight' is missing, where"),
+    ):
+        save_file({k: x for k, x in (tensors | changes).items() if x is not None},
+                  tmp_path / "other.safetensors")  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            fuse_file(str(tmp_path / "other.safetensors"), lora_file, out, configs=configs)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="could not write .*safe.safetensors"):
+        fuse_file(
+            str(whole_file), lora_file, tmp_path / "file" / "safe.safetensors", configs=configs
+        )
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
