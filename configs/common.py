@@ -100,7 +100,7 @@ def get_config(category: str, base: str = "emoji") -> ml_collections.ConfigDict:
     # What such a file is: "sd15", "sd21-base", "sd21-768", "sdxl", or a folder with the configs and
     # tokenizers that go with it; "" takes what it looks like.
     config.model_config = ""
-    # Another autoencoder for it: folder, here or at gs://, or hub id; "" is the model's own.
+    # Another autoencoder for it: folder or file, here or at gs://, or hub id; "" is its own.
     config.vae = ""
     config.seed = 0
 

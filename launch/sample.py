@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add_model_arguments(parser)
     parser.add_argument(
-        "--vae", default="", help="another autoencoder: a folder, here or at gs://, or a hub id"
+        "--vae", default="", help="another autoencoder: a folder, a .safetensors file, or an id"
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(

@@ -40,11 +40,11 @@ class Checkpoint:
     Attributes:
       place: the folder or the file.
       folder: the folder with its configs and tokenizers.
-      folders: those of the networks, by name; the autoencoder's may be elsewhere.
+      folders: those of the networks' configs, by name; the autoencoder's may be elsewhere.
       configs: the parsed config files by folder ("unet", ..., "scheduler"), and "model_index".
       networks: the modules by name, without parameters.
       schedule: the noise schedule.
-      other_vae: the autoencoder is not the checkpoint's own.
+      other_vae: the folder or the file of an autoencoder that is not the checkpoint's own.
     """
 
     place: pathlib.Path
@@ -53,7 +53,7 @@ class Checkpoint:
     configs: dict[str, dict[str, Any]]
     networks: dict[str, Any]
     schedule: NoiseSchedule
-    other_vae: bool = False
+    other_vae: pathlib.Path | None = None
 
     @functools.cached_property
     def shapes(self) -> dict[str, Any]:
@@ -75,15 +75,22 @@ class Checkpoint:
     @functools.cached_property
     def tables(self) -> dict[str, Table]:
         """Of the networks that are in a single file, where; see `state_dict.read_params`."""
-        if not self.place.is_file():
-            return {}
-        with opened(self.place) as tensors:
-            found = single_file.tables(set(tensors.keys()), self.shapes)
-        return {name: x for name, x in found.items() if not (name == "vae" and self.other_vae)}
+        found, vae = {}, self.other_vae
+        if self.place.is_file():
+            with opened(self.place) as tensors:
+                found = single_file.tables(set(tensors.keys()), self.shapes)
+        if vae is not None:
+            found.pop("vae", None)
+        if vae is not None and vae.is_file():
+            with opened(vae) as tensors:
+                found["vae"] = single_file.vae_table(set(tensors.keys()), self.shapes["vae"])
+        return found
 
     def weights(self, name: str) -> Sequence[pathlib.Path]:
         """The files with the weights of a network; errors as of `state_dict.find_weights`."""
-        return [self.place] if name in self.tables else find_weights(self.folders[name])
+        if name not in self.tables:
+            return find_weights(self.folders[name])
+        return [(name == "vae" and self.other_vae) or self.place]
 
 
 def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "") -> Checkpoint:
@@ -93,8 +100,7 @@ def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "
       path: the checkpoint's folder in the diffusers layout, a .safetensors file in the original
         layout, either's address in a bucket like gs://bucket/folder, its id on the Hugging Face
         hub, or "emoji" for the embedded pipeline.
-      vae: another autoencoder's folder, its address in a bucket, or hub id, such as
-        "madebyollin/sdxl-vae-fp16-fix"; "" is the checkpoint's own.
+      vae: another autoencoder, as `resolve_vae` takes it; "" is the checkpoint's own.
       configs: what such a file is, `single_file.config_folder`; "" takes what it looks like.
 
     Raises:
@@ -116,13 +122,13 @@ def _of_configs(
     """A checkpoint by the configs in a folder; errors as of `open_checkpoint`."""
     index = check_index(folder / hub.INDEX)
     folders = {name: folder / name for name in CLASSES[index["_class_name"]]}
-    if other_vae:
+    if other_vae and other_vae.is_dir():  # a file has no config: it is one of the same sizes
         folders["vae"] = other_vae
     read = {name: read_json(sub / "config.json") for name, sub in folders.items()}
     read["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     networks, schedule = build_networks(read, str(folder))
     read["model_index"] = index
-    return Checkpoint(place, folder, folders, read, networks, schedule, other_vae is not None)
+    return Checkpoint(place, folder, folders, read, networks, schedule, other_vae)
 
 
 def resolve_checkpoint(
@@ -170,17 +176,25 @@ def resolve_checkpoint(
 
 
 def resolve_vae(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder of an autoencoder.
+    """The folder or the file of an autoencoder.
 
     Args:
-      path: one with config.json in it, a checkpoint's, either's address in a bucket, or a hub id.
+      path: a folder with config.json in it, a checkpoint's, a .safetensors file with diffusers'
+        names or the original ones, any of their addresses in a bucket, or a hub id such as
+        "madebyollin/sdxl-vae-fp16-fix".
 
     Raises:
       MissingFileError: there is none.
-      UserError: the model on the hub or in the bucket cannot be read.
+      UserError: the model on the hub or in the bucket cannot be read, or the file is no whole
+        safetensors file.
     """
     folder = pathlib.Path(path)
-    if "://" in str(path) and folder.suffix not in (".safetensors", *PICKLES):
+    if folder.suffix in (".safetensors", *PICKLES):
+        if "://" in str(path) and folder.suffix not in PICKLES:
+            folder = bucket.fetch_checkpoint(str(path), check_index)
+        with opened(folder):
+            return folder
+    if "://" in str(path):
         try:
             found = bucket.fetch_checkpoint(str(path), read_json, index_name="config.json")
             if (found / "config.json").is_file():  # else offline, and what is here is a checkpoint
@@ -194,9 +208,10 @@ def resolve_vae(path: str | pathlib.Path) -> pathlib.Path:
         if (place / "config.json").is_file():
             return place
     what = "no config.json in it" if folder.is_dir() else "no such folder"
-    what = "not a folder" if folder.is_file() or "://" in str(path) else what
+    what = "not a folder" if folder.is_file() else what
     raise MissingFileError(
-        f"{path}: {what}; give an autoencoder's folder (diffusers layout) or its hub id"
+        f"{path}: {what}; give an autoencoder's folder (diffusers layout), its .safetensors file "
+        "or its hub id"
     )
 
 

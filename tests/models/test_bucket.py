@@ -60,6 +60,7 @@ def test_another_autoencoder(bucket, model_folder):
     folder = resolve_vae(str(bucket / "vae"))
     weights = folder / "diffusion_pytorch_model.safetensors"
     assert weights.read_bytes() == (model_folder / "vae" / weights.name).read_bytes()
+    assert resolve_vae(str(bucket / "vae" / weights.name)).read_bytes() == weights.read_bytes()
 
 
 def test_the_autoencoder_of_a_checkpoint(model):
@@ -161,7 +162,7 @@ def test_what_is_not_there(bucket, model):
         resolve_checkpoint(str(bucket / "x.safetensors"))
     with pytest.raises(MissingFileError, match=r"none/vae: there is no config.json"):
         resolve_vae(str(bucket / "none"))
-    with pytest.raises(MissingFileError, match=r"vae.safetensors: not a folder"):
+    with pytest.raises(MissingFileError, match=r"vae.safetensors: there is no such file"):
         resolve_vae(str(bucket / "vae.safetensors"))
 
 

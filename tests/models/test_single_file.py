@@ -109,6 +109,38 @@ def test_another_autoencoder(checkpoint, tmp_path):
     assert ours.sources["vae"][1] == folder / "vae/diffusion_pytorch_model.safetensors"
 
 
+@pytest.mark.parametrize("names", ["original", "checkpoint's", "diffusers'"])
+@pytest.mark.parametrize("base", ["folder", "file"])
+def test_an_autoencoder_in_one_file(names, base, checkpoint, tmp_path):
+    folder, file = checkpoint("sd15")
+    torch_models.randomise(torch_models.torch_vae("sd15"), seed=1).save_pretrained(tmp_path / "vae")
+    wanted, vae = load_pipeline(folder, vae=str(tmp_path / "vae")), tmp_path / "vae.safetensors"
+    [weights] = (tmp_path / "vae").glob("*.safetensors")
+    if names == "diffusers'":
+        vae.write_bytes(weights.read_bytes())
+    else:
+        prefix = "" if names == "original" else "first_stage_model."
+        table = tables(TEXT_KEYS["sd15"], {"vae": wanted.vae_params})["vae"].entries
+        found = {
+            key.replace("first_stage_model.", prefix): load_file(weights)[theirs]
+            for key, [(theirs, _)] in table.items()
+        }
+        save_file(found | {"loss.logvar": torch.zeros(1)}, vae)
+    configs = {} if base == "folder" else {"configs": str(folder)}
+    ours = load_pipeline(folder if base == "folder" else file, vae=str(vae), **configs)
+    jax.tree.map(np.testing.assert_array_equal, ours.params, wanted.params)
+    assert ours.sources["vae"] == [folder / "vae" / "config.json", vae]
+
+
+def test_a_file_without_an_autoencoder(checkpoint, tmp_path):
+    folder, _ = checkpoint("sd15")
+    save_file({"x": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    with pytest.raises(UserError, match=r"vae.safetensors: the checkpoint lacks decoder"):
+        load_pipeline(folder, vae=str(tmp_path / "vae.safetensors"))
+    with pytest.raises(UserError, match=r"vae.pt: pickle files can run code and are not read"):
+        load_pipeline(folder, vae=str(tmp_path / "vae.pt"))
+
+
 def write(file, width=None, keys=(), **metadata):
     tensors = {key: torch.ones(1) for key in keys}
     if width:
