@@ -121,8 +121,8 @@ def fuse_file(
             f"{model} is a folder, {out} one file: give a folder as --out, or a model that is a "
             ".safetensors file"
         )
-    if out.resolve() == base.place.resolve():
-        raise UserError(f"{out} is the model itself: give another name")
+    if out.resolve() in (base.place.resolve(), lora.resolve()):
+        raise UserError(f"{out} is read here, and would be lost: give another name")
     shapes = base.shapes["unet"]
     adapters, _ = load_lora(lora, shapes)
     pairs: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(adapters))

@@ -126,8 +126,9 @@ def test_what_makes_no_checkpoint_in_one_file(
     out, configs = tmp_path / "safe.safetensors", str(model_folder)
     with pytest.raises(UserError, match="is a folder, .*safe.safetensors one file: give a folder"):
         fuse_file(str(model_folder), lora_file, out, configs="")
-    with pytest.raises(UserError, match="is the model itself: give another name"):
-        fuse_file(str(whole_file), lora_file, whole_file, configs=configs)
+    for read in (whole_file, lora_file):
+        with pytest.raises(UserError, match="is read here, and would be lost: give another name"):
+            fuse_file(str(whole_file), lora_file, read, configs=configs)
     with pytest.raises(UserError, match="NaN or infinity as float16; a wider type may hold it"):
         fuse_file(str(whole_file), lora_file, out, configs=configs, scale=1e7)
     tensors = in_original_layout(model_folder, load_pipeline(model_folder).params, "sd15")
