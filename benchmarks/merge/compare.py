@@ -156,8 +156,10 @@ class Comparison:
                 self._measured(EXPERTS, None, lambda known: known or [self._alone()])
             for rank in ranks:
                 for name in names:
-                    uncut = name == ALL_CUT and rank == max(ALL_RANKS)
-                    if name not in (BASE, EXPERTS) and not uncut:
+                    # Of the ranks that it was trained at, the highest is not cut; at others it is.
+                    done = (ALL_CUT, rank) == (name, max(ALL_RANKS))
+                    done |= name == ALL and rank not in ALL_RANKS
+                    if name not in (BASE, EXPERTS) and not done:
                         adapters = functools.cache(
                             lambda n=name, r=rank: self._adapters(n, r, experts)
                         )
