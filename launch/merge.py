@@ -12,7 +12,7 @@ beside the result, so that merging again with other options takes no model:
 --stats OUT.stats.safetensors. Beside the merged LoRA, which
 diffusers loads, it writes a picture of who won what and how much the experts have in common.
 
---distill 800 trains what was merged, for so many steps, to answer each category's prompts as its
+--distill 2000 trains what was merged, for so many steps, to answer each category's prompts as its
 expert does and safe ones as the base. It takes the model and prompts, and goes on where it was
 stopped.
 """
@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--distill", type=int, default=0, metavar="STEPS", help="teach the result by the experts"
     )
-    parser.add_argument("--distill_rate", type=float, help="its learning rate (0.005)")
+    parser.add_argument("--distill_rate", type=float, help="its learning rate (0.002)")
     parser.add_argument(
         "--distill_preservation", type=float, help="weight of safe prompts in it (10)"
     )

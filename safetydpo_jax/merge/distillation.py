@@ -57,7 +57,7 @@ class Lessons:
     steps: int = 2000
     learning_rate: float = 2e-3
     batch_size: int = 32
-    preservation: float = 2.0
+    preservation: float = 10.0
     empty: float = 0.1
     text_noise: float = 0.4
     start: float = 1.0
