@@ -39,8 +39,8 @@ def keep_compiled(shared: str | Path = "") -> None:
         if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
             # A limit is kept by a lock, for which there is none in a bucket.
             jax.config.update("jax_compilation_cache_max_size", most)
-            if not shared:
-                _remove_halves(Path(folder))
+        if not shared and config.jax_compilation_cache_max_size != -1:
+            _remove_halves(Path(folder))
     if shared or "://" in config.jax_compilation_cache_dir:
         # XLA's own caches beside it, on GPUs, know of no buckets, and where they are is a part of
         # a program's key, which would differ where hosts have a folder under other names.
@@ -70,7 +70,8 @@ def _remove_halves(folder: Path) -> None:
     """
     for program in folder.glob("*-cache"):
         used = program.with_name(program.name.removesuffix("-cache") + "-atime")
-        with contextlib.suppress(FileNotFoundError):  # another process did the same
+        # Another process did the same, or it may be read and not written: JAX warns of that.
+        with contextlib.suppress(OSError):
             if not used.exists() and time.time() - program.stat().st_mtime > WRITING_SECONDS:
                 program.unlink()
 

@@ -58,6 +58,10 @@ class TensorFile:
         """Of a tensor, which is not read."""
         return tuple(self._file.get_slice(key).get_shape())
 
+    def can_change(self, key: str) -> bool:
+        """Whether a tensor, which is not read, is of a type that is written here."""
+        return self._file.get_slice(key).get_dtype() in _TYPES.values()
+
     def read(self, key: str) -> np.ndarray:
         """A tensor; UserError if it is of a type that NumPy has not, or not there."""
         with _explained_reading(self.path):
@@ -139,7 +143,7 @@ def write_tensors(
         path.parent.mkdir(parents=True, exist_ok=True)
         with storage.new_file(path) as file:
             _write_header(file, header)
-            _write_into(file, file.tell(), header, tensors, path)
+            _write_into(file, file.tell(), header, tensors, path, "a wider type may hold it")
     return path
 
 
@@ -149,6 +153,7 @@ def write_changed(
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
     metadata: Mapping[str, str],
+    remedy: str,
 ) -> pathlib.Path:
     """Writes a copy of a file with other values in some tensors, one in memory at a time.
 
@@ -157,8 +162,9 @@ def write_changed(
     Args:
       path: the file, whose name appears once it is whole; its folder is made.
       source: what is copied.
-      tensors: names and new values, in any order.
+      tensors: names and new values, in any order; of types that `TensorFile.can_change`.
       metadata: the header's entries.
+      remedy: what to do about a value that is too large for its type.
 
     Raises:
       UserError: a value is not finite in its tensor's type, or the disk is full or read-only.
@@ -171,7 +177,7 @@ def write_changed(
             _write_header(file, header)
             start = file.tell()
             shutil.copyfileobj(old, file, 2**24)
-            _write_into(file, start, header, tensors, path)
+            _write_into(file, start, header, tensors, path, remedy)
     return path
 
 
@@ -188,6 +194,7 @@ def _write_into(
     header: Mapping[str, Any],
     tensors: Iterable[tuple[str, np.ndarray]],
     path: pathlib.Path,
+    remedy: str,
 ) -> None:
     """Writes tensors in the types and to the places, from `start`, that a header says."""
     types = {name: kind for kind, name in _TYPES.items()}
@@ -197,8 +204,7 @@ def _write_into(
             tensor = np.ascontiguousarray(value, kind)
         if not np.isfinite(tensor).all():
             raise UserError(
-                f"{path}: not written: '{name}' holds NaN or infinity as {kind.name}; a "
-                "wider type may hold it"
+                f"{path}: not written: '{name}' holds NaN or infinity as {kind.name}; {remedy}"
             )
         file.seek(start + header[name]["data_offsets"][0])
         file.write(tensor.tobytes())

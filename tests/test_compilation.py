@@ -45,6 +45,20 @@ def test_what_a_kill_left_half_written_is_removed(none_given, tmp_path):
     assert {path.name for path in folder.iterdir()} == {*names} - {"half-cache"}
 
 
+def test_a_folder_that_may_only_be_read(none_given, tmp_path, monkeypatch):
+    folder = tmp_path / "compiled" / compilation._processor()
+    folder.mkdir(parents=True)
+    (folder / "half-cache").write_bytes(b"x")
+    os.utime(folder / "half-cache", (0, 0))
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(compilation.Path, "unlink", refuse)
+    keep_compiled()
+    assert getattr(jax.config, DIR) == str(folder)
+
+
 def test_of_a_job_where_all_its_processes_see_them(none_given):
     keep_compiled("gs://bucket/run/compiled")
     assert getattr(jax.config, DIR).startswith("gs://bucket/run/compiled/")

@@ -11,6 +11,7 @@ the table.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import re
@@ -159,7 +160,9 @@ class Comparison:
                     # Of the ranks that it was trained at, the highest is not cut; at others it is.
                     done = (ALL_CUT, rank) == (name, max(ALL_RANKS))
                     done |= name == ALL and rank not in ALL_RANKS
-                    if name not in (BASE, EXPERTS) and not done:
+                    if done:
+                        print(f"{name}, rank {rank}: left out, see {ALL} and {ALL_CUT}")
+                    elif name not in (BASE, EXPERTS):
                         adapters = functools.cache(
                             lambda n=name, r=rank: self._adapters(n, r, experts)
                         )
@@ -190,10 +193,11 @@ class Comparison:
         """What a contender makes of the experts."""
         params = self._pipeline.unet_params
         if name in (ALL, ALL_CUT):
-            trained = rank if name == ALL and rank in ALL_RANKS else max(ALL_RANKS)
+            trained = rank if name == ALL else max(ALL_RANKS)
             with opened_experts([lora(all_single(trained), self._seed)], params) as single:
                 return merge(single, "svd", rank=rank).adapters
-        kept = self._args.runs / "merged" / f"{self._words(name, rank)}-{self._key[:8]}.safetensors"
+        key = storage.digest([self._key, _made(name)])[:8]
+        kept = self._args.runs / "merged" / f"{self._words(name, rank)}-{key}.safetensors"
         if kept.is_file():
             return load_lora(kept, params)[0]
         contender = CONTENDERS[name]
@@ -263,11 +267,13 @@ class Comparison:
             "experts": self._key,
             **{key: getattr(self._stage, key) for key in ("split", "num_unsafe", "num_safe")},
         }
+        if (made := _made(name)) is not None:
+            settings["lessons"] = made
         known, before = [], 0.0
         if path.is_file():
             found = json.loads(path.read_text())
             for key, value in settings.items():
-                if found[key] != value:
+                if found.get(key) != value:
                     raise UserError(f"{path} is of another {key}: move it away, or give --results")
             known = [Point.from_json(point) for point in found["points"]]
             before = found["seconds"]
@@ -288,6 +294,12 @@ class Comparison:
                 flush=True,
             )
         return points
+
+
+def _made(name: str) -> dict[str, Any] | None:
+    """How a contender is taught, if it is: what its name says is of the defaults of the day."""
+    lessons = CONTENDERS[name].lessons if name in CONTENDERS else None
+    return lessons and dataclasses.asdict(lessons)
 
 
 if __name__ == "__main__":

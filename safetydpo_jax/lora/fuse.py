@@ -115,12 +115,12 @@ def fuse_file(
         or would be overwritten.
     """
     check_file(lora)
-    base = open_checkpoint(model, configs=configs)
-    if not base.place.is_file():
+    if pathlib.PurePath(model).suffix != ".safetensors":  # before a model is fetched
         raise UserError(
-            f"{model} is a folder, {out} one file: give a folder as --out, or a model that is a "
-            ".safetensors file"
+            f"{model} is not one file, as {out} would be: give a folder as --out, or a model that "
+            "is a .safetensors file"
         )
+    base = open_checkpoint(model, configs=configs)
     if out.resolve() in (base.place.resolve(), lora.resolve()):
         raise UserError(f"{out} is read here, and would be lost: give another name")
     shapes = base.shapes["unet"]
@@ -140,14 +140,30 @@ def fuse_file(
             if key not in keys or tensors.shape(key) != wanted:
                 found = f"has {tensors.shape(key)}" if key in keys else "is missing"
                 raise UserError(f"{base.place}: '{key}' {found}, where {wanted} is to be changed")
+            if not tensors.can_change(key):
+                raise UserError(
+                    f"{base.place}: '{key}' is of a type that is not changed here, such as 8 bits; "
+                    "take the file in float16, bfloat16 or float32"
+                )
 
         def fused() -> Iterator[tuple[str, np.ndarray]]:
             for key, path in kernels.items():
-                yield key, tensors.read(key).astype(np.float32) + _delta(pairs, path[:-1], scale)
+                value = tensors.read(key).astype(np.float32)
+                if not np.isfinite(value).all():
+                    raise UserError(
+                        f"{base.place}: '{key}' holds NaN or infinity; the checkpoint is damaged"
+                    )
+                yield key, value + _delta(pairs, path[:-1], scale)
 
         about = {key: text for key, text in about.items() if key not in OF_BYTES}
         about |= {"fused_lora": lora.name, "fused_lora_sha256": storage.hash_file(lora)}
-        write_changed(out, base.place, fused(), metadata=about | {"fused_scale": str(scale)})
+        write_changed(
+            out,
+            base.place,
+            fused(),
+            metadata=about | {"fused_scale": str(scale)},
+            remedy="lower --scale, or write a folder in a wider type",
+        )
     size = out.stat().st_size / 1e9
     progress(f"{out}: {size:.2f} GB, {len(kernels)} layers changed, each in the type it had")
     if any(key.startswith("model_ema.") for key in keys):

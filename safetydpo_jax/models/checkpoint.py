@@ -83,14 +83,15 @@ class Checkpoint:
             found.pop("vae", None)
         if vae is not None and vae.is_file():
             with opened(vae) as tensors:
-                found["vae"] = single_file.vae_table(set(tensors.keys()), self.shapes["vae"])
+                table = single_file.vae_table(set(tensors.keys()), self.shapes["vae"])
+            found |= {"vae": table} if table else {}
         return found
 
     def weights(self, name: str) -> Sequence[pathlib.Path]:
         """The files with the weights of a network; errors as of `state_dict.find_weights`."""
-        if name not in self.tables:
-            return find_weights(self.folders[name])
-        return [(name == "vae" and self.other_vae) or self.place]
+        if name == "vae" and self.other_vae and self.other_vae.is_file():
+            return [self.other_vae]
+        return [self.place] if name in self.tables else find_weights(self.folders[name])
 
 
 def open_checkpoint(path: str | pathlib.Path, *, vae: str = "", configs: str = "") -> Checkpoint:

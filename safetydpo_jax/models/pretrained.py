@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from safetydpo_jax.errors import MissingFileError, UserError
+from safetydpo_jax.errors import MissingFileError, UserError, adding
 from safetydpo_jax.models.checkpoint import open_checkpoint
 from safetydpo_jax.models.pipeline import TOKENIZERS, Pipeline
 from safetydpo_jax.models.state_dict import load_params, save_params
@@ -55,15 +55,18 @@ def load_pipeline(
             continue
         weights = found.weights(name)
         sources[name] = [found.folders[name] / "config.json", *weights]
-        params[name] = load_params(
-            weights,
-            shapes,
-            types[name],
-            unet_shardings(shapes) if unet_shardings and name == "unet" else None,
-            name=name,
-            table=found.tables.get(name),
-            progress=progress,
-        )
+        alone = weights == [found.other_vae]
+        sizes = f" (a single file is read in the sizes of {found.folders[name]})" if alone else ""
+        with adding(sizes):
+            params[name] = load_params(
+                weights,
+                shapes,
+                types[name],
+                unet_shardings(shapes) if unet_shardings and name == "unet" else None,
+                name=name,
+                table=found.tables.get(name),
+                progress=progress,
+            )
     tokenizers = []
     for encoder, name in TOKENIZERS.items():
         if encoder in networks:

@@ -123,16 +123,16 @@ def tables(keys: Set[str], shapes: Mapping[str, Any]) -> dict[str, Table]:
     return found
 
 
-def vae_table(keys: Set[str], shapes: Mapping[str, Any]) -> Table:
-    """Where an autoencoder's parameters are in a file.
+def vae_table(keys: Set[str], shapes: Mapping[str, Any]) -> Table | None:
+    """Where an autoencoder's parameters are in a file; None if it has diffusers' names.
 
     Args:
       keys: those of the file, its own or a whole checkpoint's.
       shapes: the autoencoder's parameters or their shapes.
     """
-    ours = [torch_key(path) for path in flatten_dict(dict(shapes))]
     if any(key.startswith("encoder.down_blocks.") for key in keys):
-        return Table({key: [(key, whole)] for key in ours}, None)
+        return None
+    ours = [torch_key(path) for path in flatten_dict(dict(shapes))]
     prefix = _VAE if any(key.startswith(_VAE) for key in keys) else ""
     return _renamed(prefix, original_vae_names, ours)._replace(prefix=None)
 

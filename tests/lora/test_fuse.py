@@ -124,18 +124,21 @@ def test_what_makes_no_checkpoint_in_one_file(
     whole_file, model_folder, lora_file, tmp_path, monkeypatch
 ):
     out, configs = tmp_path / "safe.safetensors", str(model_folder)
-    with pytest.raises(UserError, match="is a folder, .*safe.safetensors one file: give a folder"):
+    with pytest.raises(UserError, match="is not one file, as .*safe.safetensors would be: give a"):
         fuse_file(str(model_folder), lora_file, out, configs="")
     for read in (whole_file, lora_file):
         with pytest.raises(UserError, match="is read here, and would be lost: give another name"):
             fuse_file(str(whole_file), lora_file, read, configs=configs)
-    with pytest.raises(UserError, match="NaN or infinity as float16; a wider type may hold it"):
+    with pytest.raises(UserError, match="NaN or infinity as float16; lower --scale, or write a fo"):
         fuse_file(str(whole_file), lora_file, out, configs=configs, scale=1e7)
     tensors = in_original_layout(model_folder, load_pipeline(model_folder).params, "sd15")
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
     for changes, message in (
         ({key: tensors[key][1:].clone()}, r"attn1.to_q.weight' has \(7, 8\), where \(8, 8\)"),
         ({key: None}, "attn1.to_q.weight' is missing, where"),
+        ({key: tensors[key].double()}, "to_q.weight' is of a type that is not changed here"),
+        ({key: tensors[key].to(torch.float8_e4m3fn)}, "is of a type that is not changed here"),
+        ({key: tensors[key] * torch.nan}, "to_q.weight' holds NaN or infinity; the checkpoint is"),
     ):
         save_file({k: x for k, x in (tensors | changes).items() if x is not None},
                   tmp_path / "other.safetensors")  # fmt: skip
